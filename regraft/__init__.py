@@ -1,0 +1,65 @@
+"""regraft: retrofit regularizers into PyTorch models that already exist."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regraft.errors import RegraftError as RegraftError
+    from regraft.find.inspection import Inspection as Inspection
+    from regraft.find.inspection import inspect as inspect
+    from regraft.find.site import Site as Site
+    from regraft.graft.apply import Report as Report
+    from regraft.graft.apply import apply as apply
+    from regraft.graft.apply import grafted as grafted
+    from regraft.graft.revert import revert as revert
+    from regraft.graft.saved import load_plan as load_plan
+    from regraft.graft.saved import save_plan as save_plan
+    from regraft.planning import Plan as Plan
+    from regraft.planning import plan as plan
+    from regraft.training.passes import stochastic_passes as stochastic_passes
+    from regraft.training.rdrop_loss import rdrop_loss as rdrop_loss
+    from regraft.variants.registry import register as register
+    from regraft.variants.registry import variant as variant
+    from regraft.variants.spec import Variant as Variant
+
+__version__ = "0.1.0"
+
+# Loaded on first use (PEP 562), so that `import regraft` and the command line start without torch.
+_HOMES = {
+    "RegraftError": "errors",
+    "Inspection": "find.inspection",
+    "inspect": "find.inspection",
+    "Site": "find.site",
+    "Report": "graft.apply",
+    "apply": "graft.apply",
+    "grafted": "graft.apply",
+    "revert": "graft.revert",
+    "load_plan": "graft.saved",
+    "save_plan": "graft.saved",
+    "Plan": "planning",
+    "plan": "planning",
+    "stochastic_passes": "training.passes",
+    "rdrop_loss": "training.rdrop_loss",
+    "register": "variants.registry",
+    "variant": "variants.registry",
+    "Variant": "variants.spec",
+}
+_MODULES = ("errors", "nn")
+
+__all__ = sorted([*_HOMES, *_MODULES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"regraft.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'regraft' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"regraft.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,60 @@
+"""Module sites: dropouts, drop-paths, linears and embeddings that are modules of their own."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from regraft.find.kinds import family_of, never_runs, op_of, rate_name
+from regraft.find.obstacles import obstacle, weight_of
+from regraft.find.original import grafts_of, original_attribute, original_class
+from regraft.find.site import Site
+from regraft.find.walk import Named
+
+
+def module_sites(modules: list[Named]) -> list[Site]:
+    """The sites among `modules`, not yet probed."""
+    sites = []
+    for named in modules:
+        op = op_of(named.module)
+        if op is not None:
+            sites.append(_site(named, op))
+    return sites
+
+
+def _site(named: Named, op: str) -> Site:
+    module = named.module
+    family = family_of(module, op)
+    rate = rate_name(module) if family in ("Dropout", "DropPath") else None
+    weight = weight_of(module) if family in ("Linear", "Embedding") else None
+    graft = grafts_of(module).get("variant")
+    return Site(
+        path=named.paths[0],
+        paths=tuple(named.paths),
+        kind="module",
+        op=op,
+        type=original_class(module).__name__,
+        p=float(original_attribute(module, rate)) if rate else None,
+        calls=0 if never_runs(module) else None,
+        source=None,
+        family=family,
+        module=module,
+        shape=_shape(module, op),
+        parameters=sum(p.numel() for p in module.parameters(recurse=False)),
+        device=None if weight is None else str(weight.device),
+        dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
+        training=module.training,
+        variant=graft.edit["after"] if graft else None,
+        obstacle=obstacle(module, op),
+    )
+
+
+def _shape(module: nn.Module, op: str) -> tuple[int, ...] | None:
+    pairs = {
+        "Linear": ("in_features", "out_features"),
+        "Embedding": ("num_embeddings", "embedding_dim"),
+        "Conv1D": ("nx", "nf"),
+    }
+    if op not in pairs:
+        return None
+    return tuple(int(getattr(module, name)) for name in pairs[op] if hasattr(module, name))
+

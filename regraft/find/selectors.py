@@ -1,0 +1,113 @@
+"""Selectors: what a rule matches. A type name, a class, `TYPE@PATH`, a path, `re:REGEX`, a predicate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from regraft.errors import RuleSyntaxError
+from regraft.find.kinds import PLAIN
+from regraft.find.original import original_class
+from regraft.find.paths import compile_path
+from regraft.find.site import Site
+
+_POSITIONS = ("after", "before")
+_TYPE = re.compile(r"[A-Za-z_]\w*|\*")
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A selector that has been read.
+
+    Attributes:
+        text: as the user wrote it; of a class or a predicate, its name.
+        type: an operation or class name, or "*" for any.
+        paths: over whole dotted paths; None for any.
+        position: "after" or "before" for an insertion, else "".
+        test: of a class or a predicate.
+    """
+
+    text: str
+    type: str = "*"
+    paths: re.Pattern[str] | None = None
+    position: str = ""
+    test: Callable[[Site], bool] | None = None
+
+    @property
+    def any_type(self) -> bool:
+        """Does it leave the type open, so that it means the sites its variant fits?"""
+        return self.type == "*" and self.test is None
+
+    def matches(self, site: Site) -> bool:
+        if self.test is not None:
+            return bool(self.test(site))
+        return self._type_matches(site) and self.path_matches(site.paths)
+
+    def path_matches(self, paths: tuple[str, ...]) -> bool:
+        return self.paths is None or any(self.paths.fullmatch(path) for path in paths)
+
+    def _type_matches(self, site: Site) -> bool:
+        if self.type in ("*", site.op):
+            return True
+        if self.type == "Dropout":
+            return site.op in PLAIN
+        # A class name of the user's own, for the modules that have no operation name of their own.
+        return site.kind == "module" and self.type == site.type
+
+
+def read_selector(key: Any) -> Selector:
+    """The selector a rule's key stands for.
+
+    Raises:
+        RuleSyntaxError: a key that is no string, class or callable, or a string that cannot be read.
+    """
+    if isinstance(key, Selector):
+        return key
+    if isinstance(key, str):
+        return _read_text(key)
+    if isinstance(key, type):
+        if not issubclass(key, nn.Module):
+            raise RuleSyntaxError(f"{key.__name__} is no class of modules", remedy="use an nn.Module class")
+        return Selector(key.__name__, test=_is_a(key))
+    if callable(key):
+        return Selector(f"<{getattr(key, '__name__', 'predicate')}>", test=key)
+    raise RuleSyntaxError(
+        f"{key!r} selects nothing: a {type(key).__name__} is no selector",
+        remedy="a rule's key is a string ('Dropout@encoder.**'), a class, or a function of a site",
+    )
+
+
+def _is_a(cls: type[nn.Module]) -> Callable[[Site], bool]:
+    # The functional dropouts inside a module are not instances of the module's class.
+    return lambda site: site.kind == "module" and issubclass(original_class(site.module), cls)
+
+
+def _read_text(text: str) -> Selector:
+    rest, position = text.strip(), ""
+    for name in _POSITIONS:
+        if rest.startswith(f"{name}:"):
+            rest, position = rest[len(name) + 1 :].strip(), name
+    if not rest:
+        raise RuleSyntaxError(f"the selector {text!r} is empty", remedy="for example 'Dropout@encoder.**'")
+    if rest.startswith("re:"):
+        return Selector(text, paths=_regex(rest[3:], text), position=position)
+    kind, at, path = rest.partition("@")
+    if not at and "." in rest or (not at and not _TYPE.fullmatch(rest)):
+        return Selector(text, paths=compile_path(rest), position=position)
+    if not _TYPE.fullmatch(kind):
+        raise RuleSyntaxError(
+            f"the selector {text!r} cannot be read: {kind!r} is no type",
+            remedy="TYPE@PATH, for example 'Dropout@encoder.**' or '*@head.*'",
+        )
+    return Selector(text, kind, compile_path(path) if at else None, position)
+
+
+def _regex(source: str, text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(source)
+    except re.error as error:
+        raise RuleSyntaxError(f"the regular expression in {text!r} cannot be read: {error}") from None

@@ -1,0 +1,94 @@
+"""Every module of a model once, with all of its names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from regraft.errors import ModelError
+
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+_MOST_NAMES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Named:
+    """A module and all the dotted paths that lead to it, the first in the order of registration first."""
+
+    module: nn.Module
+    paths: list[str] = field(default_factory=list)
+
+
+def named_modules(model: nn.Module) -> list[Named]:
+    """All modules, each once, in the order in which they were registered.
+
+    `nn.Module.named_modules()` gives one name of a shared module and never returns from a cycle; here a
+    shared module keeps every name, and a module inside itself is not entered again.
+    """
+    found: dict[int, Named] = {}
+    stack: list[tuple[nn.Module, str, frozenset[int]]] = [(model, "", frozenset())]
+    names = 0
+    while stack:
+        module, path, above = stack.pop()
+        if id(module) in above:
+            continue
+        names += 1
+        if names > _MOST_NAMES:
+            raise ModelError(f"the model has more than {_MOST_NAMES:,} module names", where=path)
+        found.setdefault(id(module), Named(module)).paths.append(path)
+        inside = above | {id(module)}
+        children = [
+            (child, f"{path}.{name}" if path else name, inside)
+            for name, child in module._modules.items()
+            if child is not None
+        ]
+        stack.extend(reversed(children))
+    return list(found.values())
+
+
+def inner_model(model: object) -> tuple[nn.Module, list[str]]:
+    """The model inside wrappers of torch (DDP, `torch.compile`), and a note for each one passed.
+
+    Raises:
+        ModelError: not a module, or a wrapper that regraft cannot look into.
+    """
+    notes: list[str] = []
+    while True:
+        if not isinstance(model, nn.Module):
+            raise _no_module(model)
+        name = type(model).__name__
+        if name == "FullyShardedDataParallel":
+            raise ModelError(
+                "FullyShardedDataParallel flattens the parameters, so a graft would see none of them",
+                where=name,
+                remedy="graft before wrapping, or wrap with torch.distributed.fsdp.fully_shard",
+            )
+        if type(model).__module__.startswith("torch.jit"):
+            raise ModelError(
+                f"{name} is compiled TorchScript: changing what its modules do has no effect",
+                where=name,
+                remedy="graft the Python model, then script or trace it",
+            )
+        attribute = _WRAPPERS.get(name)
+        inside = model._modules.get(attribute) if attribute else None
+        if inside is None:
+            return model, notes
+        notes.append(f"looked inside {name}: paths begin at the model it wraps")
+        model = inside
+
+
+def _no_module(model: object) -> ModelError:
+    what = f"this is no torch.nn.Module but a {type(model).__name__}"
+    remedy = "give the model itself"
+    if isinstance(model, dict):
+        remedy = "a state dict holds weights, not layers: build the model and load them into it"
+    elif isinstance(model, type) and issubclass(model, nn.Module):
+        what, remedy = f"{model.__name__} is a class, not a model", f"make one: {model.__name__}(...)"
+    elif isinstance(model, str):
+        remedy = f"load it first; on the command line: regraft inspect {model}"
+    return ModelError(what, where=repr(model)[:60], remedy=remedy)

@@ -1,0 +1,1 @@
+"""Grafting: the only code that changes a user's model."""

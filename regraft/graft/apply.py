@@ -1,0 +1,164 @@
+"""`regraft.apply`: carry out a plan, in place; all of it or none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from regraft.find.inspection import Inspection, inspect, look
+from regraft.find.original import RECORD, Graft
+from regraft.find.site import Site
+from regraft.graft.change import Change, set_graft
+from regraft.graft.modules import SLOT, module_graft
+from regraft.planning import Edit, Plan, Rules, Skip, plan_of
+from regraft.report.view import SCHEMA, View
+from regraft.rules import read_rules
+
+
+@dataclass(frozen=True)
+class Mended:
+    """A fault of the model that the graft put right."""
+
+    path: str
+    what: str
+    source: str | None
+
+
+@dataclass(frozen=True, repr=False)
+class Report(View):
+    """What was done to a model: the diff.
+
+    Attributes:
+        model: the model's class name.
+        rules: pairs of a selector and a variant, as text.
+        grafted: sites that have their variant now.
+        skipped: selected sites that have none, with reason and remedy.
+        mended: faults of the model that the graft put right.
+        state_keys: keys that the graft added to the state dict.
+        notes: what a reader should know first.
+        probe: how the sites were probed.
+    """
+
+    model: str
+    rules: list[list[str | None]]
+    grafted: list[Edit]
+    skipped: list[Skip]
+    mended: list[Mended] = field(default_factory=list)
+    state_keys: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    probe: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {"schema": SCHEMA, "view": "report", **asdict(self)}
+
+
+def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None) -> Report:
+    """Graft variants into a model, in place: all of it, or, after an error, none of it.
+
+    Weights, state-dict keys, devices, hooks and training flags stay as they are, and so does the eval
+    output, unless a variant says otherwise by name. On a model that is grafted already, rules are read
+    against the original and add to what is there; at one site the later graft takes the earlier's place.
+
+    Args:
+        model: any module; DDP and compiled wrappers are looked into.
+        rules: selector -> variant (later rules win, None leaves alone), or a `Plan`.
+        inputs: for the probe, see `regraft.inspect`.
+
+    Returns:
+        The report: print it, or take `.to_json()`, `.to_markdown()`, `.to_html()`.
+
+    Raises:
+        RegraftError: every problem of every rule, before anything was changed.
+        MisfitError: a plan that was made for another model.
+
+    Example:
+        >>> import regraft
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1))
+        >>> report = regraft.apply(net, {"Dropout": "multisample"})
+        >>> net[1]
+        MultiSampleDropout(p=0.1, num_samples=8)
+    """
+    return graft_rules(model, rules, inputs)[0]
+
+
+@contextmanager
+def grafted(model: nn.Module, rules: Rules | Plan, inputs: Any = None) -> Iterator[Report]:
+    """A model grafted for the length of a block; afterwards, also after an exception, as it was before.
+
+    Args, Raises: as `regraft.apply`.
+
+    Example:
+        >>> import regraft
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1))
+        >>> with regraft.grafted(net, {"Dropout": "gaussian"}):
+        ...     net[1]
+        GaussianDropout(p=0.1)
+        >>> net[1]
+        Dropout(p=0.1, inplace=False)
+    """
+    report, changes = graft_rules(model, rules, inputs)
+    try:
+        yield report
+    finally:
+        undo(changes)
+
+
+def graft_rules(model: nn.Module, rules: Rules | Plan, inputs: Any = None) -> tuple[Report, list[Change]]:
+    """What `apply` does, and the changes that undo it."""
+    if isinstance(rules, Plan):
+        inspection = look(model)
+        rules.check_fits(inspection)
+        made = rules
+    else:
+        read = read_rules(rules)
+        inspection = inspect(model, inputs)
+        made = plan_of(inspection, read)
+    changes = _carry_out(inspection, made)
+    report = Report(
+        model=made.model,
+        rules=made.rules,
+        grafted=made.grafted,
+        skipped=made.skipped,
+        state_keys=_state_keys(made, changes),
+        notes=made.notes,
+        probe=made.probe,
+    )
+    return report, changes
+
+
+def _carry_out(inspection: Inspection, made: Plan) -> list[Change]:
+    sites = {(site.path, site.kind, site.op): site for site in inspection.sites}
+    steps = [_step(sites[edit.path, edit.kind, edit.op], edit) for edit in made.grafted]
+    changes: list[Change] = []
+    try:
+        for module, slot, graft in steps:
+            changes.append((module, slot, set_graft(module, slot, graft)))
+    except BaseException:
+        undo(changes)
+        raise
+    return changes
+
+
+def _step(site: Site, edit: Edit) -> tuple[nn.Module, str, Graft]:
+    return site.module, SLOT, module_graft(site, edit)
+
+
+def undo(changes: list[Change]) -> None:
+    """Put back what was in each slot before, the last change first."""
+    for module, slot, previous in reversed(changes):
+        set_graft(module, slot, previous)
+
+
+def _state_keys(made: Plan, changes: list[Change]) -> list[str]:
+    keys = []
+    for edit, (module, slot, _) in zip(made.grafted, changes, strict=True):
+        graft: Graft = module.__dict__[RECORD][slot]
+        keys += [f"{edit.path}.{name}" if edit.path else name for name in graft.state]
+    return keys

@@ -1,0 +1,67 @@
+"""The one step that all changes are made of: put a graft into a slot of a module, or take it out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from regraft.find.original import MISSING, RECORD, Graft, grafts_of
+from regraft.graft.classes import layered
+
+Change = tuple[nn.Module, str, Graft | None]
+"""A module, a slot, and what was in it before."""
+
+SLOTS = ("variant", "calls", "insert", "passes")
+"""Slots of a module in the order of their layers, the lowest first."""
+
+
+def set_graft(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None:
+    """Put `graft` into a slot, or empty it; returns what was there. Done completely or not at all."""
+    grafts = dict(grafts_of(module))
+    previous = grafts.pop(slot, None)
+    if graft is not None:
+        grafts[slot] = graft
+    cls = layered(type(module), [grafts[name].layer for name in SLOTS if name in grafts])
+    module.__class__ = cls  # may refuse (an incompatible layout): nothing else has changed yet
+    if previous is not None:
+        _take_back(module, previous)
+    if graft is not None:
+        _write(module, graft)
+    if grafts:
+        module.__dict__[RECORD] = grafts
+    else:
+        module.__dict__.pop(RECORD, None)
+    _rebind_instance_forward(module)
+    return previous
+
+
+def _write(module: nn.Module, graft: Graft) -> None:
+    for name, value in graft.written.items():
+        graft.saved[name] = module.__dict__.get(name, MISSING)
+        module.__dict__[name] = value
+    for name, value in graft.state.items():
+        if isinstance(value, nn.Parameter):
+            module.register_parameter(name, value)
+        else:
+            module.register_buffer(name, value)
+
+
+def _take_back(module: nn.Module, graft: Graft) -> None:
+    for name, value in graft.saved.items():
+        if module.__dict__.get(name) != graft.written[name]:
+            continue  # somebody set it since: that is not ours to undo
+        if isinstance(value, str) and value == MISSING:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = value
+    for name in graft.state:
+        module._parameters.pop(name, None)
+        module._buffers.pop(name, None)
+
+
+def _rebind_instance_forward(module: nn.Module) -> None:
+    """accelerate keeps the bound forward of the class it found, and would call the old one for ever."""
+    old: Any = module.__dict__.get("_old_forward")
+    if old is not None and getattr(old, "__self__", None) is module:
+        module.__dict__["_old_forward"] = type(module).forward.__get__(module)

@@ -1,0 +1,121 @@
+"""Generated classes: what a grafted module's class is, and how to take a layer out of it again.
+
+A graft changes what a module does by giving it a class derived from its own, so that references, hooks,
+tied weights, optimizers and sharding survive by construction. Each layer (a variant, the handling of
+calls, an insertion) is one derived class with one reason to exist; the chain above a user's class is
+rebuilt from the names of its layers, never undone by assignment, because other tools may since have put
+a class of their own on top.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from torch import nn
+
+from regraft.errors import RevertError
+from regraft.find.original import BASE, LAYER, foreign_base, is_foreign, is_generated
+
+Namespace = dict[str, Any]
+LayerBuilder = Callable[[type[nn.Module], str], Namespace]
+Class = type[nn.Module]
+
+_builders: dict[str, LayerBuilder] = {}
+_derived: dict[tuple[Class, str], Class] = {}
+_rebuilt: dict[tuple[Class, Class], Class] = {}
+
+
+def layer(kind: str) -> Callable[[LayerBuilder], LayerBuilder]:
+    """Register the builder of a kind of layer: of the class below and the text after `kind:`, the methods.
+
+    A namespace's `__name__` names the class; without it the class below keeps its names.
+    """
+
+    def add(builder: LayerBuilder) -> LayerBuilder:
+        _builders[kind] = builder
+        return builder
+
+    return add
+
+
+def derive(base: Class, name: str) -> Class:
+    """The class that adds the layer `name` to `base`; always the same one for the same two."""
+    key = (base, name)
+    if key not in _derived:
+        kind, _, argument = name.partition(":")
+        namespace = dict(_builders[kind](base, argument))
+        title = namespace.pop("__name__", base.__name__)
+        namespace.setdefault("__module__", base.__module__)
+        namespace.setdefault("__qualname__", base.__qualname__)
+        namespace.setdefault("__doc__", base.__doc__)
+        namespace |= {BASE: base, LAYER: name, "__reduce_ex__": _reduce_ex}
+        made = cast("Class", type(base)(title, (base,), namespace))
+        _derived[key] = made
+    return _derived[key]
+
+
+def layered(cls: Class, layers: Sequence[str]) -> Class:
+    """The class of a module of class `cls` once its grafts are exactly `layers`, the lowest first.
+
+    Classes that torch generated stay on top: they look for the user's methods right below themselves.
+    """
+    if is_foreign(cls):
+        below = foreign_base(cls)
+        wanted = layered(below, layers)
+        return cls if wanted is below else _rebuild_foreign(cls, wanted)
+    while is_generated(cls):
+        cls = cls.__dict__[BASE]
+    hidden = [one for one in cls.__mro__ if is_generated(one)]
+    if hidden:
+        raise RevertError(
+            f"{cls.__name__} was made from a grafted class by something regraft does not know",
+            where=f"{cls.__module__}.{cls.__qualname__} above {hidden[0].__name__}",
+            remedy="undo that first, then revert",
+        )
+    for name in layers:
+        cls = derive(cls, name)
+    return cls
+
+
+def _rebuild_foreign(cls: Class, base: Class) -> Class:
+    key = (cls, base)
+    if key not in _rebuilt:
+        prefix = cls.__name__.removesuffix(foreign_base(cls).__name__)
+        body = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+        bases = (*cls.__bases__[:-1], base)
+        _rebuilt[key] = cast("Class", type(cls)(f"{prefix}{base.__name__}", bases, body))
+    return _rebuilt[key]
+
+
+def layers_of(cls: Class) -> list[str]:
+    """Names of the layers in `cls`, the lowest first."""
+    return [one.__dict__[LAYER] for one in reversed(cls.__mro__) if is_generated(one)]
+
+
+def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
+    """Pickle by the user's class and the layers' names: a generated class cannot be imported."""
+    cls = type(self)
+    user = cls
+    while is_generated(user):
+        user = user.__dict__[BASE]
+    function, args, *rest = super(_lowest(cls), self).__reduce_ex__(protocol)
+    if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+        return (_make, (user, layers_of(cls), *args[1:]), *rest)
+    return (_make_by, (function, args, layers_of(cls)), *rest)
+
+
+def _lowest(cls: Class) -> Class:
+    return next(one for one in reversed(cls.__mro__) if is_generated(one))
+
+
+def _make(user: Class, layers: list[str], *args: Any) -> nn.Module:
+    cls = layered(user, layers)
+    return cast("nn.Module", cls.__new__(cls, *args))
+
+
+def _make_by(function: Callable[..., nn.Module], args: tuple[Any, ...], layers: list[str]) -> nn.Module:
+    made = function(*args)
+    made.__class__ = layered(type(made), layers)
+    return made

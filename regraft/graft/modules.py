@@ -1,0 +1,114 @@
+"""The layer of a module site: the module does what its variant does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from regraft.find.kinds import rate_name
+from regraft.find.original import RECORD, Graft
+from regraft.find.site import Site
+from regraft.graft.classes import Namespace, layer
+from regraft.planning import Edit
+from regraft.variants.module import written_options
+from regraft.variants.registry import complete_options, spec
+from regraft.variants.spec import Spec
+
+SLOT = "variant"
+
+
+def module_graft(site: Site, edit: Edit) -> Graft:
+    """The graft that makes the module at `site` do what `edit` says; nothing is changed yet."""
+    found = spec(edit.variant)
+    family = site.family or found.families[0]
+    written: dict[str, Any] = {}
+    if "p" in edit.options:
+        written[rate_name(site.module) or "p"] = float(edit.options["p"])
+    options = complete_options(found, edit.options)
+    layer_name = f"{SLOT}:{found.name}/{family}/{next(iter(written), '')}"
+    state = found.state(site.module, options) if found.state else {}
+    return Graft(layer_name, vars(edit), options, written=written, state=state)
+
+
+@layer(SLOT)
+def _variant_layer(base: type[nn.Module], argument: str) -> Namespace:
+    name, family, rate = argument.split("/")
+    found = spec(name)
+    forward = _FORWARDS[family](base, found, rate)
+    title = found.module_for(family).__name__
+    return {
+        "__name__": title,
+        "__qualname__": title,
+        "__module__": found.module_for(family).__module__,
+        "forward": functools.wraps(base.forward)(forward),
+        "extra_repr": _extra_repr(base, rate),
+    }
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    graft: Graft = module.__dict__[RECORD][SLOT]
+    if not graft.state:
+        return graft.options
+    return {**graft.options, **{name: getattr(module, name) for name in graft.state}}
+
+
+def _dropout_forward(base: type[nn.Module], found: Spec, rate: str) -> Callable[..., Tensor]:
+    function, in_eval = found.function, found.changes_eval is not None
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.training and not in_eval:
+            return base.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
+        x = args[0] if args else next(iter(kwargs.values()))
+        p = getattr(self, rate) if rate else 0.0
+        return function(x, p, self.training, **_settings(self))  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _linear_forward(base: type[nn.Module], found: Spec, rate: str) -> Callable[..., Tensor]:
+    function, in_eval = found.function_for("Linear"), found.changes_eval is not None
+    transposed = base.__name__ == "Conv1D"
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.training and not in_eval:
+            return base.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
+        x = args[0] if args else next(iter(kwargs.values()))
+        weight = self.weight.T if transposed else self.weight
+        p = getattr(self, rate) if rate else 0.0
+        return function(x, weight, self.bias, p, self.training, **_settings(self))  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _embedding_forward(base: type[nn.Module], found: Spec, rate: str) -> Callable[..., Tensor]:
+    function, in_eval = found.function, found.changes_eval is not None
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = base.forward(self, *args, **kwargs)
+        if not self.training and not in_eval:
+            return x
+        p = getattr(self, rate) if rate else 0.0
+        return function(x, p, self.training, **_settings(self))  # type: ignore[no-any-return]
+
+    return forward
+
+
+_FORWARDS = {
+    "Dropout": _dropout_forward,
+    "DropPath": _dropout_forward,
+    "Linear": _linear_forward,
+    "Embedding": _embedding_forward,
+}
+
+
+def _extra_repr(base: type[nn.Module], rate: str) -> Callable[[nn.Module], str]:
+    def extra_repr(self: nn.Module) -> str:
+        graft: Graft = self.__dict__[RECORD][SLOT]
+        own = "" if issubclass(base, nn.modules.dropout._DropoutNd) else base.extra_repr(self)
+        new = written_options(getattr(self, rate) if rate else None, graft.options)
+        return ", ".join(filter(None, [own, new]))
+
+    return extra_repr

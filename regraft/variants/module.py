@@ -1,0 +1,78 @@
+"""The thin modules' bases: a variant's function, its rate and its options, as an `nn.Module`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from regraft.errors import RateError
+
+
+def check_rate(p: object, *, where: str = "") -> float:
+    """`p` as a float in [0, 1), or RateError."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise RateError(f"a rate is a number in [0, 1), not {p!r}", where=where)
+    if p == 1:
+        raise RateError(
+            "p=1 drops everything: a dead layer is no regularizer",
+            where=where,
+            remedy="give a rate below 1; 'off' takes a regularizer out",
+        )
+    if not 0 <= p < 1:
+        raise RateError(f"p={p!r} is not in [0, 1)", where=where, remedy="p is the probability to drop")
+    return float(p)
+
+
+class DropoutVariant(nn.Module):
+    """Base of the dropout family: `forward(x)` is `function(x, p, training, **options)`."""
+
+    function: ClassVar[Callable[..., Tensor]]
+
+    def __init__(self, p: float, **options: Any) -> None:
+        super().__init__()
+        self.p = check_rate(p)
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        return type(self).function(x, self.p, self.training, **self.options)
+
+    def extra_repr(self) -> str:
+        return written_options(self.p, self.options)
+
+
+class LinearVariant(nn.Linear):
+    """Base of the linear family: `function(x, weight, bias, p, training, **options)`."""
+
+    function: ClassVar[Callable[..., Tensor]]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        p: float = 0.2,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.p = check_rate(p)
+        self.options = options
+
+    def forward(self, input: Tensor) -> Tensor:
+        function = type(self).function
+        return function(input, self.weight, self.bias, self.p, self.training, **self.options)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {written_options(self.p, self.options)}"
+
+
+def written_options(p: float | None, options: dict[str, Any]) -> str:
+    """`p=0.1, num_samples=8`, as a module's repr shows it; options at None are left out."""
+    shown = {} if p is None else {"p": p}
+    shown |= {key: value for key, value in options.items() if value is not None}
+    return ", ".join(f"{key}={value!r}" for key, value in shown.items())

@@ -1,0 +1,209 @@
+"""The registered variants, by name: the built-in ones are found by listing this folder."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from regraft.errors import OptionError, RegraftError, UnknownVariantError, nearest
+from regraft.variants.module import DropoutVariant, LinearVariant, check_rate
+from regraft.variants.spec import DEFAULT_RATE, Spec, Variant
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_FAMILIES = ("Dropout", "DropPath", "Linear", "Embedding")
+_RELATIVE = re.compile(r"x\d+(\.\d+)?")
+_specs: dict[str, Spec] = {}
+_builtin: set[str] = set()
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _load_builtin() -> None:
+    if _builtin:
+        return
+    package = importlib.import_module("regraft.variants")
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        for spec in getattr(module, "SPECS", ()):
+            _specs[spec.name] = spec
+            _builtin.add(spec.name)
+
+
+def names() -> list[str]:
+    """Names of all registered variants, sorted."""
+    _load_builtin()
+    return sorted(_specs)
+
+
+def spec(name: str) -> Spec:
+    """The variant called `name`, or UnknownVariantError with the nearest names."""
+    _load_builtin()
+    try:
+        return _specs[name]
+    except KeyError:
+        hint = nearest(name, _specs)
+        known = "the variants are " + ", ".join(sorted(_specs))
+        raise UnknownVariantError(
+            f"no variant is called {name!r}", remedy=f"{hint} {known}".strip()
+        ) from None
+
+
+def variant(name: str, /, **options: Any) -> Variant:
+    """A registered variant with options chosen; what a rule maps a selector to.
+
+    Args:
+        name: a registered name; `regraft variants` lists them.
+        options: of that variant. `p` is a rate in [0, 1), a rate relative to the site's own
+            (`"x0.5"`), or a callable of the `Site`.
+
+    Raises:
+        UnknownVariantError: no such variant (also a LookupError).
+        OptionError: no such option, or a value of the wrong kind (also a TypeError).
+        RateError: a number outside its range (also a ValueError).
+
+    Example:
+        >>> import regraft
+        >>> regraft.variant("dropconnect", p=0.2)
+        dropconnect(p=0.2)
+    """
+    found = spec(name)
+    check_options(found, options)
+    return Variant(name, dict(options))
+
+
+def complete_options(found: Spec, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options given, over the variant's defaults, without the rate."""
+    return {**found.defaults, **{key: value for key, value in options.items() if key != "p"}}
+
+
+def check_options(found: Spec, options: Mapping[str, Any]) -> None:
+    where = f"variant {found.name!r}"
+    known = [*_rate_option(found), *found.defaults]
+    for key in options:
+        if key not in known:
+            hint = nearest(key, known)
+            listed = "its options are " + ", ".join(known) if known else "it has no options"
+            raise OptionError(
+                f"{found.name!r} has no option {key!r}", where=where, remedy=f"{hint} {listed}".strip()
+            )
+    if "p" in options and not callable(options["p"]):
+        p = options["p"]
+        if not (isinstance(p, str) and _RELATIVE.fullmatch(p)):
+            if isinstance(p, str):
+                raise OptionError(
+                    f"p={p!r} is no rate", where=where, remedy="a number in [0, 1), or relative: 'x0.5'"
+                )
+            check_rate(p, where=where)
+    if found.check is not None:
+        try:
+            found.check(complete_options(found, options))
+        except RegraftError as error:
+            error.where = error.where or where
+            raise
+
+
+def _rate_option(found: Spec) -> tuple[str, ...]:
+    return () if found.name == "off" else ("p",)
+
+
+def register(
+    name: str,
+    *,
+    replaces: str = "Dropout",
+    changes_eval: bool = False,
+) -> Callable[[_Function], _Function]:
+    """Register a new variant: a decorator for its function.
+
+    The function is called only in training and with p > 0, so it needs no `training` of its own. Its
+    keyword-only parameters with defaults are the variant's options (plain JSON values). With
+    `changes_eval` it is called in eval too.
+
+    Args:
+        name: what rules call it: `[a-z][a-z0-9_]*`, not a built-in's.
+        replaces: "Dropout" (`f(x, p, *, ...)`), "DropPath" (the same), "Embedding" (the same, x is its
+            output) or "Linear" (`f(x, weight, bias, p, *, ...)`).
+        changes_eval: whether the output in eval is another than the original's.
+
+    Raises:
+        OptionError: a bad name, `replaces` or signature.
+
+    Example:
+        >>> import regraft, torch
+        >>> @regraft.register("my_noise", replaces="Dropout")
+        ... def my_noise(x, p, *, strength=1.0):
+        ...     return x + strength * p * torch.randn_like(x)
+        >>> regraft.variant("my_noise", strength=0.5)
+        my_noise(strength=0.5)
+    """
+    _load_builtin()
+    if not _NAME.fullmatch(name):
+        raise OptionError(f"{name!r} is no name for a variant", remedy="use [a-z][a-z0-9_]*")
+    if name in _builtin:
+        raise OptionError(f"{name!r} is a built-in variant", remedy="choose another name")
+    if replaces not in _FAMILIES:
+        raise OptionError(
+            f"replaces={replaces!r} is not one of {', '.join(_FAMILIES)}",
+            where=f"variant {name!r}",
+            remedy=nearest(replaces, _FAMILIES),
+        )
+
+    def decorate(function: _Function) -> _Function:
+        _specs[name] = _spec_of(name, function, replaces, changes_eval)
+        return function
+
+    return decorate
+
+
+def _spec_of(name: str, function: Callable[..., Any], family: str, changes_eval: bool) -> Spec:
+    defaults = _option_defaults(name, function, family)
+    whole = _linear(function, changes_eval) if family == "Linear" else _noise(function, changes_eval)
+    whole.__doc__ = function.__doc__
+    base = LinearVariant if family == "Linear" else DropoutVariant
+    title = "".join(part.capitalize() for part in name.split("_"))
+    module = type(title, (base,), {"function": staticmethod(whole), "__module__": function.__module__})
+    return Spec(
+        name,
+        whole,
+        (family,),
+        module,
+        defaults,
+        changes_eval=(lambda options: True) if changes_eval else None,
+    )
+
+
+def _option_defaults(name: str, function: Callable[..., Any], family: str) -> dict[str, Any]:
+    wanted = ("x", "weight", "bias", "p") if family == "Linear" else ("x", "p")
+    parameters = inspect.signature(function).parameters.values()
+    positional = [one for one in parameters if one.kind is not one.KEYWORD_ONLY]
+    options = [one for one in parameters if one.kind is one.KEYWORD_ONLY]
+    shape = f"def {name}({', '.join(wanted)}, *, option=default)"
+    if len(positional) != len(wanted) or any(one.default is one.empty for one in options):
+        raise OptionError(
+            f"a variant that replaces {family} is written {shape}, not "
+            f"{getattr(function, '__name__', function)}{inspect.signature(function)}",
+            where=f"variant {name!r}",
+        )
+    return {one.name: one.default for one in options}
+
+
+def _noise(function: Callable[..., Any], always: bool) -> Callable[..., Any]:
+    def whole(x: Any, p: float = DEFAULT_RATE, training: bool = True, **options: Any) -> Any:
+        return function(x, p, **options) if p > 0 and (training or always) else x
+
+    return whole
+
+
+def _linear(function: Callable[..., Any], always: bool) -> Callable[..., Any]:
+    from torch.nn.functional import linear
+
+    def whole(
+        x: Any, weight: Any, bias: Any = None, p: float = DEFAULT_RATE, training: bool = True, **options: Any
+    ) -> Any:
+        if p > 0 and (training or always):
+            return function(x, weight, bias, p, **options)
+        return linear(x, weight, bias)
+
+    return whole

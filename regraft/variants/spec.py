@@ -1,0 +1,96 @@
+"""What a variant is: its function, its module, its options; and a variant with options chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    Rate = float | str | Callable[[Any], float]
+    """A probability to drop in [0, 1); "x2", relative to the site's own; or a callable of the site."""
+
+DEFAULT_RATE = 0.2
+"""Where a rule puts a rate and names none: the low end of the 0.2 to 0.5 of Srivastava et al. 2014."""
+
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A registered variant.
+
+    `function` is the whole variant, both of training and of eval:
+
+    - in the "Dropout", "DropPath" and "Embedding" families `function(x, p, training, **options)`;
+      for an embedding x is what the embedding returns;
+    - in the "Linear" family `function(x, weight, bias, p, training, **options)`, with the weight as
+      (out, in) and the bias possibly None.
+
+    State that `state` adds to a module (parameters or buffers, by name) is passed as further keyword
+    arguments of the same names.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    families: tuple[str, ...]
+    module: type[nn.Module]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Mapping[str, Any]], None] | None = None
+    """Raises OptionError or RateError for options out of range; given the complete options."""
+    changes_eval: Callable[[Mapping[str, Any]], bool] | None = None
+    """Of the complete options: is the eval output another than the original's? None: never."""
+    needs_rate: Callable[[Mapping[str, Any]], bool] | None = None
+    """Of the complete options: does a site at rate 0 do nothing? None: yes."""
+    state: Callable[[nn.Module, Mapping[str, Any]], dict[str, Any]] | None = None
+    """Of the module at the site and the complete options: the parameters and buffers to add."""
+
+    linear_function: Callable[..., Any] | None = None
+    """Of a variant that takes the place of dropouts and of linears: the function for linears."""
+    linear_module: type[nn.Module] | None = None
+
+    def function_for(self, family: str) -> Callable[..., Any]:
+        """The function that runs at a site of `family`."""
+        return self.linear_function if family == "Linear" and self.linear_function else self.function
+
+    def module_for(self, family: str) -> type[nn.Module]:
+        """The module whose name a site of `family` shows after the graft."""
+        return self.linear_module if family == "Linear" and self.linear_module else self.module
+
+    @property
+    def summary(self) -> str:
+        """First line of the function's docstring."""
+        return (self.function.__doc__ or "").strip().split("\n")[0]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A registered variant with the options a rule gives it; options left out keep their defaults.
+
+    Make one with `regraft.variant(name, **options)`, which checks both. `p` is among the options
+    only if the rule names a rate.
+
+    Example:
+        >>> import regraft
+        >>> regraft.variant("multisample", p=0.3, num_samples=4)
+        multisample(p=0.3, num_samples=4)
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{key}={_written(value)}" for key, value in self.options.items())
+        return f"{self.name}({inside})" if inside else self.name
+
+    def __hash__(self) -> int:
+        return hash((self.name, repr(self)))
+
+
+def _written(value: Any) -> str:
+    if callable(value):
+        return f"<{getattr(value, '__name__', 'callable')}>"
+    return repr(value)
