@@ -6,16 +6,18 @@ The module is not called `plan` because `regraft.plan` is the function.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
 
-from regraft.errors import FileError, MisfitError, raise_all
+from regraft.choices import Choice
+from regraft.errors import FileError, MisfitError, OptionError, raise_all
 from regraft.find.inspection import Inspection, inspect
+from regraft.find.original import original_class
 from regraft.report.view import SCHEMA, View
-from regraft.rules import Choice, Rule, read_rules, resolve
+from regraft.rules import Rule, read_rules, resolve
 
 Rules = Mapping[Any, Any] | Sequence[tuple[Any, Any]]
 """Selector -> variant, in order; a mapping or a list of pairs."""
@@ -37,6 +39,10 @@ class Edit:
     rule: int
     calls: int | None
     source: str | None
+    methods: list[str] = field(default_factory=list)
+    """Of a call site: the owner's methods that run it."""
+    cost: str | None = None
+    """What the graft costs beyond the variant itself."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Plan(View):
         fingerprint: of each selected site, by path, what a model must have there for the plan to fit.
         notes: what a reader should know first.
         probe: how the sites were probed.
+        boundaries: modules inside a call site's owner that drop by themselves and are to be left alone.
     """
 
     model: str
@@ -76,6 +83,7 @@ class Plan(View):
     fingerprint: dict[str, str]
     notes: list[str] = field(default_factory=list)
     probe: dict[str, Any] = field(default_factory=dict)
+    boundaries: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values; `Plan.from_json` reads them back."""
@@ -109,12 +117,14 @@ class Plan(View):
 
     def check_fits(self, inspection: Inspection) -> None:
         """Raise MisfitError with every difference between the model and the one the plan was made for."""
-        found = fingerprint(inspection)
+        found = fingerprint(inspection, self.fingerprint)
         lines = []
         for path, expected in self.fingerprint.items():
             actual = found.get(path)
             if actual != expected:
-                lines.append(f"{path or '(the model)'}: the plan has {expected}, this model {actual or 'nothing'}")
+                lines.append(
+                    f"{path or '(the model)'}: the plan has {expected}, this model {actual or 'nothing'}"
+                )
         if lines:
             raise MisfitError(
                 f"the plan was made for another {self.model}; {len(lines)} sites differ:\n    "
@@ -124,22 +134,32 @@ class Plan(View):
             )
 
 
-def fingerprint(inspection: Inspection) -> dict[str, str]:
-    """Of each site, by path and operation, what a plan needs to find there again."""
-    marks: dict[str, list[str]] = {}
-    for site in inspection.sites:
-        shape = list(site.shape) if site.shape else ""
-        marks.setdefault(site.path, []).append(f"{site.type}/{site.op}{shape}")
-    return {path: " + ".join(sorted(set(mark))) for path, mark in marks.items()}
+def fingerprint(inspection: Inspection, paths: Iterable[str]) -> dict[str, str]:
+    """Of each path, what a plan needs to find there again: class, operation and shape.
+
+    Only what can be seen without running the model, so that a plan can be checked in a moment.
+    """
+    ops = {site.path: site for site in inspection.sites if site.kind == "module"}
+    types = {path: original_class(named.module) for named in inspection.modules for path in named.paths}
+    marks = {}
+    for path in paths:
+        if path not in types:
+            continue
+        site = ops.get(path)
+        inside = f"/{site.op}{list(site.shape) if site.shape else ''}" if site else ""
+        marks[path] = f"{types[path].__name__}{inside}"
+    return marks
 
 
-def plan(model: nn.Module, rules: Rules, inputs: Any = None) -> Plan:
+def plan(model: nn.Module, rules: Rules, inputs: Any = None, *, fused: str = "auto") -> Plan:
     """What a set of rules means for a model, as a value. Changes nothing, not even the random state.
 
     Args:
         model: any module. If it is grafted already, the plan is made against the original.
         rules: selector -> variant, later ones win; `None` leaves a site alone.
         inputs: for the probe, see `regraft.inspect`.
+        fused: what a variant with its own noise does at fused attention: "auto" writes it out unless one
+            call's scores would take more than 1 GiB, "write" always does, "keep" skips the site.
 
     Raises:
         RegraftError: all problems of all rules together (also a ValueError); a single one as itself.
@@ -153,25 +173,41 @@ def plan(model: nn.Module, rules: Rules, inputs: Any = None) -> Plan:
         [('1', 'Dropout(p=0.1)', 'GaussianDropout(p=0.1)')]
     """
     read = read_rules(rules)
-    return plan_of(inspect(model, inputs), read)
+    return plan_of(inspect(model, inputs), read, fused)
 
 
-def plan_of(inspection: Inspection, rules: list[Rule]) -> Plan:
+def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> Plan:
     """The plan for a model that has been inspected."""
-    choices, problems = resolve(inspection, rules)
+    if fused not in ("auto", "write", "keep"):
+        raise OptionError(f"fused={fused!r}", remedy="'auto', 'write' or 'keep'")
+    choices, problems = resolve(inspection, rules, fused)
     raise_all(problems)
     edits = [_edit(choice) for choice in choices if choice.reason is None]
     skips = [_skip(choice) for choice in choices if choice.reason is not None]
-    marks = fingerprint(inspection)
     selected = [*(edit.path for edit in edits), *(skip.path for skip in skips)]
     return Plan(
         model=type(inspection.root).__name__,
         rules=[[rule.selector.text, None if rule.variant is None else str(rule.variant)] for rule in rules],
         grafted=edits,
         skipped=skips,
-        fingerprint={path: marks[path] for path in selected if path in marks},
+        fingerprint=fingerprint(inspection, selected),
         notes=[*inspection.notes, *_notes(edits, skips, choices)],
         probe=inspection.probe.to_dict(),
+        boundaries=_boundaries(inspection, edits),
+    )
+
+
+def _boundaries(inspection: Inspection, edits: list[Edit]) -> list[str]:
+    """Modules below the owner of a call graft that drop by themselves: its mode must not reach them."""
+    owners = {path for edit in edits if edit.kind == "call" for path in edit.paths[:1]}
+    return sorted(
+        {
+            site.path
+            for site in inspection.sites
+            if site.family in ("Dropout", "DropPath")
+            and site.path not in owners
+            and any(not owner or site.path.startswith(f"{owner}.") for owner in owners)
+        }
     )
 
 
@@ -201,6 +237,8 @@ def _edit(choice: Choice) -> Edit:
         rule=choice.rule,
         calls=site.calls,
         source=site.source,
+        methods=sorted(site.call.methods) if site.call else [],
+        cost=choice.cost,
     )
 
 
@@ -218,4 +256,3 @@ def _skip(choice: Choice) -> Skip:
         remedy=choice.remedy,
         rule=choice.rule,
     )
-

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from regraft.choices import Choice, choose
 from regraft.errors import (
     NoMatchError,
-    RateError,
     RegraftError,
     RuleSyntaxError,
     WrongKindError,
@@ -17,11 +17,9 @@ from regraft.errors import (
 )
 from regraft.find.inspection import Inspection
 from regraft.find.selectors import Selector, read_selector
-from regraft.find.site import Site
-from regraft.variants.module import check_rate, written_options
 from regraft.variants.parse import parse_variant
-from regraft.variants.registry import complete_options, spec
-from regraft.variants.spec import DEFAULT_RATE, Spec, Variant
+from regraft.variants.registry import spec
+from regraft.variants.spec import Variant
 
 
 @dataclass(frozen=True)
@@ -30,19 +28,6 @@ class Rule:
 
     selector: Selector
     variant: Variant | None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a rule decided for one site: a variant with its rate, or the reason why not."""
-
-    site: Site
-    rule: int
-    variant: Variant | None = None
-    after: str = ""
-    reason: str | None = None
-    remedy: str = ""
-    at_zero: bool = False
 
 
 def read_rules(rules: Any) -> list[Rule]:
@@ -82,7 +67,9 @@ def _read_pair(pair: Any) -> Rule:
     )
 
 
-def resolve(inspection: Inspection, rules: list[Rule]) -> tuple[list[Choice], list[RegraftError]]:
+def resolve(
+    inspection: Inspection, rules: list[Rule], fused: str = "auto"
+) -> tuple[list[Choice], list[RegraftError]]:
     """What the rules decide for each selected site, and every problem they have."""
     problems: list[RegraftError] = []
     decided: dict[int, int] = {}
@@ -98,7 +85,8 @@ def resolve(inspection: Inspection, rules: list[Rule]) -> tuple[list[Choice], li
         if variant is None:
             continue
         try:
-            choices.append(_choose(inspection.sites[position], index, rules[index], variant))
+            site, text = inspection.sites[position], rules[index].selector.text
+            choices.append(choose(site, index, text, variant, fused))
         except RegraftError as error:
             problems.append(error)
     return choices, problems
@@ -134,7 +122,9 @@ def _no_match(inspection: Inspection, selector: Selector, where: str) -> NoMatch
     word = selector.text.partition("@")[0] if selector.type != "*" else selector.text.rpartition("@")[2]
     hints = [nearest(word, [*kinds, *paths])]
     if selector.type in kinds:
-        close = nearest(selector.text.partition("@")[2], [p for s in sites if s.op == selector.type for p in s.paths])
+        close = nearest(
+            selector.text.partition("@")[2], [p for s in sites if s.op == selector.type for p in s.paths]
+        )
         hints = [f"there are {selector.type} sites, but none at that path", close]
     elif any(selector.type == path for path in paths):
         hints = [f"{selector.type!r} is a path: write '*@{selector.type}'"]
@@ -144,69 +134,3 @@ def _no_match(inspection: Inspection, selector: Selector, where: str) -> NoMatch
             f"functional dropout is seen only by the probe, which did not run ({inspection.probe.reason})"
         )
     return NoMatchError("the rule matches nothing", where=where, remedy="; ".join(filter(None, hints)))
-
-
-def _choose(site: Site, index: int, rule: Rule, variant: Variant) -> Choice:
-    found = spec(variant.name)
-    if site.family not in found.families:
-        what = f"{variant.name!r} cannot replace {site.op}"
-        return Choice(site, index, reason=what, remedy="narrow the rule, or choose another variant")
-    if site.calls == 0 and site.obstacle is None:
-        return Choice(
-            site,
-            index,
-            reason="its forward was never called in the probe",
-            remedy="its parent may read the rate or the weight instead; check the line that uses it",
-        )
-    if site.obstacle is not None:
-        return Choice(site, index, reason=site.obstacle[0], remedy=site.obstacle[1])
-    if variant.name == "off" and site.family not in ("Dropout", "DropPath"):
-        return Choice(site, index, reason="there is no regularizer to take out", remedy="drop the rule")
-    p = _rate(site, found, variant, f"rule {index}: {rule.selector.text!r}, at {site.path!r}")
-    if p == 0 and not _sets_rate(variant) and _needs_rate(found, variant):
-        example = f"{rule.selector.text!r}: '{variant.name}(p=0.1)'"
-        return Choice(site, index, reason="its rate is 0", remedy=f"name one: {example}", at_zero=True)
-    options = {key: value for key, value in variant.options.items() if key != "p"}
-    if p is not None:
-        options = {"p": p, **options}
-    return Choice(site, index, Variant(variant.name, options), after=_after(site, found, options))
-
-
-def _sets_rate(variant: Variant) -> bool:
-    # A rate relative to 0 is still 0.
-    p = variant.options.get("p")
-    return p is not None and not isinstance(p, str)
-
-
-def _needs_rate(found: Spec, variant: Variant) -> bool:
-    return found.needs_rate is None or found.needs_rate(complete_options(found, variant.options))
-
-
-def _rate(site: Site, found: Spec, variant: Variant, where: str) -> float | None:
-    p = variant.options.get("p")
-    if found.name == "off":
-        return None
-    if callable(p):
-        return check_rate(p(site), where=where)
-    if isinstance(p, str):
-        base = DEFAULT_RATE if site.p is None else site.p
-        rate = base * float(p[1:])
-        if not 0 <= rate < 1:
-            raise RateError(
-                f"p={p!r} of a rate of {base:g} is {rate:g}, not in [0, 1)",
-                where=where,
-                remedy="a smaller factor",
-            )
-        return rate
-    if p is not None:
-        return float(p)
-    return DEFAULT_RATE if site.p is None else site.p
-
-
-def _after(site: Site, found: Spec, options: dict[str, Any]) -> str:
-    name = found.module_for(site.family or "").__name__
-    shape = ", ".join(map(str, site.shape)) if site.shape else ""
-    shown = {**found.defaults, **{key: value for key, value in options.items() if key != "p"}}
-    rate = options.get("p")
-    inside = ", ".join(filter(None, [shape, written_options(rate, shown)]))
-    return f"{name}({inside})"

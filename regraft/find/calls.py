@@ -3,44 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from regraft.find.frames import caller_line
+from regraft.find.frames import calling_frames, line_of
+from regraft.find.functions import FUNCTIONS, Parsed
 from regraft.find.kinds import op_of
-
-_OPS: dict[Callable[..., Any], tuple[str, str]] = {
-    F.dropout: ("dropout", "p"),
-    torch.dropout: ("dropout", "p"),
-    torch.dropout_: ("dropout", "p"),
-    F.dropout1d: ("dropout1d", "p"),
-    F.dropout2d: ("dropout2d", "p"),
-    F.dropout3d: ("dropout3d", "p"),
-    F.alpha_dropout: ("alpha_dropout", "p"),
-    torch.alpha_dropout: ("alpha_dropout", "p"),
-    F.feature_alpha_dropout: ("feature_alpha_dropout", "p"),
-    torch.feature_alpha_dropout: ("feature_alpha_dropout", "p"),
-    F.scaled_dot_product_attention: ("scaled_dot_product_attention", "dropout_p"),
-}
-"""Function -> operation, and the name of its rate."""
-_POSITIONS = {F.scaled_dot_product_attention: 4}
-_TRAINING = {"p": 0.5, "dropout_p": 0.0}
 
 
 @dataclass
 class Called:
-    """A functional dropout that ran inside a module's forward."""
+    """The calls of one operation inside one module's own forward."""
 
     owner: nn.Module
     op: str
-    p: float
-    source: str
-    calls: int = 0
+    rates: list[float] = field(default_factory=list)
+    """The rate of each call, 0 for one that says it is not training."""
+    sources: list[str] = field(default_factory=list)
+    methods: set[str] = field(default_factory=set)
+    """Methods of the owner that were running."""
+    score_bytes: int = 0
+    """Of attention: the size of the largest score matrix of one call."""
+
+    @property
+    def p(self) -> float:
+        """The rate of the calls; the first that is not 0 where they differ."""
+        return next((rate for rate in self.rates if rate > 0), 0.0)
 
 
 class CallRecorder(TorchFunctionMode):
@@ -49,7 +42,7 @@ class CallRecorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.owners: list[nn.Module] = []
-        self._called: dict[tuple[int, str, str], Called] = {}
+        self._called: dict[tuple[int, str], Called] = {}
 
     def called(self) -> list[Called]:
         return list(self._called.values())
@@ -62,40 +55,34 @@ class CallRecorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _OPS and self.owners:
-            self._record(func, args, kwargs)
+        if func in FUNCTIONS and self.owners:
+            self._record(FUNCTIONS[func](*args, **kwargs))
         if func is torch.rand and _draws_a_scalar(args):
             # LayerDrop: a scalar decides whether a layer runs. 1.0 keeps every layer.
             return torch.tensor(1.0)
         return func(*args, **kwargs)
 
-    def _record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _record(self, parsed: Parsed) -> None:
         owner = self.owners[-1]
-        op, _ = _OPS[func]
-        if op_of(owner) is not None:
+        if op_of(owner) is not None and parsed.op != "scaled_dot_product_attention":
             return  # a module site: it is counted as the module
-        rate = call_rate(func, args, kwargs)
-        if rate is None:
-            return
-        source = caller_line()
-        key = (id(owner), op, source)
-        called = self._called.setdefault(key, Called(owner, op, rate, source))
-        called.calls += 1
+        called = self._called.setdefault((id(owner), parsed.op), Called(owner, parsed.op))
+        called.rates.append(float(parsed.p) if parsed.training else 0.0)
+        frames = calling_frames()
+        called.sources.append(line_of(frames))
+        called.methods |= _methods(owner, frames)
+        called.score_bytes = max(called.score_bytes, parsed.score_bytes)
 
 
-def call_rate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-    """The rate at which a call drops; None if it is one in eval."""
-    _, name = _OPS[func]
-    position = _POSITIONS.get(func, 1)
-    default = _TRAINING[name]
-    rate = kwargs.get(name, args[position] if len(args) > position else default)
-    training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
-    if name == "p" and not training:
-        return None
-    return float(rate)
+def _methods(owner: nn.Module, frames: list[FrameType]) -> set[str]:
+    """Names of the owner's methods among the frames: each of them may be an entrance of its own."""
+    found = set()
+    for frame in frames:
+        name = frame.f_code.co_name
+        if frame.f_locals.get("self") is owner and callable(getattr(type(owner), name, None)):
+            found.add(name)
+    return found - {"__call__", "_call_impl", "_wrapped_call_impl"}
 
 
 def _draws_a_scalar(args: tuple[Any, ...]) -> bool:
-    return len(args) == 1 and (args[0] == [] or args[0] == () or args[0] == 1 or args[0] == [1])
-
-
+    return len(args) == 1 and args[0] in ([], (), 1, [1], (1,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import FrameType
 
 import torch
 
@@ -11,17 +12,30 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep  # with the s
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
-def caller_line() -> str:
-    """`bert/modeling_bert.py:198`: the nearest frame that is neither torch's nor regraft's."""
-    frame = sys._getframe(1)
+def calling_frames() -> list[FrameType]:
+    """The frames above this one that are neither torch's nor regraft's, up to the next module's call."""
+    frames = []
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_TORCH, _OWN)):
-            return f"{short(name)}:{frame.f_lineno}"
-        if frame.f_back is None:
+        if frames and frame.f_code.co_name == "_call_impl" and name.startswith(_TORCH):
             break
+        if not name.startswith((_TORCH, _OWN)):
+            frames.append(frame)
         frame = frame.f_back
-    return ""
+    return frames
+
+
+def caller_line() -> str:
+    """`bert/modeling_bert.py:198`: the nearest line that is neither torch's nor regraft's."""
+    return line_of(calling_frames())
+
+
+def line_of(frames: list[FrameType]) -> str:
+    """The line of the innermost frame; "" where there is none."""
+    if not frames:
+        return ""
+    return f"{short(frames[0].f_code.co_filename)}:{frames[0].f_lineno}"
 
 
 def short(filename: str) -> str:

@@ -73,7 +73,9 @@ def _written(model: nn.Module) -> str:
 
 def made_inputs(model: nn.Module) -> Inputs | None:
     """Inputs for a Hugging Face or a timm model; None for a model that does not say what it takes."""
-    if getattr(model, "config", None) is not None and isinstance(getattr(model, "main_input_name", None), str):
+    if getattr(model, "config", None) is not None and isinstance(
+        getattr(model, "main_input_name", None), str
+    ):
         return _from_config(model)
     settings = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = _setting(settings, "input_size")

@@ -10,6 +10,7 @@ from torch import nn
 from regraft.find.inputs import Inputs, given_inputs, made_inputs
 from regraft.find.modules import module_sites
 from regraft.find.probe import Probe, run_probe
+from regraft.find.probed import probed_sites
 from regraft.find.site import Site
 from regraft.find.walk import Named, inner_model, named_modules
 from regraft.report.view import SCHEMA, View
@@ -78,7 +79,7 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
     """
     seen = look(model)
     probe = _probed(seen.root, seen.modules, inputs, {id(site.module) for site in seen.sites})
-    return replace(seen, sites=[_with_calls(site, probe) for site in seen.sites], probe=probe)
+    return replace(seen, sites=probed_sites(seen.sites, seen.modules, probe), probe=probe)
 
 
 def look(model: nn.Module) -> Inspection:
@@ -101,11 +102,3 @@ def _probed(root: nn.Module, modules: list[Named], inputs: Any, sites: set[int])
     if made is None:
         return Probe(reason="regraft does not know this model's inputs; give inputs=")
     return run_probe(root, modules, made, sites)
-
-
-def _with_calls(site: Site, probe: Probe) -> Site:
-    if not probe.ran:
-        return site
-    key = id(site.module)
-    return replace(site, calls=probe.counts.get(key, 0), source=probe.lines.get(key))
-

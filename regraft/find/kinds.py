@@ -28,7 +28,14 @@ FAMILIES: dict[str, str] = {
     "Linear": "Linear",
     "Conv1D": "Linear",
     "Embedding": "Embedding",
+    "dropout": "Dropout",
+    "dropout1d": "Dropout",
+    "dropout2d": "Dropout",
+    "dropout3d": "Dropout",
+    "alpha_dropout": "Dropout",
+    "feature_alpha_dropout": "Dropout",
     "scaled_dot_product_attention": "Dropout",
+    "multi_head_attention_forward": "Dropout",
     "MultiheadAttention": "Dropout",
     "LSTM": "Dropout",
     "GRU": "Dropout",
@@ -42,7 +49,17 @@ OPAQUE: dict[type[nn.Module], str] = {
     nn.RNN: "RNN",
 }
 """Modules of torch that hide a dropout inside; their rate is the attribute `dropout`."""
-PLAIN = frozenset({"scaled_dot_product_attention", "MultiheadAttention", "LSTM", "GRU", "RNN"})
+PLAIN = frozenset(
+    {
+        "dropout",
+        "scaled_dot_product_attention",
+        "multi_head_attention_forward",
+        "MultiheadAttention",
+        "LSTM",
+        "GRU",
+        "RNN",
+    }
+)
 """Operations that the selector "Dropout" means too: the plain dropout, written inside something else."""
 
 _DROP_PATH = re.compile(r"(DropPath|StochasticDepth)$")

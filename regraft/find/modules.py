@@ -57,4 +57,3 @@ def _shape(module: nn.Module, op: str) -> tuple[int, ...] | None:
     if op not in pairs:
         return None
     return tuple(int(getattr(module, name)) for name in pairs[op] if hasattr(module, name))
-

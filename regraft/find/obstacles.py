@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from regraft.find.kinds import OPAQUE, never_runs
+from regraft.find.kinds import never_runs
 from regraft.find.original import original_class
 
 _PLAIN_TENSORS = ("Parameter", "Tensor", "DTensor", "FakeTensor", "Buffer", "UninitializedParameter")
@@ -24,8 +24,6 @@ def obstacle(module: nn.Module, op: str) -> tuple[str, str] | None:
         return "it is lazy and changes its class at its first forward", "run one forward first"
     if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
         return "something put a forward on the instance, which hides the class's", "graft before that"
-    if any(op == name for name in OPAQUE.values()):
-        return f"the dropout is inside torch's own {op}, in one call", f"set {op}.dropout yourself"
     weight = module._parameters.get("weight")
     if weight is not None and type(weight).__name__ not in _PLAIN_TENSORS:
         return f"its weight is a {type(weight).__name__}, not plain numbers", "graft before quantizing"

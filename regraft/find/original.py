@@ -32,6 +32,8 @@ class Graft:
     """Attributes the graft wrote, as they were."""
     written: dict[str, Any] = field(default_factory=dict)
     """The same attributes, as the graft wrote them."""
+    in_eval: bool = False
+    """Does it act in eval too?"""
     state: dict[str, Any] = field(default_factory=dict)
     """Parameters and buffers that the graft adds, by name: what they start from."""
 
@@ -73,6 +75,33 @@ def foreign_base(cls: type) -> type[nn.Module]:
     """The class that a generated class of torch was made from."""
     base: type[nn.Module] = cls.__bases__[-1]
     return base
+
+
+def stand_aside(module: nn.Module) -> type[nn.Module] | None:
+    """Make a grafted module what it was, for a look at it; returns the class to set again afterwards.
+
+    The attributes are left to the caller to put back, who keeps them all anyway.
+    """
+    grafts, cls = grafts_of(module), type(module)
+    if not grafts or is_foreign(cls):
+        return None
+    module.__class__ = original_class(module)
+    for graft in grafts.values():
+        for name, value in graft.saved.items():
+            if module.__dict__.get(name) == graft.written.get(name):
+                module.__dict__[name] = value
+                if isinstance(value, str) and value == MISSING:
+                    del module.__dict__[name]
+    del module.__dict__[RECORD]
+    rebind_instance_forward(module)
+    return cls
+
+
+def rebind_instance_forward(module: nn.Module) -> None:
+    """Accelerate keeps the bound forward of the class it found, and would call the old one for ever."""
+    old: Any = module.__dict__.get("_old_forward")
+    if old is not None and getattr(old, "__self__", None) is module:
+        module.__dict__["_old_forward"] = type(module).forward.__get__(module)
 
 
 def original_attribute(module: nn.Module, name: str) -> Any:

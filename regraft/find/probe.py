@@ -20,9 +20,11 @@ from torch.nn.modules.module import (
 )
 from torch.utils._pytree import tree_map
 
-from regraft.find.calls import CallRecorder, Called
+from regraft.find.calls import Called, CallRecorder
 from regraft.find.frames import caller_line
 from regraft.find.inputs import Inputs
+from regraft.find.kinds import op_of
+from regraft.find.original import stand_aside
 from regraft.find.unchanged import buffers_kept, random_state_kept, unchanged
 from regraft.find.walk import Named
 
@@ -38,6 +40,7 @@ class Probe:
         counts: forwards of each module, by id.
         lines: the line that first called each module, by id.
         called: the functional dropouts that ran, innermost owner and operation.
+        twins: the modules whose rate a call used, by the id of the call's owner and its operation.
     """
 
     how: str | None = None
@@ -46,6 +49,7 @@ class Probe:
     counts: dict[int, int] = field(default_factory=dict)
     lines: dict[int, str] = field(default_factory=dict)
     called: list[Called] = field(default_factory=list)
+    twins: dict[tuple[int, str], list[nn.Module]] = field(default_factory=dict)
 
     @property
     def ran(self) -> bool:
@@ -68,17 +72,16 @@ def run_probe(model: nn.Module, modules: list[Named], inputs: Inputs, sites: set
     return probe
 
 
-def _for_real(
-    model: nn.Module, modules: list[Named], inputs: Inputs, sites: set[int], reason: str
-) -> Probe:
+def _for_real(model: nn.Module, modules: list[Named], inputs: Inputs, sites: set[int], reason: str) -> Probe:
     devices = {p.device for p in model.parameters()}
     if torch.device("meta") in devices or len(devices) > 1:
         return Probe(reason=reason)
     try:
         placed = tree_map(lambda leaf: _moved(leaf, devices), (inputs.args, inputs.kwargs))
         every = [named.module for named in modules]
-        with buffers_kept(every), _training(every), random_state_kept():
+        with buffers_kept(every), _training(every) as marks, random_state_kept():
             probe = _watch(model, placed, sites)
+            _name_twins(probe, marks)
     except Exception as error:
         return Probe(reason=f"{reason}; nor does a real one run: {_one_line(error)}")
     probe.how, probe.reason = "real forward", reason
@@ -89,12 +92,10 @@ def _moved(leaf: Any, devices: set[torch.device]) -> Any:
     return leaf.to(next(iter(devices))) if isinstance(leaf, Tensor) and devices else leaf
 
 
-def _on_fake_tensors(
-    model: nn.Module, modules: list[Named], inputs: Inputs, sites: set[int]
-) -> Probe:
+def _on_fake_tensors(model: nn.Module, modules: list[Named], inputs: Inputs, sites: set[int]) -> Probe:
     every = [named.module for named in modules]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with warnings.catch_warnings(), _training(every), random_state_kept():
+    with warnings.catch_warnings(), _training(every) as marks, random_state_kept():
         warnings.simplefilter("ignore")
         fake_state, device = _faked_state(model, mode)
         placed = tree_map(lambda leaf: _faked(leaf, mode, device), (inputs.args, inputs.kwargs))
@@ -103,7 +104,9 @@ def _on_fake_tensors(
             return functional_call(model, fake_state, args, kwargs)
 
         with mode:
-            return _watch(forward, placed, sites)
+            probe = _watch(forward, placed, sites)
+        _name_twins(probe, marks)
+        return probe
 
 
 def _faked_state(model: nn.Module, mode: FakeTensorMode) -> tuple[dict[str, Tensor], torch.device]:
@@ -134,15 +137,44 @@ def _faked(leaf: Any, mode: FakeTensorMode, device: torch.device | None) -> Any:
 
 
 @contextmanager
-def _training(modules: list[nn.Module]) -> Iterator[None]:
-    """All modules in training mode, LayerDrop at 0 so that no layer is missed, and all as before after it."""
-    with unchanged(modules):
+def _training(modules: list[nn.Module]) -> Iterator[dict[float, tuple[nn.Module, float]]]:
+    """All modules in training mode, LayerDrop at 0 so that no layer is missed, and all as before after it.
+
+    Each dropout's rate is moved by less than any model can notice, so that a call that uses it tells
+    which module it got it from; yields the modules by those rates.
+    """
+    marks: dict[float, tuple[nn.Module, float]] = {}
+    with unchanged(modules), _originals(modules):
         for module in modules:
-            module.__dict__["training"] = True
+            attributes = module.__dict__
+            attributes["training"] = True
             for name in ("layerdrop", "layer_drop"):
-                if isinstance(module.__dict__.get(name), float):
-                    module.__dict__[name] = 0.0
+                if isinstance(attributes.get(name), float):
+                    attributes[name] = 0.0
+            rate = attributes.get("p")
+            if isinstance(rate, float) and 0 < rate < 1 and op_of(module) is not None:
+                attributes["p"] = rate * (1 - 1e-12 * (len(marks) + 1))
+                marks[attributes["p"]] = (module, rate)
+        yield marks
+
+
+@contextmanager
+def _originals(modules: list[nn.Module]) -> Iterator[None]:
+    """Grafts stand aside: a rule is read against the original."""
+    grafted = [(module, cls) for module in modules if (cls := stand_aside(module)) is not None]
+    try:
         yield
+    finally:
+        for module, cls in grafted:
+            module.__class__ = cls
+
+
+def _name_twins(probe: Probe, marks: dict[float, tuple[nn.Module, float]]) -> None:
+    """Find the modules whose rates were used by calls, and give the calls the true rates again."""
+    for called in probe.called:
+        used = {id(module): module for module, _ in (marks[rate] for rate in called.rates if rate in marks)}
+        probe.twins[id(called.owner), called.op] = list(used.values())
+        called.rates = [marks[rate][1] if rate in marks else rate for rate in called.rates]
 
 
 def _watch(forward: Any, placed: tuple[Any, Any], sites: set[int]) -> Probe:

@@ -55,6 +55,8 @@ class Selector:
             return True
         if self.type == "Dropout":
             return site.op in PLAIN
+        if site.kind == "call" and self.type.casefold() == site.op.replace("_", ""):
+            return True  # "Dropout2d" is the kind, made as a module or called
         # A class name of the user's own, for the modules that have no operation name of their own.
         return site.kind == "module" and self.type == site.type
 
@@ -96,7 +98,7 @@ def _read_text(text: str) -> Selector:
     if rest.startswith("re:"):
         return Selector(text, paths=_regex(rest[3:], text), position=position)
     kind, at, path = rest.partition("@")
-    if not at and "." in rest or (not at and not _TYPE.fullmatch(rest)):
+    if (not at and "." in rest) or (not at and not _TYPE.fullmatch(rest)):
         return Selector(text, paths=compile_path(rest), position=position)
     if not _TYPE.fullmatch(kind):
         raise RuleSyntaxError(

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from regraft.find.calls import Called
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -42,6 +44,8 @@ class Site:
     dtype: str | None = None
     training: bool = True
     variant: str | None = None
+    call: Called | None = field(default=None, repr=False)
+    """Of a call site: what the probe recorded of it."""
     obstacle: tuple[str, str] | None = field(default=None, repr=False)
     """Why a graft here would be lost, and the remedy, where that is known from the module alone."""
 

@@ -10,10 +10,9 @@ from typing import Any
 from torch import nn
 
 from regraft.find.inspection import Inspection, inspect, look
-from regraft.find.original import RECORD, Graft
-from regraft.find.site import Site
+from regraft.find.original import grafts_of
 from regraft.graft.change import Change, set_graft
-from regraft.graft.modules import SLOT, module_graft
+from regraft.graft.steps import steps_of
 from regraft.planning import Edit, Plan, Rules, Skip, plan_of
 from regraft.report.view import SCHEMA, View
 from regraft.rules import read_rules
@@ -57,7 +56,7 @@ class Report(View):
         return {"schema": SCHEMA, "view": "report", **asdict(self)}
 
 
-def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None) -> Report:
+def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: str = "auto") -> Report:
     """Graft variants into a model, in place: all of it, or, after an error, none of it.
 
     Weights, state-dict keys, devices, hooks and training flags stay as they are, and so does the eval
@@ -68,6 +67,7 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None) -> Report:
         model: any module; DDP and compiled wrappers are looked into.
         rules: selector -> variant (later rules win, None leaves alone), or a `Plan`.
         inputs: for the probe, see `regraft.inspect`.
+        fused: what becomes of fused attention, see `regraft.plan`.
 
     Returns:
         The report: print it, or take `.to_json()`, `.to_markdown()`, `.to_html()`.
@@ -84,11 +84,13 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None) -> Report:
         >>> net[1]
         MultiSampleDropout(p=0.1, num_samples=8)
     """
-    return graft_rules(model, rules, inputs)[0]
+    return graft_rules(model, rules, inputs, fused)[0]
 
 
 @contextmanager
-def grafted(model: nn.Module, rules: Rules | Plan, inputs: Any = None) -> Iterator[Report]:
+def grafted(
+    model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: str = "auto"
+) -> Iterator[Report]:
     """A model grafted for the length of a block; afterwards, also after an exception, as it was before.
 
     Args, Raises: as `regraft.apply`.
@@ -103,14 +105,16 @@ def grafted(model: nn.Module, rules: Rules | Plan, inputs: Any = None) -> Iterat
         >>> net[1]
         Dropout(p=0.1, inplace=False)
     """
-    report, changes = graft_rules(model, rules, inputs)
+    report, changes = graft_rules(model, rules, inputs, fused)
     try:
         yield report
     finally:
         undo(changes)
 
 
-def graft_rules(model: nn.Module, rules: Rules | Plan, inputs: Any = None) -> tuple[Report, list[Change]]:
+def graft_rules(
+    model: nn.Module, rules: Rules | Plan, inputs: Any = None, fused: str = "auto"
+) -> tuple[Report, list[Change]]:
     """What `apply` does, and the changes that undo it."""
     if isinstance(rules, Plan):
         inspection = look(model)
@@ -119,14 +123,14 @@ def graft_rules(model: nn.Module, rules: Rules | Plan, inputs: Any = None) -> tu
     else:
         read = read_rules(rules)
         inspection = inspect(model, inputs)
-        made = plan_of(inspection, read)
+        made = plan_of(inspection, read, fused)
     changes = _carry_out(inspection, made)
     report = Report(
         model=made.model,
         rules=made.rules,
         grafted=made.grafted,
         skipped=made.skipped,
-        state_keys=_state_keys(made, changes),
+        state_keys=_state_keys(changes),
         notes=made.notes,
         probe=made.probe,
     )
@@ -134,20 +138,14 @@ def graft_rules(model: nn.Module, rules: Rules | Plan, inputs: Any = None) -> tu
 
 
 def _carry_out(inspection: Inspection, made: Plan) -> list[Change]:
-    sites = {(site.path, site.kind, site.op): site for site in inspection.sites}
-    steps = [_step(sites[edit.path, edit.kind, edit.op], edit) for edit in made.grafted]
     changes: list[Change] = []
     try:
-        for module, slot, graft in steps:
+        for module, slot, graft in steps_of(inspection, made):
             changes.append((module, slot, set_graft(module, slot, graft)))
     except BaseException:
         undo(changes)
         raise
     return changes
-
-
-def _step(site: Site, edit: Edit) -> tuple[nn.Module, str, Graft]:
-    return site.module, SLOT, module_graft(site, edit)
 
 
 def undo(changes: list[Change]) -> None:
@@ -156,9 +154,9 @@ def undo(changes: list[Change]) -> None:
         set_graft(module, slot, previous)
 
 
-def _state_keys(made: Plan, changes: list[Change]) -> list[str]:
+def _state_keys(changes: list[Change]) -> list[str]:
     keys = []
-    for edit, (module, slot, _) in zip(made.grafted, changes, strict=True):
-        graft: Graft = module.__dict__[RECORD][slot]
-        keys += [f"{edit.path}.{name}" if edit.path else name for name in graft.state]
+    for module, slot, _ in changes:
+        graft = grafts_of(module)[slot]
+        keys += [f"{graft.edit['path']}.{name}".lstrip(".") for name in graft.state]
     return keys

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-from regraft.find.original import MISSING, RECORD, Graft, grafts_of
+from regraft.find.original import MISSING, RECORD, Graft, grafts_of, rebind_instance_forward
 from regraft.graft.classes import layered
 
 Change = tuple[nn.Module, str, Graft | None]
 """A module, a slot, and what was in it before."""
 
-SLOTS = ("variant", "calls", "insert", "passes")
-"""Slots of a module in the order of their layers, the lowest first."""
+ORDER = ("rate", "variant", "calls", "insert", "passes")
+"""Kinds of slots in the order of their layers, the lowest first. `calls:dropout` is of kind `calls`."""
 
 
 def set_graft(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None:
@@ -22,7 +20,7 @@ def set_graft(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None
     previous = grafts.pop(slot, None)
     if graft is not None:
         grafts[slot] = graft
-    cls = layered(type(module), [grafts[name].layer for name in SLOTS if name in grafts])
+    cls = layered(type(module), _layers(grafts))
     module.__class__ = cls  # may refuse (an incompatible layout): nothing else has changed yet
     if previous is not None:
         _take_back(module, previous)
@@ -32,8 +30,18 @@ def set_graft(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None
         module.__dict__[RECORD] = grafts
     else:
         module.__dict__.pop(RECORD, None)
-    _rebind_instance_forward(module)
+    rebind_instance_forward(module)
     return previous
+
+
+def _layers(grafts: dict[str, Graft]) -> list[str]:
+    """The layers that the grafts need, each once: all call sites of a module share one."""
+    slots = sorted(grafts, key=lambda slot: ORDER.index(slot.partition(":")[0]))
+    layers = [grafts[slot].layer for slot in slots if grafts[slot].layer]
+    calls = {name for one in layers if one.startswith("calls:") for name in one[6:].split(",")}
+    plain = [one for one in layers if not one.startswith("calls:")]
+    at = next((i for i, one in enumerate(plain) if not one.startswith("variant:")), len(plain))
+    return [*plain[:at], *([f"calls:{','.join(sorted(calls))}"] if calls else []), *plain[at:]]
 
 
 def _write(module: nn.Module, graft: Graft) -> None:
@@ -58,10 +66,3 @@ def _take_back(module: nn.Module, graft: Graft) -> None:
     for name in graft.state:
         module._parameters.pop(name, None)
         module._buffers.pop(name, None)
-
-
-def _rebind_instance_forward(module: nn.Module) -> None:
-    """accelerate keeps the bound forward of the class it found, and would call the old one for ever."""
-    old: Any = module.__dict__.get("_old_forward")
-    if old is not None and getattr(old, "__self__", None) is module:
-        module.__dict__["_old_forward"] = type(module).forward.__get__(module)

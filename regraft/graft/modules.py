@@ -33,6 +33,12 @@ def module_graft(site: Site, edit: Edit) -> Graft:
     return Graft(layer_name, vars(edit), options, written=written, state=state)
 
 
+def rate_graft(site: Site, edit: Edit) -> Graft:
+    """The graft that only sets the rate of a module of torch that drops inside, such as an LSTM."""
+    rate = 0.0 if edit.variant == "off" else float(edit.options["p"])
+    return Graft("", vars(edit), written={rate_name(site.module) or "dropout": rate})
+
+
 @layer(SLOT)
 def _variant_layer(base: type[nn.Module], argument: str) -> Namespace:
     name, family, rate = argument.split("/")

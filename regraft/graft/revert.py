@@ -44,7 +44,7 @@ def revert(model: nn.Module, selector: Any = None) -> nn.Module:
         (named.module, slot)
         for named in named_modules(root)
         for slot, graft in grafts_of(named.module).items()
-        if wanted is None or wanted.matches(_site(named, graft))
+        if wanted is None or (graft.edit and wanted.matches(_site(named, graft)))
     ]
     if wanted is not None and not chosen:
         raise _nothing(root, wanted)

@@ -13,6 +13,7 @@ from regraft.find.inspection import look
 from regraft.find.original import grafts_of
 from regraft.find.walk import named_modules
 from regraft.graft.apply import Report, apply
+from regraft.graft.calls import BOUNDARY
 from regraft.planning import Edit, Plan, fingerprint
 
 FILE_NAME = "regraft.json"
@@ -68,19 +69,23 @@ def plan_of_grafts(model: nn.Module) -> Plan:
     inspection = look(model)
     edits: list[Edit] = []
     rules: list[list[Any]] = []
+    boundaries: list[str] = []
     for named in named_modules(inspection.root):
-        for graft in grafts_of(named.module).values():
+        for slot, graft in grafts_of(named.module).items():
+            if slot == BOUNDARY:
+                boundaries.append(named.paths[0])
+                continue
             edit = Edit(**{**graft.edit, "path": named.paths[0], "rule": len(rules)})
             edits.append(edit)
             inside = ", ".join(f"{key}={value!r}" for key, value in edit.options.items())
             rules.append([f"{edit.op}@{edit.path}", f"{edit.variant}({inside})"])
-    marks = fingerprint(inspection)
     return Plan(
         model=type(inspection.root).__name__,
         rules=rules,
         grafted=edits,
         skipped=[],
-        fingerprint={edit.path: marks[edit.path] for edit in edits},
+        fingerprint=fingerprint(inspection, [edit.path for edit in edits]),
+        boundaries=boundaries,
     )
 
 

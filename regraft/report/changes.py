@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regraft.report.fold import Fold, fold, fold_rows, skeleton
-from regraft.report.page import Block, Facts, Line, Page, calls_cell, counted, probe_facts
+from regraft.report.page import Block, Facts, Line, Page, calls_cell, counted, probe_facts, quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Sequence
 
 _RATE = re.compile(r"\bp=([0-9][0-9.e+-]*)")
 _WORDS = {"plan": "to graft", "report": "grafted"}
@@ -32,7 +34,7 @@ def changes_page(view: Facts) -> Page:
         notes=[*view.get("notes", []), *notes],
         blocks=[
             *_graft_blocks(grafted, view.get("rules", []), probed),
-            *_skip_blocks(skipped, probed),
+            *_skip_blocks(skipped),
             *_mend_blocks(mended),
             *_key_blocks(keys),
         ],
@@ -61,11 +63,11 @@ def merged_rates(rows: Sequence[Facts], columns: Sequence[str]) -> list[tuple[st
 
 def _span(texts: Sequence[str]) -> str:
     rates = [_RATE.findall(text) for text in texts]
-    ends = iter([(min(column, key=float), max(column, key=float)) for column in zip(*rates, strict=True)])
+    ends = iter([(min(map(float, column)), max(map(float, column))) for column in zip(*rates, strict=True)])
 
     def written(_: re.Match[str]) -> str:
         low, high = next(ends)
-        return f"p={low}" if low == high else f"p={low}..{high}"
+        return f"p={low:g}" if low == high else f"p={low:.2g}..{high:.2g}"
 
     return _RATE.sub(written, texts[0])
 
@@ -76,55 +78,65 @@ def also(folded: Fold[Any]) -> str:
     return ", ".join(fold(others))
 
 
+def folded_lines(
+    rows: Sequence[Facts], cells: Callable[[Facts], tuple[tuple[str, ...], tuple[str, ...]]]
+) -> list[Line]:
+    """The rows as lines, those folded that would read the same; `cells` gives what stands beside a path."""
+
+    def alike(row: Facts) -> Hashable:
+        return (cells(row), row.get("source"), tuple(skeleton(path) for path in row.get("paths", [])))
+
+    lines = []
+    for found in fold_rows(rows, path=lambda row: row["path"], alike=alike):
+        first = found.rows[0]
+        lead, trail = cells(first)
+        lines.append(Line(found.path, len(found.rows), lead, trail, first.get("source") or "", also(found)))
+    return lines
+
+
+def kind_cell(row: Facts) -> str:
+    """The kind of a site, where it is no module."""
+    kind = row.get("kind") or "module"
+    return "" if kind == "module" else str(kind)
+
+
 def _graft_blocks(grafted: Sequence[Facts], rules: Sequence[Any], probed: bool) -> list[Block]:
+    def cells(row: Facts) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (), (kind_cell(row), calls_cell(row.get("calls"), probed=probed))
+
     texts = merged_rates(grafted, ("before", "after"))
     hunks: dict[tuple[Any, str, str], list[Facts]] = {}
     for row, (before, after) in zip(grafted, texts, strict=True):
         hunks.setdefault((row.get("rule"), before, after), []).append(row)
-    blocks = []
-    for (rule, before, after), rows in hunks.items():
-        lines = [
-            Line(found.path, len(found.rows), (), _trail(found.rows[0], probed), also(found))
-            for found in fold_rows(rows, path=lambda row: row["path"], alike=_alike)
-        ]
-        blocks.append(Block("graft", _rule(rules, rule), len(rows), lines, before, after))
-    return blocks
-
-
-def _alike(row: Facts) -> Hashable:
-    aliases = tuple(skeleton(path) for path in row.get("paths", []))
-    return (row.get("calls"), row.get("source"), row.get("kind"), row.get("op"), aliases)
-
-
-def _trail(row: Facts, probed: bool) -> tuple[str, ...]:
-    kind = row.get("kind", "module")
-    return ("" if kind == "module" else kind, calls_cell(row.get("calls"), probed=probed), row.get("source") or "")
+    return [
+        Block("graft", _rule(rules, rule), len(rows), folded_lines(rows, cells), before=before, after=after)
+        for (rule, before, after), rows in hunks.items()
+    ]
 
 
 def _rule(rules: Sequence[Any], index: int | None) -> str:
     if index is None or not 0 <= index < len(rules):
         return ""
     selector, variant = rules[index]
-    return f"{selector!r}: {'None' if variant is None else repr(variant)}"
+    return f"{quoted(selector)}: {'None' if variant is None else quoted(variant)}"
 
 
-def _skip_blocks(skipped: Sequence[Facts], probed: bool) -> list[Block]:
+def _skip_blocks(skipped: Sequence[Facts]) -> list[Block]:
     reasons: dict[tuple[str, str], list[Facts]] = {}
     for row in skipped:
         reasons.setdefault((row.get("reason") or "", row.get("remedy") or ""), []).append(row)
-    blocks = []
-    for (reason, remedy), rows in reasons.items():
-        lines = [
-            Line(found.path, len(found.rows), (found.rows[0].get("op") or "",), _skip_trail(found.rows[0]), also(found))
-            for found in fold_rows(rows, path=lambda row: row["path"], alike=_alike)
-        ]
-        blocks.append(Block("skip", reason, len(rows), lines, remedy=remedy))
-    return blocks
+    return [_skip_block(rows, reason, remedy) for (reason, remedy), rows in reasons.items()]
 
 
-def _skip_trail(row: Facts) -> tuple[str, ...]:
-    # Why it is skipped says whether it runs.
-    return ("" if row.get("kind", "module") == "module" else row["kind"], row.get("source") or "")
+def _skip_block(rows: Sequence[Facts], reason: str, remedy: str) -> Block:
+    ops = {row.get("op") or "" for row in rows}
+    several = len(ops) > 1
+
+    def cells(row: Facts) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (row.get("op") or "",) if several else (), (kind_cell(row),)
+
+    title = f"skipped {counted(len(rows), 'site' if several else f'{ops.pop()} site'.strip())}"
+    return Block("skip", title, len(rows), folded_lines(rows, cells), text=reason, remedy=remedy)
 
 
 def _mend_blocks(mended: Sequence[Facts]) -> list[Block]:
@@ -132,16 +144,19 @@ def _mend_blocks(mended: Sequence[Facts]) -> list[Block]:
     for row in mended:
         faults.setdefault(row["what"], []).append(row)
     return [
-        Block("mend", what, len(rows), [
-            Line(found.path, len(found.rows), (), (found.rows[0].get("source") or "",))
-            for found in fold_rows(rows, path=lambda row: row["path"], alike=lambda row: row.get("source"))
-        ])
+        Block("mend", f"mended {counted(len(rows), 'site')}", len(rows), bare_lines(rows), text=what)
         for what, rows in faults.items()
-    ]  # fmt: skip
+    ]
+
+
+def bare_lines(rows: Sequence[Facts]) -> list[Line]:
+    """The rows as lines with nothing beside the path but its line of source."""
+    return folded_lines(rows, lambda _: ((), ()))
 
 
 def _key_blocks(keys: Sequence[str]) -> list[Block]:
     if not keys:
         return []
     lines = [Line(found.path, len(found.rows)) for found in fold_rows(keys, path=str, alike=lambda _: None)]
-    return [Block("keys", "new in the state dict", len(keys), lines)]
+    title = counted(len(keys), "new key", "new keys") + " in the state dict"
+    return [Block("keys", title, len(keys), lines)]

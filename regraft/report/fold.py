@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
 Row = TypeVar("Row")
 Point = tuple[str, ...]
@@ -56,7 +58,7 @@ def expand(pattern: str) -> list[str]:
         ['layer.0.drop', 'layer.1.drop', 'layer.5.drop']
     """
     pieces = _BRACES.split(pattern)
-    pieces[1::2] = [_numbers(inside) for inside in pieces[1::2]]  # type: ignore[list-item]
+    pieces[1::2] = [_numbers(inside) for inside in pieces[1::2]]
     choices = [piece if index % 2 else [piece] for index, piece in enumerate(pieces)]
     return ["".join(choice) for choice in itertools.product(*choices)]
 

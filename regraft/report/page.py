@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from regraft.errors import RegraftError
 
 Facts = Mapping[str, Any]
+THE_MODEL = "(the model itself)"
+"""What is written for the empty path."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class Line:
         path: the folded path; "" for the model itself.
         count: how many sites it stands for.
         lead: short cells before the path (a rate, a shape).
-        trail: cells after it (calls, a line of source).
+        trail: cells after it (calls, a variant).
+        source: the line of source that runs it.
         also: other names of the same modules, folded.
     """
 
@@ -27,6 +31,7 @@ class Line:
     count: int
     lead: tuple[str, ...] = ()
     trail: tuple[str, ...] = ()
+    source: str = ""
     also: str = ""
 
 
@@ -36,7 +41,8 @@ class Block:
 
     Attributes:
         kind: "graft", "skip", "mend", "keys", "sites" or "finding".
-        title: what they have in common, in words; the rule, of a graft.
+        title: what they are; of a graft, the rule.
+        text: what is said of them: the reason, the finding.
         count: how many sites.
         before: of a graft, as it was; `after` as it is.
         remedy: what to do about it.
@@ -46,6 +52,7 @@ class Block:
     title: str
     count: int
     lines: list[Line]
+    text: str = ""
     before: str = ""
     after: str = ""
     remedy: str = ""
@@ -107,6 +114,11 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
+def quoted(text: str) -> str:
+    """The text as a Python string in double quotes, as the documentation writes rules."""
+    return json.dumps(str(text), ensure_ascii=False)
+
+
 def size(parameters: int) -> str:
     """A number of parameters as it is spoken: `768`, `590.6k`, `85.6M`, `1.3B`."""
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -122,7 +134,7 @@ def probe_facts(view: Facts) -> tuple[list[str], list[str]]:
         how = {"fake tensors": "on fake tensors", "real forward": "by a real forward"}
         seconds = probe.get("seconds")
         took = f" in {seconds:.1f} s" if seconds and seconds >= 0.05 else ""
-        return [f"probed {how.get(probe.get('how'), '')}".strip() + took], []
+        return [f"probed {how.get(probe['how'], '')}".strip() + took], []
     if probe.get("reason"):
         return [], [f"not probed, so which sites run is not known: {probe['reason']}"]
     return [], []

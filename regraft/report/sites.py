@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
 
-from regraft.report.changes import also
-from regraft.report.fold import fold_rows, skeleton
-from regraft.report.page import Block, Facts, Line, Page, calls_cell, counted, probe_facts, size
+from regraft.report.changes import bare_lines, folded_lines, kind_cell
+from regraft.report.fold import skeleton
+from regraft.report.page import Block, Facts, Line, Page, calls_cell, counted, probe_facts, quoted, size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _LAYERS = ("Linear", "Conv1D", "Embedding", "Bilinear")
-_ATTENTION = ("scaled_dot_product_attention", "MultiheadAttention", "LSTM", "GRU", "RNN", "Dropout", "dropout")
+_ATTENTION = (
+    "scaled_dot_product_attention",
+    "MultiheadAttention",
+    "LSTM",
+    "GRU",
+    "RNN",
+    "Dropout",
+    "dropout",
+)
 
 
 def inspection_page(view: Facts) -> Page:
@@ -35,15 +46,16 @@ def inspection_page(view: Facts) -> Page:
 
 
 def is_layer(site: Facts) -> bool:
-    """Is it a layer with weights, and no regularizer?"""
+    """True for a layer with weights, false for a regularizer."""
     return site.get("op") in _LAYERS or bool(site.get("shape"))
 
 
 def _headline(noise: Sequence[Facts], layers: Sequence[Facts]) -> str:
     parts = [counted(len(noise), "regularizer")]
-    for op, count in Counter(site["op"] for site in layers).items():
+    for op, count in Counter(site["op"] for site in layers).most_common():
         parameters = sum(site.get("parameters") or 0 for site in layers if site["op"] == op)
-        parts.append(counted(count, op) + (f" ({size(parameters)} parameters)" if parameters else ""))
+        unit = " parameters" if len(parts) == 1 else ""
+        parts.append(counted(count, op) + (f" ({size(parameters)}{unit})" if parameters else ""))
     return ", ".join(parts)
 
 
@@ -58,8 +70,10 @@ def _where(sites: Sequence[Facts]) -> str:
 def _answer(noise: Sequence[Facts], layers: Sequence[Facts]) -> tuple[str, str]:
     """Does this model regularize at all? And the line that changes it."""
     if not noise:
-        last = next((site for site in reversed(layers) if site["op"] == "Linear" and site.get("calls") != 0), None)
-        paste = f"regraft.apply(model, {{'Linear@{last['path']}': 'dropconnect(p=0.2)'}})" if last else ""
+        last = next(
+            (site for site in reversed(layers) if site["op"] == "Linear" and site.get("calls") != 0), None
+        )
+        paste = _paste(f"Linear@{last['path']}", "dropconnect(p=0.2)") if last else ""
         return "This model does not regularize: it has no dropout that could be switched on.", paste
     alive = [site for site in noise if site.get("calls") != 0]
     op = "Dropout" if any(site["op"] in _ATTENTION for site in alive or noise) else noise[0]["op"]
@@ -75,13 +89,17 @@ def _answer(noise: Sequence[Facts], layers: Sequence[Facts]) -> tuple[str, str]:
         what = f"all of its {counted(len(noise), 'site')} are" if len(noise) > 1 else "its only site is"
         return (
             f"This model does not regularize: {what} at rate 0.",
-            f"regraft.apply(model, {{'{op}': '{'droppath' if op == 'DropPath' else 'dropout'}(p=0.1)'}})",
+            _paste(op, "droppath(p=0.1)" if op == "DropPath" else "dropout(p=0.1)"),
         )
     verb = "run" if any(site.get("calls") for site in on) else "may run"
     rates = sorted({site["p"] for site in on})
     span = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
     said = f"This model regularizes: {len(on)} of its {counted(len(noise), 'site')} {verb}, at p = {span}."
-    return said, f"regraft.apply(model, {{'{op}': '{'droppath' if op == 'DropPath' else 'multisample'}'}})"
+    return said, _paste(op, "droppath(p='x2')" if op == "DropPath" else "multisample")
+
+
+def _paste(selector: str, variant: str) -> str:
+    return f"regraft.apply(model, {{{quoted(selector)}: {quoted(variant)}}})"
 
 
 def _site_blocks(sites: Sequence[Facts], probed: bool) -> list[Block]:
@@ -94,32 +112,22 @@ def _site_blocks(sites: Sequence[Facts], probed: bool) -> list[Block]:
 def _title(op: str, rows: Sequence[Facts]) -> str:
     never = sum(site.get("calls") == 0 for site in rows)
     zero = sum(site.get("p") == 0 for site in rows)
-    said = [op, counted(len(rows), "site")]
+    said = [counted(len(rows), "site")]
     if never:
-        said.append(f"{len(rows) - never} run, {never} never do")
+        said.append(f"{len(rows) - never} run, {never} never do" if never < len(rows) else "never run")
     if zero:
         said.append("all at rate 0" if zero == len(rows) else f"{zero} at rate 0")
-    return ", ".join(said)
+    return f"{op}: {', '.join(said)}"
 
 
 def _lines(rows: Sequence[Facts], probed: bool) -> list[Line]:
-    rates = _rates(rows)
-    cells = {id(site): _lead(site, rate) for site, rate in zip(rows, rates, strict=True)}
-
-    def alike(site: Facts) -> Hashable:
-        aliases = tuple(skeleton(path) for path in site.get("paths", []))
-        return (cells[id(site)], _trail(site, probed), aliases)
-
-    folds = fold_rows(rows, path=lambda site: site["path"], alike=alike)
-    return [
-        Line(found.path, len(found.rows), cells[id(found.rows[0])], _trail(found.rows[0], probed), also(found))
-        for found in folds
-    ]
+    leads = {id(site): _lead(site, rate) for site, rate in zip(rows, _rates(rows), strict=True)}
+    return folded_lines(rows, lambda site: (leads[id(site)], _trail(site, probed)))
 
 
 def _rates(rows: Sequence[Facts]) -> list[str]:
     """Each row's rate; a range where it differs nearly everywhere, as that of DropPath does."""
-    rates = ["" if site.get("p") is None else f"{site['p']:.3g}" for site in rows]
+    rates = ["" if site.get("p") is None else f"{site['p']:.2g}" for site in rows]
     alike: dict[str, list[int]] = {}
     for index, site in enumerate(rows):
         if rates[index]:
@@ -133,29 +141,28 @@ def _rates(rows: Sequence[Facts]) -> list[str]:
 
 
 def _lead(site: Facts, rate: str) -> tuple[str, ...]:
-    shape = site.get("shape")
-    if shape:
-        return (" -> ".join(map(str, shape)),)
-    return (f"p={rate}" if rate else "",)
+    shape = " -> ".join(map(str, site.get("shape") or ()))
+    parameters = size(site["parameters"]) if site.get("parameters") else ""
+    return (f"p={rate}" if rate else "", shape, parameters)
 
 
 def _trail(site: Facts, probed: bool) -> tuple[str, ...]:
     variant = f"= {site['variant']}" if site.get("variant") else ""
-    parameters = size(site["parameters"]) if site.get("parameters") else ""
-    kind = site.get("kind", "module")
-    calls = site.get("note") or calls_cell(site.get("calls"), probed=probed)
-    return (variant, parameters, "" if kind == "module" else kind, calls, site.get("source") or "")
+    return (variant, kind_cell(site), site.get("note") or calls_cell(site.get("calls"), probed=probed))
 
 
 def _finding_blocks(findings: Sequence[Facts]) -> list[Block]:
     alike: dict[tuple[str, str], list[Facts]] = {}
     for row in findings:
         alike.setdefault((row["finding"], row.get("remedy") or ""), []).append(row)
-    blocks = []
-    for (finding, remedy), rows in alike.items():
-        lines = [
-            Line(found.path, len(found.rows), (), (found.rows[0].get("source") or "",))
-            for found in fold_rows(rows, path=lambda row: row["path"], alike=lambda row: row.get("source"))
-        ]
-        blocks.append(Block("finding", finding, len(rows), lines, remedy=remedy))
-    return blocks
+    return [
+        Block(
+            "finding",
+            f"found at {counted(len(rows), 'site')}",
+            len(rows),
+            bare_lines(rows),
+            finding,
+            remedy=remedy,
+        )
+        for (finding, remedy), rows in alike.items()
+    ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from regraft.report.page import Block, Facts, Line, Page, counted, page_of, visible
+from regraft.report.page import THE_MODEL, Block, Facts, Line, Page, page_of, visible
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from rich.console import Console, ConsoleOptions, RenderResult
 
 Span = tuple[str, str]
@@ -22,6 +23,7 @@ _NARROWEST = 60
 _WIDEST = 140
 _INDENT = 4
 _GAP = 2
+_SIZE = re.compile(r"[0-9.]+[kMB]?")
 _BRACES = re.compile(r"(\{[^{}]*\})")
 STYLES = {
     "": "",
@@ -84,65 +86,92 @@ def lines_of(page: Page, width: int) -> Iterator[Spans]:
 
 def _block(block: Block, above: Block | None, width: int) -> Iterator[Spans]:
     yield []
+    file = _common_file(block, width)
     if block.kind == "graft":
         if block.title and not (above and above.title == block.title):
             yield [(f"@@ {visible(block.title)} @@", "rule")]
         count = f"  x{block.count}" if block.count > 1 and len(block.lines) > 1 else ""
-        yield [("- ", "minus"), (visible(block.before), "minus"), (count, "dim")]
+        where = f"  in {visible(file)}" if file else ""
+        yield [("- ", "minus"), (visible(block.before), "minus"), (count + where, "dim")]
         yield from _wrapped([("+ ", "plus"), (visible(block.after), "plus")], width, hang=4)
     else:
-        yield from _title(block, width)
+        where = f" (in {visible(file)})" if file else ""
+        style = "head" if block.kind in ("sites", "keys") else "warn"
+        title: Spans = [
+            (f"{visible(block.title)}", style),
+            (f": {visible(block.text)}" if block.text else "", ""),
+        ]
+        yield from _wrapped([*title, (where, "dim")], width, hang=2)
     if block.remedy:
         yield from _wrapped([("  help: ", "help"), (visible(block.remedy), "")], width, hang=8)
-    yield from _table(block.lines, width)
+    yield from _table(block, width, file)
 
 
-def _title(block: Block, width: int) -> Iterator[Spans]:
-    words = {"skip": "skipped", "mend": "mended", "finding": "found"}.get(block.kind)
-    if words is None:
-        yield from _wrapped([(visible(block.title), "head")], width, hang=2)
-        return
-    said = f"{words} {counted(block.count, 'site')}: "
-    yield from _wrapped([(said, "warn"), (visible(block.title), "")], width, hang=2)
-
-
-def _table(lines: Sequence[Line], width: int) -> Iterator[Spans]:
-    if not lines:
-        return
+def _table(block: Block, width: int, file: str) -> Iterator[Spans]:
+    lines = block.lines
     leads = _columns([line.lead for line in lines])
-    trails = _columns([line.trail for line in lines])
+    trails = [_beside(line, file) for line in lines]
     counts = [f"x{line.count}" if line.count > 1 else "" for line in lines]
-    count_width = max(map(len, counts))
-    lead_width = len(leads[0]) + (_GAP if leads[0] else 0)
-    tail = (_GAP + count_width if count_width else 0) + max((_GAP + len(t) for t in trails if t), default=0)
-    room = width - _INDENT - lead_width - tail
-    paths = [visible(line.path) or "(the model itself)" for line in lines]
+    count_width = max(map(len, counts), default=0)
+    room = _room(leads, counts, trails, width)
+    paths = [visible(line.path) or THE_MODEL for line in lines]
     column = max((len(path) for path in paths if len(path) <= room), default=0)
     for line, path, lead, count, trail in zip(lines, paths, leads, counts, trails, strict=True):
-        start: Spans = [(" " * _INDENT, ""), (lead.ljust(lead_width), "lead")]
-        hang = _INDENT + lead_width + _GAP
-        beside = (count.rjust(count_width), trail.rstrip())
+        start: Spans = [(" " * _INDENT, ""), (lead, "lead")]
+        hang = _INDENT + len(lead) + _GAP
         if len(path) <= room:
-            gap = " " * (column - len(path) + _GAP)
-            yield [*start, *_path(path), (gap, ""), (beside[0], "dim"), ("  ", ""), (beside[1], "dim")]
+            beside = " " * (column - len(path))
+            beside += " " * _GAP + count.rjust(count_width) if count_width else ""
+            beside += " " * _GAP + trail if trail else ""
+            yield [*start, *_path(path), (beside, "dim")]
         else:
-            yield from _long(start, path, " ".join(" ".join(beside).split(" ")), hang, width)
+            yield from _long(start, path, "  ".join(filter(None, [count, trail])), width)
         if line.also:
-            yield from _wrapped([(" " * hang + "also ", "dim"), (visible(line.also), "dim")], width, hang=hang + 5)
+            yield from _wrapped(
+                [(" " * hang + "also ", "dim"), (visible(line.also), "dim")], width, hang=hang + 5
+            )
 
 
-def _long(start: Spans, path: str, beside: str, hang: int, width: int) -> Iterator[Spans]:
+def _room(leads: Sequence[str], counts: Sequence[str], trails: Sequence[str], width: int) -> int:
+    """The columns left for a path on a line with everything that stands beside it."""
+    count, trail = max(map(len, counts), default=0), max(map(len, trails), default=0)
+    beside = sum(_GAP + taken for taken in (count, trail) if taken)
+    return width - _INDENT - (len(leads[0]) if leads else 0) - beside
+
+
+def _beside(line: Line, file: str) -> str:
+    cells = [visible(cell) for cell in line.trail if cell]
+    if file and line.source:
+        cells.append(f"line {line.source.removeprefix(file + ':')}")
+    elif line.source:
+        cells.append(visible(line.source))
+    return "  ".join(cells)
+
+
+def _common_file(block: Block, width: int) -> str:
+    """The file that all lines of a block come from, if saying it once makes them fit."""
+    files = {line.source.rpartition(":")[0] for line in block.lines if line.source}
+    if len(files) != 1:
+        return ""
+    leads = _columns([line.lead for line in block.lines])
+    counts = [f"x{line.count}" if line.count > 1 else "" for line in block.lines]
+    room = _room(leads, counts, [_beside(line, "") for line in block.lines], width)
+    return files.pop() if any(len(line.path) > room for line in block.lines) else ""
+
+
+def _long(start: Spans, path: str, beside: str, width: int) -> Iterator[Spans]:
     """A path too long for its column: broken at its dots, what stands beside it below."""
-    spans, used = list(start), hang - _GAP
-    for piece in re.findall(r"[^.{]*(?:\{[^}]*\}?[^.{]*)*\.?", path):
+    spans, used = list(start), sum(len(text) for text, _ in start)
+    hang = used + _GAP
+    # A dot inside braces belongs to a range.
+    for piece in re.findall(r"(?:[^.{]|\{[^}]*\}?)+\.?|\.", path):
         if used + len(piece) > width and used > hang:
             yield spans
             spans, used = [(" " * hang, "")], hang
         spans += _path(piece)
         used += len(piece)
-    beside = re.sub(r" {2,}", "  ", beside).strip()
     if beside and used + _GAP + len(beside) <= width:
-        yield [*spans, ("  ", ""), (beside, "dim")]
+        yield [*spans, ("  " + beside, "dim")]
         return
     yield spans
     if beside:
@@ -156,17 +185,15 @@ def _path(path: str) -> Spans:
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Each row's cells in one text, the columns aligned; a column with nothing in it takes no room."""
     widths = [max(len(visible(cell)) for cell in column) for column in zip(*rows, strict=True)]
-    last = max((index for index, width in enumerate(widths) if width), default=0)
     texts = []
     for row in rows:
         cells = [
-            visible(cell).ljust(width if index < last else 0)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+            visible(cell).rjust(width) if _SIZE.fullmatch(cell) else visible(cell).ljust(width)
+            for cell, width in zip(row, widths, strict=True)
             if width
         ]
-        texts.append("  ".join(cells))
-    longest = max(map(len, texts), default=0)
-    return [text.ljust(longest) for text in texts]
+        texts.append("".join(cell + " " * _GAP for cell in cells))
+    return texts
 
 
 def _wrapped(spans: Spans, width: int, hang: int = 0) -> Iterator[Spans]:

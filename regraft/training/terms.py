@@ -1,4 +1,4 @@
-"""The two terms of R-Drop for each kind of task, per position: the task's loss and the disagreement of passes.
+"""The two terms of R-Drop at each position: the task's loss, and how far the passes disagree.
 
 Everything is written for logits of shape (passes, batch, ...), in single precision or better.
 """
@@ -122,5 +122,3 @@ def regression(outputs: Tensor, targets: Tensor, *, disagreement: bool) -> Terms
 def wide(x: Tensor) -> Tensor:
     """`x` in single precision, unless it is in double precision already."""
     return x if x.dtype == torch.float64 else x.float()
-
-

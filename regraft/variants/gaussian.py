@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.errors import RateError
+from regraft.variants.checks import check_number
 from regraft.variants.module import DropoutVariant, check_rate
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
@@ -16,24 +16,51 @@ from regraft.variants.spec import DEFAULT_RATE, Spec
 def gaussian_dropout(
     x: Tensor, p: float = DEFAULT_RATE, training: bool = True, *, sigma: float | None = None
 ) -> Tensor:
-    """x * m with m ~ N(1, s^2), s = sqrt(p / (1 - p)): the mean and variance of dropout at p."""
+    """X * m with m ~ N(1, s^2), s = sqrt(p / (1 - p)): the mean and variance of dropout at p.
+
+    Args:
+        x: any floating tensor.
+        p: the rate of the dropout whose variance the noise has; unused when `sigma` is given.
+        training: False returns x itself.
+        sigma: the noise's standard deviation itself; the rate then plays no part.
+
+    Shape:
+        any; the output's is the input's.
+
+    Source:
+        Srivastava et al. (2014), "Dropout: a simple way to prevent neural networks from
+        overfitting", section 10.
+
+    Differs:
+        nothing.
+
+    Example:
+        >>> import torch
+        >>> gaussian_dropout(torch.ones(2, 3), p=0.1).shape
+        torch.Size([2, 3])
+    """
     p = check_rate(p)
     scale = (p / (1 - p)) ** 0.5 if sigma is None else sigma
     if not training or scale == 0:
         return x
-    return x * torch.randn_like(x).mul_(scale).add_(1)
+    return x * torch.randn_like(x, requires_grad=False).mul_(scale).add_(1)
 
 
 def _check(options: Mapping[str, Any]) -> None:
-    sigma = options["sigma"]
-    if sigma is not None and not sigma > 0:
-        raise RateError(f"sigma={sigma!r} is not above 0")
+    if options["sigma"] is not None:
+        check_number("sigma", options["sigma"], above=0)
 
 
 class GaussianDropout(DropoutVariant):
-    """`gaussian_dropout` as a module."""
+    """`gaussian_dropout` as a module.
+
+    Example:
+        >>> GaussianDropout(0.1)
+        GaussianDropout(p=0.1)
+    """
 
     function = staticmethod(gaussian_dropout)
+    check = staticmethod(_check)
 
     def __init__(self, p: float = DEFAULT_RATE, *, sigma: float | None = None) -> None:
         super().__init__(p, sigma=sigma)

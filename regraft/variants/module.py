@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -26,18 +26,27 @@ def check_rate(p: object, *, where: str = "") -> float:
     return float(p)
 
 
+def _anything(options: Mapping[str, Any]) -> None:
+    """The check of a variant whose options need none."""
+
+
 class DropoutVariant(nn.Module):
     """Base of the dropout family: `forward(x)` is `function(x, p, training, **options)`."""
 
     function: ClassVar[Callable[..., Tensor]]
+    check: ClassVar[Callable[[Mapping[str, Any]], None]] = staticmethod(_anything)
+    state: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters and buffers that `function` takes as keyword arguments."""
 
     def __init__(self, p: float, **options: Any) -> None:
         super().__init__()
+        type(self).check(options)
         self.p = check_rate(p)
         self.options = options
 
     def forward(self, x: Tensor) -> Tensor:
-        return type(self).function(x, self.p, self.training, **self.options)
+        state = {name: getattr(self, name) for name in type(self).state}
+        return type(self).function(x, self.p, self.training, **self.options, **state)
 
     def extra_repr(self) -> str:
         return written_options(self.p, self.options)
@@ -47,6 +56,8 @@ class LinearVariant(nn.Linear):
     """Base of the linear family: `function(x, weight, bias, p, training, **options)`."""
 
     function: ClassVar[Callable[..., Tensor]]
+    check: ClassVar[Callable[[Mapping[str, Any]], None]] = staticmethod(_anything)
+    state: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -59,20 +70,24 @@ class LinearVariant(nn.Linear):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
+        type(self).check(options)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.p = check_rate(p)
         self.options = options
 
     def forward(self, input: Tensor) -> Tensor:
+        state = {name: getattr(self, name) for name in type(self).state}
         function = type(self).function
-        return function(input, self.weight, self.bias, self.p, self.training, **self.options)
+        return function(input, self.weight, self.bias, self.p, self.training, **self.options, **state)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {written_options(self.p, self.options)}"
 
 
 def written_options(p: float | None, options: dict[str, Any]) -> str:
-    """`p=0.1, num_samples=8`, as a module's repr shows it; options at None are left out."""
+    """`p=0.1, num_samples=8`, as a module's repr shows it; options at None, and `exact` at False, are left out."""
     shown = {} if p is None else {"p": p}
-    shown |= {key: value for key, value in options.items() if value is not None}
+    shown |= {
+        key: value for key, value in options.items() if value is not None and (key, value) != ("exact", False)
+    }
     return ", ".join(f"{key}={value!r}" for key, value in shown.items())

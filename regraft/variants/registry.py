@@ -82,6 +82,8 @@ def complete_options(found: Spec, options: Mapping[str, Any]) -> dict[str, Any]:
 def check_options(found: Spec, options: Mapping[str, Any]) -> None:
     where = f"variant {found.name!r}"
     known = [*_rate_option(found), *found.defaults]
+    if "Dropout" in found.families and options.get("fused", "auto") in ("auto", "write", "keep"):
+        options = {key: value for key, value in options.items() if key != "fused"}
     for key in options:
         if key not in known:
             hint = nearest(key, known)

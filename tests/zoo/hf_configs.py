@@ -51,6 +51,7 @@ class Shrink:
 
     def _made(self, cls: type, default: Any, extra: dict[str, Any]) -> Any:
         chosen: dict[str, Any] = {}
+        usual = default if type(default) is not cls else cls()
         for field in dataclasses.fields(cls):
             if not field.init or field.name in extra:
                 continue
@@ -61,17 +62,17 @@ class Shrink:
             small = self._field(field.name, value, default)
             if small is not _SAME:
                 chosen[field.name] = small
-        nested = {key: value for key, value in extra.items() if "." in key}
-        for key, value in extra.items():
-            if "." not in key:
-                chosen[key] = value
-        return cls(**chosen)
+            elif value != getattr(usual, field.name, None):
+                chosen[field.name] = value  # what the whole says of its part
+        return cls(**chosen, **extra)
 
     def _field(self, name: str, value: Any, default: Any) -> Any:
         if hasattr(value, "to_dict") and dataclasses.is_dataclass(value):
             return self._made(type(value), value, {})
         if isinstance(value, bool):
             return _SAME
+        if name == "pad_token_id" and value is None and hasattr(default, "vocab_size"):
+            return 0
         if "layerdrop" in name or name.startswith(("mask_time_prob", "mask_feature_prob")):
             return 0.0
         if _RATE.search(name) and (value is None or isinstance(value, (int, float))):
@@ -79,11 +80,17 @@ class Shrink:
         if _RATE.search(name) and isinstance(value, (tuple, list)):
             return type(value)([RATE] * len(value))
         if isinstance(value, int):
+            if name in ("num_layers", "num_stages") and any(_has_list(default, value)):
+                return _SAME
+            if name.endswith("num_key_value_heads") and value == getattr(default, "num_attention_heads", None):
+                return HEADS if self.widths else _SAME
             return self._integer(name, value)
         if isinstance(value, (list, tuple)) and value:
             return self._list(name, value, default)
-        if isinstance(value, dict) and "mrope_section" in value:
+        if isinstance(value, dict) and "rope_theta" in value and self.widths:
             return value | {"mrope_section": [2, 3, 3]}
+        if name == "backbone" and value == "resnet50":
+            return "resnet18"
         return _SAME
 
     def _integer(self, name: str, value: int) -> Any:
@@ -105,10 +112,17 @@ class Shrink:
             return type(value)(1 for _ in value)
         if name == "image_size" and self.image:
             return type(value)(self.image for _ in value)
-        layers = getattr(default, "num_hidden_layers", None)
+        layers = vars(default).get("num_hidden_layers")
         if isinstance(layers, int) and len(value) == layers and layers > self.layers:
             return type(value)(value[: self.layers])
         return _SAME
+
+
+def _has_list(config: Any, length: int) -> Any:
+    """Does the configuration list something for each of `length` stages?"""
+    for field in dataclasses.fields(config):
+        value = vars(config).get(field.name)
+        yield isinstance(value, (list, tuple)) and len(value) == length
 
 
 _SAME = object()

@@ -1,0 +1,159 @@
+"""Choices: what becomes of one selected site under one rule, with the rate, or the reason why nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from regraft.errors import RateError
+from regraft.find.functions import ATTENTION
+from regraft.find.site import Site
+from regraft.variants.module import check_rate, written_options
+from regraft.variants.registry import complete_options, spec
+from regraft.variants.spec import DEFAULT_RATE, Spec, Variant
+
+_RATE_ONLY = ("dropout", "off")
+_RECURRENT = ("LSTM", "GRU", "RNN")
+_MOST_SCORES = 2**30
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a rule decided for one site: a variant with its rate, or the reason why not."""
+
+    site: Site
+    rule: int
+    variant: Variant | None = None
+    after: str = ""
+    cost: str | None = None
+    reason: str | None = None
+    remedy: str = ""
+    at_zero: bool = False
+
+
+def choose(site: Site, index: int, selector: str, variant: Variant, fused: str) -> Choice:
+    """The choice for `site` under rule number `index`.
+
+    Raises:
+        RateError: the rule gives the site a rate outside [0, 1).
+    """
+    found = spec(variant.name)
+    why_not = _why_not(site, found, variant, str(variant.options.get("fused", fused)))
+    if why_not is not None:
+        return Choice(site, index, reason=why_not[0], remedy=why_not[1])
+    p = _rate(site, found, variant, f"rule {index}: {selector!r}, at {site.path!r}")
+    if p == 0 and not _sets_rate(variant) and _needs_rate(found, variant):
+        example = f"{selector!r}: '{variant.name}(p=0.1)'"
+        return Choice(site, index, reason="its rate is 0", remedy=f"name one: {example}", at_zero=True)
+    options = {key: value for key, value in variant.options.items() if key not in ("p", "fused")}
+    kept = _kept_rate(site, found, variant, p)
+    chosen = Variant(variant.name, options if kept is None else {"p": kept, **options})
+    return Choice(site, index, chosen, _after(site, found, p, options), cost=_cost(site, variant.name))
+
+
+def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str, str] | None:
+    if site.family not in found.families:
+        return f"{found.name!r} cannot replace {site.op}", "narrow the rule, or choose another variant"
+    if site.obstacle is not None:
+        return site.obstacle
+    if site.calls == 0:
+        return (
+            "its forward was never called in the probe",
+            "nothing to regularize unless another input runs it: then give that as inputs=",
+        )
+    if found.name == "off" and site.family not in ("Dropout", "DropPath"):
+        return "there is no regularizer to take out", "drop the rule"
+    if found.name in _RATE_ONLY:
+        return None
+    if site.op in _RECURRENT:
+        return (
+            f"the dropout between the layers of an {site.op} is inside one kernel",
+            f"set its rate: 'dropout(p=...)', or stack single-layer {site.op}s",
+        )
+    if site.kind == "call" and found.state is not None:
+        return (
+            f"{found.name!r} brings state of its own, and a call has no module to keep it",
+            "choose a variant without state, or write the call as an nn.Dropout",
+        )
+    return _why_not_attention(site, fused)
+
+
+def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:
+    if site.op != ATTENTION:
+        return None
+    if fused == "keep":
+        return (
+            "the fused attention kernel is kept, and draws its own dropout",
+            "fused='auto' writes attention out; 'dropout(p=...)' sets the kernel's rate",
+        )
+    scores = site.call.score_bytes if site.call else 0
+    if fused == "auto" and scores > _MOST_SCORES:
+        return (
+            f"written out, one call's attention scores would take {scores / 2**30:.1f} GiB",
+            "fused='write' writes it out all the same; 'dropout(p=...)' sets the fused kernel's rate",
+        )
+    return None
+
+
+def _cost(site: Site, variant: str) -> str | None:
+    if site.op in (ATTENTION, "MultiheadAttention", "multi_head_attention_forward"):
+        return None if variant in _RATE_ONLY else "attention is written out: its scores are kept in memory"
+    return None
+
+
+def _sets_rate(variant: Variant) -> bool:
+    # A rate relative to 0 is still 0.
+    p = variant.options.get("p")
+    return p is not None and not isinstance(p, str)
+
+
+def _needs_rate(found: Spec, variant: Variant) -> bool:
+    options = {key: value for key, value in variant.options.items() if key != "fused"}
+    return found.needs_rate is None or found.needs_rate(complete_options(found, options))
+
+
+def _rate(site: Site, found: Spec, variant: Variant, where: str) -> float | None:
+    p = variant.options.get("p")
+    if found.name == "off":
+        return None
+    if callable(p):
+        return check_rate(p(site), where=where)
+    if isinstance(p, str):
+        base = DEFAULT_RATE if site.p is None else site.p
+        rate = base * float(p[1:])
+        if not 0 <= rate < 1:
+            raise RateError(
+                f"p={p!r} of a rate of {base:g} is {rate:g}, not in [0, 1)",
+                where=where,
+                remedy="a smaller factor",
+            )
+        return rate
+    if p is not None:
+        return float(p)
+    return DEFAULT_RATE if site.p is None else site.p
+
+
+def _kept_rate(site: Site, found: Spec, variant: Variant, p: float | None) -> float | str | None:
+    """The rate as the graft keeps it: calls carry their own, which a rule may leave or multiply."""
+    given = variant.options.get("p")
+    if site.kind != "call" or p is None:
+        return p
+    if found.changes_eval is not None:
+        return p  # in eval the calls carry no rate
+    if isinstance(given, str):
+        return given
+    return None if given is None else p
+
+
+def _after(site: Site, found: Spec, p: float | None, options: dict[str, Any]) -> str:
+    if found.name == "off":
+        return "nothing"
+    if found.name == "dropout" and (site.kind == "call" or site.op in _RECURRENT or "ttention" in site.op):
+        return f"{site.op}(p={p:g})"
+    if site.kind == "call":
+        name = found.function.__name__
+    else:
+        name = found.module_for(site.family or "").__name__
+    shape = ", ".join(map(str, site.shape)) if site.shape else ""
+    inside = ", ".join(filter(None, [shape, written_options(p, {**found.defaults, **options})]))
+    return f"{name}({inside})"

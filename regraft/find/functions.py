@@ -1,0 +1,72 @@
+"""The functions that drop: what each call of one says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ATTENTION = "scaled_dot_product_attention"
+MULTI_HEAD = "multi_head_attention_forward"
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A call of a function that drops, read."""
+
+    op: str
+    x: Tensor
+    p: float
+    training: bool
+    score_bytes: int = 0
+
+
+def _reader(op: str) -> Callable[..., Parsed]:
+    def read(input: Tensor, p: float = 0.5, training: bool = True, *_: Any, **kwargs: Any) -> Parsed:
+        return Parsed(op, input, p, bool(kwargs.get("train", training)))
+
+    return read
+
+
+def _read_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    *_: Any,
+    **__: Any,
+) -> Parsed:
+    # It has no `training`: a rate above 0 is all there is to say that it drops.
+    scores = math.prod(query.shape[:-1]) * key.shape[-2] * query.element_size()
+    return Parsed(ATTENTION, query, dropout_p, dropout_p > 0, scores)
+
+
+def _read_mha(*args: Any, **kwargs: Any) -> Parsed:
+    query = kwargs.get("query", args[0] if args else None)
+    p = kwargs.get("dropout_p", args[10] if len(args) > 10 else 0.0)
+    training = kwargs.get("training", args[13] if len(args) > 13 else True)
+    return Parsed(MULTI_HEAD, cast("Tensor", query), p, bool(training))
+
+
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Parsed]] = {
+    F.dropout: _reader("dropout"),
+    torch.dropout: _reader("dropout"),
+    torch.dropout_: _reader("dropout"),
+    F.dropout1d: _reader("dropout1d"),
+    F.dropout2d: _reader("dropout2d"),
+    F.dropout3d: _reader("dropout3d"),
+    torch.feature_dropout: _reader("dropout2d"),
+    F.alpha_dropout: _reader("alpha_dropout"),
+    torch.alpha_dropout: _reader("alpha_dropout"),
+    F.feature_alpha_dropout: _reader("feature_alpha_dropout"),
+    torch.feature_alpha_dropout: _reader("feature_alpha_dropout"),
+    F.scaled_dot_product_attention: _read_attention,
+    F.multi_head_attention_forward: _read_mha,
+}
+"""Function -> what reads its arguments."""

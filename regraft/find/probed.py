@@ -1,0 +1,66 @@
+"""What the probe adds to the sites: how often each one runs, and the calls that are no modules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from regraft.find.calls import Called
+from regraft.find.kinds import FAMILIES
+from regraft.find.original import grafts_of, original_class
+from regraft.find.probe import Probe
+from regraft.find.site import Site
+from regraft.find.walk import Named
+
+
+def probed_sites(sites: list[Site], modules: list[Named], probe: Probe) -> list[Site]:
+    """The sites with their calls, and the call sites, in the order in which the modules were registered.
+
+    A dead twin (a dropout that is never called, but whose rate a call uses) and that call are one site.
+    """
+    if not probe.ran:
+        return sites
+    order = {id(named.module): position for position, named in enumerate(modules)}
+    names = {id(named.module): named for named in modules}
+    placed: list[tuple[int, Site]] = []
+    merged: set[int] = set()
+    for called in probe.called:
+        twins = [
+            names[id(twin)]
+            for twin in probe.twins.get((id(called.owner), called.op), [])
+            if not probe.counts.get(id(twin))
+        ]
+        merged |= {id(twin.module) for twin in twins}
+        first = min(order[id(twin.module)] for twin in twins) if twins else order[id(called.owner)]
+        placed.append((first, _call_site(names[id(called.owner)], called, twins)))
+    for site in sites:
+        if id(site.module) not in merged:
+            placed.append((order[id(site.module)], _with_calls(site, probe)))
+    return [site for _, site in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _with_calls(site: Site, probe: Probe) -> Site:
+    key = id(site.module)
+    return replace(site, calls=probe.counts.get(key, 0), source=probe.lines.get(key))
+
+
+def _call_site(owner: Named, called: Called, twins: list[Named]) -> Site:
+    module: nn.Module = owner.module
+    graft = grafts_of(module).get(f"calls:{called.op}")
+    running = [source for source, rate in zip(called.sources, called.rates, strict=True) if rate > 0]
+    return Site(
+        path=owner.paths[0],
+        paths=(*owner.paths, *(path for twin in twins for path in twin.paths)),
+        kind="call",
+        op=called.op,
+        type=original_class(module).__name__,
+        p=called.p,
+        calls=len(called.rates),
+        source=(running or called.sources)[0],
+        family=FAMILIES[called.op],
+        module=module,
+        training=module.training,
+        variant=graft.edit["after"] if graft else None,
+        call=called,
+    )

@@ -1,0 +1,85 @@
+"""Attention written out, for variants with a noise of their own: softmax, variant, matmul."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Drop = Callable[[Tensor], "Tensor | None"]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    drop: Drop,
+) -> Tensor:
+    """`scaled_dot_product_attention` with `drop` in the place of its dropout.
+
+    Shape: query (..., L, E), key (..., S, E), value (..., S, Ev); mask broadcastable to (..., L, S), bool
+    (True takes part) or added to the scores. A row that may attend to nothing gives 0, like torch's, and
+    finite gradients.
+    """
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = (query * factor) @ key.transpose(-2, -1)
+    if is_causal:
+        shape = (query.shape[-2], key.shape[-2])
+        attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+    weights = _softmax(scores, attn_mask)
+    dropped = drop(weights)
+    weights = weights if dropped is None else dropped
+    return weights.to(value.dtype) @ value
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    # Half precision is too coarse to sum many exponentials in; the fused kernels use float32 as well.
+    wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    if mask is None:
+        return wide.softmax(-1).to(scores.dtype)
+    if mask.dtype == torch.bool:
+        wide = wide.masked_fill(~mask, -math.inf)
+    else:
+        wide = wide + mask.to(wide.dtype)
+    # A row without any key is all -inf: its softmax and the gradient of it would be NaN.
+    empty = (wide == -math.inf).all(-1, keepdim=True)
+    return wide.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0).to(scores.dtype)
+
+
+def written_out_mha(drop: Drop) -> Callable[..., Any]:
+    """`F.multi_head_attention_forward` with `drop` in the place of its dropout.
+
+    The function is torch's own, run with three of the names it looks up bound to ours: its many options
+    need not be written again.
+    """
+
+    def dropout(weights: Tensor, p: float = 0.5, **_: Any) -> Tensor:
+        made = drop(weights)
+        return weights if made is None else made
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, is_causal: bool) -> Tensor:
+        return attend(q, k, v, mask, is_causal, drop=drop)
+
+    original = F.multi_head_attention_forward
+    names = {
+        **original.__globals__,
+        "dropout": dropout,
+        "scaled_dot_product_attention": attention,
+        "has_torch_function": lambda *_: False,
+    }
+    made = types.FunctionType(original.__code__, names, original.__name__, original.__defaults__)
+    made.__kwdefaults__ = original.__kwdefaults__
+    return made

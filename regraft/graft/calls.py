@@ -1,0 +1,218 @@
+"""The layer of call sites: functional dropout inside a module's own forward does what its variant does.
+
+While the owner's forward runs, a `TorchFunctionMode` sees each call of a function that drops. It must act
+for the innermost module only, so entering one switches the mode around it off until it leaves, and every
+descendant that drops by itself gets the same layer with nothing to do, as a boundary.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from regraft.errors import ModelError
+from regraft.find.functions import ATTENTION, FUNCTIONS, MULTI_HEAD
+from regraft.find.original import RECORD, Graft
+from regraft.graft.attention import attend, written_out_mha
+from regraft.graft.classes import Namespace, layer
+from regraft.planning import Edit
+from regraft.variants.registry import complete_options, spec
+
+SLOT = "calls"
+BOUNDARY = "calls:boundary"
+
+_running: list[CallMode] = []
+
+
+def call_graft(edit: Edit) -> tuple[str, Graft]:
+    """The slot and the graft that make the calls of `edit.op` inside the module do what `edit` says."""
+    found = spec(edit.variant)
+    op = MULTI_HEAD if edit.op == "MultiheadAttention" else edit.op
+    methods = {"forward"} | set(edit.methods)
+    options = complete_options(found, edit.options)
+    options.pop("fused", None)
+    in_eval = found.changes_eval is not None and found.changes_eval(options)
+    return f"{SLOT}:{op}", Graft(_layer_name(methods), vars(edit), options, in_eval=in_eval)
+
+
+def boundary_graft(*, awake: bool = False) -> Graft:
+    """A graft that keeps the mode of the modules around out of a module.
+
+    With `awake` it enters a mode of its own: torch's fused fast path steps aside where one is active.
+    """
+    return Graft(_layer_name({"forward"}), {}, in_eval=awake)
+
+
+def _layer_name(methods: set[str]) -> str:
+    return f"{SLOT}:{','.join(sorted(methods))}"
+
+
+@layer(SLOT)
+def _calls_layer(base: type[nn.Module], argument: str) -> Namespace:
+    return {name: _entrance(getattr(base, name)) for name in argument.split(",")}
+
+
+def _entrance(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        grafts = {slot: graft for slot, graft in self.__dict__[RECORD].items() if slot.startswith(SLOT)}
+        if not _acts(self, grafts):
+            with _Pause():
+                return method(self, *args, **kwargs)
+        with CallMode(self, grafts):
+            return method(self, *args, **kwargs)
+
+    return enter
+
+
+def _acts(module: nn.Module, grafts: dict[str, Graft]) -> bool:
+    """Is there anything for a mode to do? A mode costs each torch op under it, so none is entered idly."""
+    return any(graft.in_eval or (module.training and slot != BOUNDARY) for slot, graft in grafts.items())
+
+
+class _Pause:
+    """Switches the mode around off while a boundary's forward runs."""
+
+    def __enter__(self) -> None:
+        self.outer = _running[-1] if _running else None
+        self.was = self.outer is not None and self.outer.on
+        if self.outer is not None:
+            self.outer.on = False
+
+    def __exit__(self, *_: object) -> None:
+        if self.outer is not None:
+            self.outer.on = self.was
+
+
+class CallMode(TorchFunctionMode):
+    """Routes the calls of functions that drop, inside one module's own forward, to its variants."""
+
+    def __init__(self, module: nn.Module, grafts: dict[str, Graft]) -> None:
+        super().__init__()
+        self.module = module
+        self.grafts = {slot.partition(":")[2]: graft for slot, graft in grafts.items()}
+        self.on = True
+        self.entered = _checkpoint_marks()
+
+    def __enter__(self) -> CallMode:
+        if _running:
+            _running[-1].on = False
+        _running.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _running.pop()
+        if _running:
+            _running[-1].on = True
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.on and func in _HANDLERS:
+            return _HANDLERS[func](self, func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def drop(self, op: str, x: Tensor, p: float, training: bool) -> Tensor | None:
+        """What the variant at `op` makes of x; None if the call is to stay as it is."""
+        graft = self.grafts.get(op)
+        if graft is None:
+            return None
+        self._refuse_recompute(op)
+        rate = call_rate(graft, p)
+        function = spec(graft.edit["variant"]).function
+        made: Tensor = function(x, rate, training and self.module.training, **graft.options)
+        return made
+
+    def _refuse_recompute(self, op: str) -> None:
+        if self.module.training and torch.is_grad_enabled() and self.entered != _checkpoint_marks():
+            raise _inside_checkpoint(self.module, op)
+        if self.entered[0] and not torch.is_grad_enabled() and self.module.training:
+            raise _inside_checkpoint(self.module, op)
+
+
+def call_rate(graft: Graft, carried: float) -> float:
+    """The rate of one call: the rule's own, or relative to the one that the call carries."""
+    p = graft.edit["options"].get("p")
+    if p is None:
+        return carried
+    if isinstance(p, str):
+        return min(carried * float(p[1:]), 1 - 2**-24)
+    return float(p)
+
+
+def _checkpoint_marks() -> tuple[bool, Any]:
+    """What a checkpoint changes around what it runs: gradients are off, or saved tensors are hooked."""
+    if torch.compiler.is_compiling():
+        return (False, None)
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _inside_checkpoint(module: nn.Module, op: str) -> ModelError:
+    return ModelError(
+        f"{type(module).__name__} checkpoints a function of its own that calls {op}: the recomputation "
+        "would run without the graft, and the gradients would be wrong",
+        where=type(module).__qualname__,
+        remedy="switch gradient checkpointing off for this module, or leave the site alone: a rule with None",
+    )
+
+
+def _handle_dropout(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    parsed = FUNCTIONS[func](*args, **kwargs)
+    made = mode.drop(parsed.op, parsed.x, parsed.p, parsed.training)
+    return func(*args, **kwargs) if made is None else made
+
+
+def _handle_attention(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    graft = mode.grafts.get(ATTENTION)
+    if graft is None:
+        return func(*args, **kwargs)
+    call = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False))
+    call.update(kwargs)
+    carried = float(call.pop("dropout_p", 0.0))
+    if graft.edit["variant"] in ("dropout", "off"):
+        # Only the number changes, so the fused kernel stays.
+        rate = (
+            call_rate(graft, carried) if graft.edit["variant"] == "dropout" and mode.module.training else 0.0
+        )
+        return func(**call, dropout_p=rate)
+    if not (mode.module.training or graft.in_eval):
+        return func(**call, dropout_p=0.0)
+    return attend(**call, drop=lambda scores: mode.drop(ATTENTION, scores, carried, training=True))
+
+
+def _handle_mha(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    graft = mode.grafts.get(MULTI_HEAD)
+    if graft is None or not (mode.module.training or graft.in_eval):
+        return func(*args, **kwargs)
+    rate = FUNCTIONS[func](*args, **kwargs).p
+
+    def drop(scores: Tensor) -> Tensor | None:
+        return mode.drop(MULTI_HEAD, scores, rate, training=True)
+
+    # A rate above 0 makes the function call its dropout; which rate, our dropout knows.
+    call = dict(zip(_MHA_NAMES, args, strict=False)) | kwargs
+    return written_out_mha(drop)(**{**call, "dropout_p": 0.5, "training": True})
+
+
+_MHA_NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(FUNCTIONS, _handle_dropout),
+    F.scaled_dot_product_attention: _handle_attention,
+    F.multi_head_attention_forward: _handle_mha,
+}

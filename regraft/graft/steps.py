@@ -1,0 +1,66 @@
+"""The steps of a plan: which graft goes into which slot of which module."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from regraft.find.inspection import Inspection
+from regraft.find.original import Graft
+from regraft.find.site import Site
+from regraft.graft.calls import BOUNDARY, SLOT, boundary_graft, call_graft
+from regraft.graft.modules import SLOT as VARIANT
+from regraft.graft.modules import module_graft, rate_graft
+from regraft.planning import Edit, Plan
+from regraft.variants.registry import complete_options, spec
+
+Step = tuple[nn.Module, str, Graft]
+_FAST_PATHS = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
+def steps_of(inspection: Inspection, plan: Plan) -> list[Step]:
+    """The grafts of all edits, then the boundaries that keep them to their own modules."""
+    sites = {(site.path, site.kind, site.op): site for site in inspection.sites}
+    by_path = {path: named.module for named in inspection.modules for path in named.paths}
+    steps = []
+    for edit in plan.grafted:
+        module = by_path[edit.path]
+        steps.append(_step(module, sites.get((edit.path, edit.kind, edit.op)), edit))
+    owners = {id(module) for module, slot, _ in steps if slot.startswith(SLOT)}
+    steps += [
+        (by_path[path], BOUNDARY, boundary_graft())
+        for path in plan.boundaries
+        if id(by_path[path]) not in owners
+    ]
+    return steps + _awake(inspection, plan, by_path)
+
+
+def _step(module: nn.Module, site: Site | None, edit: Edit) -> Step:
+    if edit.kind == "call" or (edit.op == "MultiheadAttention" and edit.variant not in ("dropout", "off")):
+        slot, graft = call_graft(edit)
+        return module, slot, graft
+    assert site is not None  # the plan's fingerprint was checked: the module is there
+    if edit.op in ("MultiheadAttention", "LSTM", "GRU", "RNN"):
+        return module, "rate", rate_graft(site, edit)
+    return module, VARIANT, module_graft(site, edit)
+
+
+def _awake(inspection: Inspection, plan: Plan, by_path: dict[str, nn.Module]) -> list[Step]:
+    """In eval torch's encoder layers skip their children in one fused call: keep them off that path."""
+    acting = [edit.path for edit in plan.grafted if _acts_in_eval(edit)]
+    above = {
+        id(by_path[prefix]): by_path[prefix]
+        for path in acting
+        for prefix in _prefixes(path)
+        if isinstance(by_path[prefix], _FAST_PATHS)
+    }
+    return [(module, BOUNDARY, boundary_graft(awake=True)) for module in above.values()]
+
+
+def _acts_in_eval(edit: Edit) -> bool:
+    found = spec(edit.variant)
+    return found.changes_eval is not None and found.changes_eval(complete_options(found, edit.options))
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".") if path else []
+    return [".".join(parts[:length]) for length in range(len(parts) + 1)]

@@ -1,0 +1,54 @@
+"""Plain dropout: the variant that only sets the rate."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.spec import DEFAULT_RATE, Spec
+
+
+def dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor:
+    """Each element is 0 with probability p, else divided by 1 - p: torch's own dropout.
+
+    As a rule's value it sets the rate of a site and nothing else, which also reaches the dropout of
+    fused attention, of `nn.MultiheadAttention` and between the layers of an RNN.
+
+    Shape:
+        any; the output's is the input's.
+
+    Source:
+        Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), "Dropout: a simple way to
+        prevent neural networks from overfitting".
+
+    Differs:
+        the paper multiplies the weights by 1 - p at test time; dividing in training is the same in
+        expectation and leaves eval alone.
+
+    Example:
+        >>> import torch
+        >>> dropout(torch.ones(3), p=0.5, training=False)
+        tensor([1., 1., 1.])
+    """
+    p = check_rate(p)
+    if not training or p == 0:
+        return x
+    return functional.dropout(x, p, training=True)
+
+
+class Dropout(DropoutVariant):
+    """`dropout` as a module: `nn.Dropout` that refuses p = 1.
+
+    Example:
+        >>> Dropout(0.1)
+        Dropout(p=0.1)
+    """
+
+    function = staticmethod(dropout)
+
+    def __init__(self, p: float = DEFAULT_RATE) -> None:
+        super().__init__(p)
+
+
+SPECS = (Spec("dropout", dropout, ("Dropout",), Dropout),)

@@ -1,0 +1,87 @@
+"""The variant that takes a regularizer out."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from regraft.variants.module import DropoutVariant
+from regraft.variants.spec import Spec
+
+
+def off(x: Tensor, p: float = 0.0, training: bool = True) -> Tensor:  # noqa: ARG001
+    """The identity: takes a regularizer out.
+
+    As a rule's value it is an edit, which the report lists; `None` leaves the site alone instead.
+
+    Shape:
+        any; the output is the input itself.
+
+    Source:
+        none.
+
+    Differs:
+        nothing.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(3)
+        >>> off(x) is x
+        True
+    """
+    return x
+
+
+def off_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    p: float = 0.0,  # noqa: ARG001
+    training: bool = True,  # noqa: ARG001
+) -> Tensor:
+    """The plain linear layer: takes a regularizer of its weights or outputs out.
+
+    Shape:
+        x: (..., in), weight: (out, in), output: (..., out).
+
+    Source:
+        none.
+
+    Differs:
+        nothing.
+
+    Example:
+        >>> import torch
+        >>> off_linear(torch.ones(1, 3), torch.ones(2, 3))
+        tensor([[3., 3.]])
+    """
+    return linear(x, weight, bias)
+
+
+class Off(DropoutVariant):
+    """`off` as a module, which stays where a dropout was; `p` is 0.
+
+    Example:
+        >>> Off()
+        Off()
+    """
+
+    function = staticmethod(off)
+
+    def __init__(self, p: float = 0.0) -> None:  # noqa: ARG002
+        super().__init__(0.0)
+
+    def extra_repr(self) -> str:
+        return ""
+
+
+SPECS = (
+    Spec(
+        "off",
+        off,
+        ("Dropout", "DropPath", "Linear", "Embedding"),
+        Off,
+        needs_rate=lambda options: False,  # noqa: ARG005
+        linear_function=off_linear,
+    ),
+)

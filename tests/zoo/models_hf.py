@@ -1,0 +1,55 @@
+"""Hugging Face architectures."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import hf_inputs
+from .entry import Entry, Inputs
+from .hf_configs import Shrink
+
+NAMES = Path(__file__).parent / "hf_names.txt"
+HEADS = (
+    "SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "SPEECH_SEQ_2_SEQ",
+    "SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM", "MASKED_LM", "CTC", "VIDEO_CLASSIFICATION", "SEMANTIC_SEGMENTATION",
+    "OBJECT_DETECTION", "DEPTH_ESTIMATION", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "PRETRAINING",
+)
+
+
+def classes(model_type: str) -> list[str]:
+    """The classes of a model type worth trying, those with a head first."""
+    from transformers.models.auto import modeling_auto
+
+    found: list[str] = []
+    for head in HEADS:
+        found.append(getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES", {}).get(model_type))
+    found.append(modeling_auto.MODEL_MAPPING_NAMES.get(model_type))
+    for name in sorted(vars(modeling_auto)):
+        if name.endswith("MAPPING_NAMES") and isinstance(vars(modeling_auto)[name], dict):
+            if "CONFIG" not in name and "PROCESS" not in name:
+                found.append(vars(modeling_auto)[name].get(model_type))
+    flat = [one for item in found if item for one in ([item] if isinstance(item, str) else item)]
+    return list(dict.fromkeys(flat))
+
+
+def make(model_type: str, class_name: str, shrink: Shrink, attention: str | None = None, cap: float = 2e7
+         ) -> tuple[nn.Module, Inputs]:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    cls = getattr(transformers, class_name)
+    config = shrink.config(CONFIG_MAPPING[model_type])
+    config.use_cache = False
+    if attention:
+        config._attn_implementation = attention
+    with torch.device("meta"):
+        size = sum(p.numel() for p in cls(config).parameters())
+    if size > cap:
+        raise MemoryError(f"{size / 1e6:.0f} M parameters")
+    model = cls(config)
+    return model, hf_inputs.made(model)
