@@ -14,7 +14,7 @@ _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 def calling_frames() -> list[FrameType]:
     """The frames above this one that are neither torch's nor regraft's, up to the next module's call."""
-    frames = []
+    frames: list[FrameType] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename

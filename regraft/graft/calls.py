@@ -63,7 +63,11 @@ def _entrance(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         grafts = {slot: graft for slot, graft in self.__dict__[RECORD].items() if slot.startswith(SLOT)}
-        if not _acts(self, grafts):
+        acts = _acts(self, grafts)
+        if torch.compiler.is_compiling():
+            with _CompiledMode(self, grafts if acts else {}):
+                return method(self, *args, **kwargs)
+        if not acts:
             with _Pause():
                 return method(self, *args, **kwargs)
         with CallMode(self, grafts):
@@ -105,11 +109,11 @@ class CallMode(TorchFunctionMode):
         if _running:
             _running[-1].on = False
         _running.append(self)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         _running.pop()
         if _running:
             _running[-1].on = True
@@ -142,6 +146,33 @@ class CallMode(TorchFunctionMode):
             raise _inside_checkpoint(self.module, op)
         if self.entered[0] and not torch.is_grad_enabled() and self.module.training:
             raise _inside_checkpoint(self.module, op)
+
+
+class _CompiledMode(CallMode):
+    """The same for a compiler to trace, which may not see a list of running modes change in a checkpoint.
+
+    The modes around are kept out by hiding each function that drops from them, handled or not; compiled
+    code pays nothing for the mode.
+    """
+
+    def __enter__(self) -> _CompiledMode:
+        TorchFunctionMode.__enter__(self)  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        TorchFunctionMode.__exit__(self, *error)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func not in _HANDLERS:
+            return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():
+            return _HANDLERS[func](self, func, args, kwargs or {})
 
 
 def call_rate(graft: Graft, carried: float) -> float:

@@ -51,7 +51,7 @@ def derive(base: Class, name: str) -> Class:
         namespace.setdefault("__qualname__", base.__qualname__)
         namespace.setdefault("__doc__", base.__doc__)
         namespace |= {BASE: base, LAYER: name, "__reduce_ex__": _reduce_ex}
-        made = cast("Class", type(base)(title, (base,), namespace))
+        made = _new_class(base, title, (base,), namespace)
         _derived[key] = made
     return _derived[key]
 
@@ -79,13 +79,18 @@ def layered(cls: Class, layers: Sequence[str]) -> Class:
     return cls
 
 
+def _new_class(like: Class, name: str, bases: tuple[type, ...], body: Namespace) -> Class:
+    metaclass: Any = type(like)  # a user's class may have one of its own
+    return cast("Class", metaclass(name, bases, body))
+
+
 def _rebuild_foreign(cls: Class, base: Class) -> Class:
     key = (cls, base)
     if key not in _rebuilt:
         prefix = cls.__name__.removesuffix(foreign_base(cls).__name__)
         body = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
         bases = (*cls.__bases__[:-1], base)
-        _rebuilt[key] = cast("Class", type(cls)(f"{prefix}{base.__name__}", bases, body))
+        _rebuilt[key] = _new_class(cls, f"{prefix}{base.__name__}", bases, body)
     return _rebuilt[key]
 
 
@@ -100,7 +105,8 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     user = cls
     while is_generated(user):
         user = user.__dict__[BASE]
-    function, args, *rest = super(_lowest(cls), self).__reduce_ex__(protocol)
+    reduced: Any = super(_lowest(cls), self).__reduce_ex__(protocol)
+    function, args, *rest = reduced
     if function is copyreg.__newobj__:  # type: ignore[attr-defined]
         return (_make, (user, layers_of(cls), *args[1:]), *rest)
     return (_make_by, (function, args, layers_of(cls)), *rest)
@@ -112,7 +118,7 @@ def _lowest(cls: Class) -> Class:
 
 def _make(user: Class, layers: list[str], *args: Any) -> nn.Module:
     cls = layered(user, layers)
-    return cast("nn.Module", cls.__new__(cls, *args))
+    return cls.__new__(cls, *args)
 
 
 def _make_by(function: Callable[..., nn.Module], args: tuple[Any, ...], layers: list[str]) -> nn.Module:

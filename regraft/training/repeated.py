@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import InputsError
-from regraft.training.tree import leaves, mapped
+from regraft.training.tree import CONSTANTS, leaves, mapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 _NEVER_BATCHED = frozenset(
     {"cache_position", "head_mask", "decoder_head_mask", "cross_attn_head_mask", "num_items_in_batch"}
 )
-_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 class ScalarOutputError(InputsError):
@@ -117,7 +116,7 @@ def _repeat_leaf(name: str, leaf: Any, inputs: Repeated) -> Any:
         if leaf.dim() and leaf.shape[0] != 1:
             inputs.left.append(f"{name} {tuple(leaf.shape)}")
         return leaf
-    if isinstance(leaf, _CONSTANTS):
+    if isinstance(leaf, CONSTANTS):
         return leaf
     raise InputsError(
         f"{name!r} is a {type(leaf).__name__}, which cannot be repeated along the batch",
@@ -144,7 +143,7 @@ def _repeat_cache(cache: Any, inputs: Repeated) -> Any:
 
 def _split(name: str, leaf: Any, inputs: Repeated) -> Any:
     if not isinstance(leaf, Tensor):
-        if isinstance(leaf, _CONSTANTS):
+        if isinstance(leaf, CONSTANTS):
             return leaf
         raise InputsError(
             f"the output {name!r} is a {type(leaf).__name__}, which cannot be taken apart into passes",

@@ -7,28 +7,16 @@ passes when something random touches it, and everything before that is computed 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from regraft.errors import InputsError
 from regraft.training.draws import DrawsPerPass
-from regraft.training.tree import mapped
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where in the outputs the tensor of this number belongs."""
-
-    index: int
+from regraft.training.tree import CONSTANTS, emptied, filled, leaves
 
 
 def shared_forward(
@@ -38,11 +26,14 @@ def shared_forward(
     kwargs: dict[str, Any],
     *,
     draws: bool = True,
+    replaced: Callable[[Tensor], None] | None = None,
 ) -> Any:
     """All passes in one forward that forks at the first random operation.
 
-    With `draws`, operations whose noise vmap cannot draw for each pass are taken over; without it they
-    raise, and every operation is a few microseconds faster.
+    Args:
+        draws: take over the operations whose noise vmap cannot draw for each pass. Without it they
+            raise, and every operation is a few microseconds faster.
+        replaced: see `DrawsPerPass`.
 
     Raises:
         RuntimeError: an operation after the fork that vmap cannot run, in torch's words.
@@ -52,23 +43,10 @@ def shared_forward(
 
     def one_pass(axis: Tensor) -> tuple[Tensor, ...]:
         nonlocal tree
-        with DrawsPerPass(axis) if draws else nullcontext():
+        with DrawsPerPass(axis, replaced) if draws else nullcontext():
             outputs = forward(*args, **kwargs)
-        tensors: list[Tensor] = []
-
-        def place(name: str, leaf: Any) -> Any:
-            if isinstance(leaf, Tensor):
-                tensors.append(leaf)
-                return _Place(len(tensors) - 1)
-            if isinstance(leaf, _CONSTANTS):
-                return leaf
-            raise InputsError(
-                f"the output {name!r} is a {type(leaf).__name__}, which cannot be taken apart into passes",
-                where=name,
-                remedy='use_cache=False, if it is a cache of keys and values; or strategy="loop"',
-            )
-
-        tree = mapped(place, "", outputs)
+        _check(outputs)
+        tree, tensors = emptied(outputs)
         if not tensors:
             raise InputsError("the forward gives no tensor, so there is nothing to stack")
         return tuple(tensors)
@@ -77,4 +55,14 @@ def shared_forward(
         # vmap warns of each operation that it runs pass by pass: slower there, and still right.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         stacked = torch.func.vmap(one_pass, randomness="different")(torch.zeros(n))
-    return mapped(lambda _, leaf: stacked[leaf.index] if isinstance(leaf, _Place) else leaf, "", tree)
+    return filled(tree, stacked)
+
+
+def _check(outputs: Any) -> None:
+    for name, leaf in leaves("", outputs):
+        if not isinstance(leaf, (Tensor, *CONSTANTS)):
+            raise InputsError(
+                f"the output {name!r} is a {type(leaf).__name__}, which cannot be taken apart into passes",
+                where=name,
+                remedy='use_cache=False, if it is a cache of keys and values; or strategy="loop"',
+            )

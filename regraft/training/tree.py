@@ -4,15 +4,43 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from regraft.errors import InputsError
 
 Change = Callable[..., Any]
 """`change(name, leaf, *the same leaf of the other trees)` gives the new leaf."""
+
+CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+class Slot:
+    """Stands in a tree for the tensor of this number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def emptied(tree: Any) -> tuple[Any, list[Tensor]]:
+    """`tree` with a slot for every tensor, and the tensors."""
+    tensors: list[Tensor] = []
+
+    def empty(_: str, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        tensors.append(leaf)
+        return Slot(len(tensors) - 1)
+
+    return mapped(empty, "", tree), tensors
+
+
+def filled(tree: Any, tensors: Sequence[Any]) -> Any:
+    """The tree again, with these tensors in its slots."""
+    return mapped(lambda _, leaf: tensors[leaf.number] if isinstance(leaf, Slot) else leaf, "", tree)
 
 
 def mapped(change: Change, name: str, first: Any, *others: Any) -> Any:

@@ -51,9 +51,10 @@ def fast_keep_mask(x: Tensor, p: float, exact: bool = False) -> Tensor:
     """`keep_mask` of x's own shape, at a seventh of the cost: its probability is within 2^-17."""
     if not coarse(x, p, exact):
         return keep_mask(x, x.shape, p)
-    codes = in_layout(codes16(x, x.numel()), x)
-    # Compared in place and as numbers: eight times as fast as through a boolean mask.
-    return codes.lt_(round((1 - p) * CODES) - CODES // 2).to(x.dtype)
+    codes = in_layout(codes16(x, x.numel()), x).to(torch.float32)
+    # 1 where the code is below the threshold, both whole numbers; half the cost of a boolean mask.
+    mask = codes.neg_().add_(round((1 - p) * CODES) - CODES // 2).clamp(0, 1)
+    return mask.to(x.dtype)
 
 
 def codes16(x: Tensor, count: int) -> Tensor:
@@ -72,6 +73,7 @@ def in_layout(flat: Tensor, x: Tensor) -> Tensor:
     """A flat tensor of x.numel() values in x's shape, and in its order in memory (channels last, ...)."""
     if x.is_contiguous():
         return flat.view(x.shape)
-    order = sorted(range(x.dim()), key=lambda axis: -x.stride(axis))
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda axis: -strides[axis])
     back = sorted(range(x.dim()), key=order.__getitem__)
     return flat.view([x.shape[axis] for axis in order]).permute(back)

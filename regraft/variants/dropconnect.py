@@ -16,6 +16,7 @@ from regraft.variants.spec import DEFAULT_RATE, Spec
 
 # Its root is exact too, and under no variance that is not itself lost to rounding.
 _TINY = 2.0**-126
+_TINY_ROOT = 2.0**-63
 
 
 def dropconnect(
@@ -75,7 +76,7 @@ def dropconnect(
 def _per_example(x: Tensor, weight: Tensor, bias: Tensor | None, p: float) -> Tensor:
     mean = linear(x, weight, bias)
     # The root of 0 has no finite slope; shifted by a tiny number it has one, and is still 0 at 0.
-    deviation = (_variance(x, weight) + _TINY).sqrt() - _TINY**0.5
+    deviation = (_variance(x, weight) + _TINY).sqrt() - _TINY_ROOT
     noise = torch.randn_like(mean, requires_grad=False).mul_((p / (1 - p)) ** 0.5)
     return mean + (deviation * noise).to(mean.dtype)
 
@@ -84,10 +85,10 @@ def _variance(x: Tensor, weight: Tensor) -> Tensor:
     """(W*W)(x*x), in float32 where it would be computed in float16: squares overflow there from 256 on."""
     device = x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and (x.dtype is torch.float16 or torch.get_autocast_dtype(device) is torch.float16):
+    if autocast and torch.get_autocast_dtype(device) is torch.float16:
         with torch.autocast(device, enabled=False):
             return linear(x.float().square(), weight.float().square())
-    if x.dtype is torch.float16:
+    if x.dtype is torch.float16 and not autocast:
         return linear(x.float().square(), weight.float().square())
     return linear(x.square(), weight.square())
 

@@ -26,17 +26,16 @@ def check_rate(p: object, *, where: str = "") -> float:
     return float(p)
 
 
-def _anything(options: Mapping[str, Any]) -> None:
-    """The check of a variant whose options need none."""
-
-
 class DropoutVariant(nn.Module):
     """Base of the dropout family: `forward(x)` is `function(x, p, training, **options)`."""
 
     function: ClassVar[Callable[..., Tensor]]
-    check: ClassVar[Callable[[Mapping[str, Any]], None]] = staticmethod(_anything)
     state: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters and buffers that `function` takes as keyword arguments."""
+
+    @staticmethod
+    def check(options: Mapping[str, Any]) -> None:
+        """Raises OptionError or RateError for options out of range."""
 
     def __init__(self, p: float, **options: Any) -> None:
         super().__init__()
@@ -56,8 +55,11 @@ class LinearVariant(nn.Linear):
     """Base of the linear family: `function(x, weight, bias, p, training, **options)`."""
 
     function: ClassVar[Callable[..., Tensor]]
-    check: ClassVar[Callable[[Mapping[str, Any]], None]] = staticmethod(_anything)
     state: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def check(options: Mapping[str, Any]) -> None:
+        """Raises OptionError or RateError for options out of range."""
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class LinearVariant(nn.Linear):
 
 
 def written_options(p: float | None, options: dict[str, Any]) -> str:
-    """`p=0.1, num_samples=8`, as a module's repr shows it; options at None, and `exact` at False, are left out."""
+    """`p=0.1, num_samples=8`, as a module's repr shows it, without options at None and `exact=False`."""
     shown = {} if p is None else {"p": p}
     shown |= {
         key: value for key, value in options.items() if value is not None and (key, value) != ("exact", False)

@@ -80,7 +80,7 @@ def standout(
     if shift is None or (rescale and not training):
         return x
     gated = None if gate_weight is None else linear(x, gate_weight, gate_bias)
-    return _stand_out(x, gated, training, alpha, shift, rescale, min_keep)
+    return _stand_out(x, gated, training, alpha=alpha, shift=shift, rescale=rescale, min_keep=min_keep)
 
 
 def standout_linear(
@@ -138,7 +138,9 @@ def standout_linear(
     if shift is None or (rescale and not training):
         return activation
     gated = None if gate_weight is None else linear(x, gate_weight, gate_bias)
-    return _stand_out(activation, gated, training, alpha, shift, rescale, min_keep)
+    return _stand_out(
+        activation, gated, training, alpha=alpha, shift=shift, rescale=rescale, min_keep=min_keep
+    )
 
 
 def _shift(p: float, beta: float | None) -> float | None:
@@ -153,38 +155,29 @@ def _stand_out(
     x: Tensor,
     gated: Tensor | None,
     training: bool,
+    *,
     alpha: float,
     shift: float,
     rescale: bool,
     min_keep: float,
 ) -> Tensor:
     if gated is not None or not training:
-        return _with_slopes(x, x if gated is None else gated, training, alpha, shift, rescale, min_keep)
+        logits = (x if gated is None else gated).to(x.dtype if x.dtype not in HALVES else torch.float32)
+        keep = (logits * alpha + shift).sigmoid().clamp(min=min_keep)
+        return _with_slopes(x, keep, rescale) if training else x * keep.to(x.dtype)
     # In place throughout, on tensors made here: each pass over memory counts beside the draw.
     logits = x.detach().float() if x.dtype in HALVES else x.detach()
-    keep = (logits * alpha).add_(shift).sigmoid_().clamp_(min=min_keep)
-    mask = torch.rand_like(keep).lt_(keep)
+    keep = (logits * alpha).add_(shift).sigmoid_().clamp(min=min_keep)
+    mask = (torch.rand_like(keep) < keep).to(keep.dtype)
     if rescale:
         mask = mask.div_(keep)
     return x * mask.to(x.dtype)
 
 
-def _with_slopes(
-    x: Tensor,
-    gate: Tensor,
-    training: bool,
-    alpha: float,
-    shift: float,
-    rescale: bool,
-    min_keep: float,
-) -> Tensor:
-    logits = gate.float() if gate.dtype in HALVES else gate
-    keep = (logits * alpha + shift).sigmoid().clamp(min=min_keep)
-    if not training:
-        return x * keep.to(x.dtype)
+def _with_slopes(x: Tensor, keep: Tensor, rescale: bool) -> Tensor:
     fixed = keep.detach()
     # Straight through: the drawn mask forwards, the slope of its probability backwards.
-    mask = torch.rand_like(fixed).lt_(fixed) + (keep - fixed)
+    mask = (torch.rand_like(fixed) < fixed) + (keep - fixed)
     return x * (mask / fixed if rescale else mask).to(x.dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,16 @@ def make(model_type: str, class_name: str, shrink: Shrink, attention: str | None
         raise MemoryError(f"{size / 1e6:.0f} M parameters")
     model = cls(config)
     return model, hf_inputs.made(model)
+
+
+def entries() -> Iterator[Entry]:
+    """Every line of the list: a model type, its class, and how far its configuration is shrunk."""
+    for line in NAMES.read_text().splitlines():
+        model_type, class_name, size = line.split("\t")
+        widths, image = size.split()
+        shrink = functools.partial(Shrink, widths == "tiny", int(image) or None)
+        yield Entry("hf", model_type, functools.partial(_made, model_type, class_name, shrink))
+
+
+def _made(model_type: str, class_name: str, shrink: Any) -> tuple[nn.Module, Inputs]:
+    return make(model_type, class_name, shrink(), cap=float("inf"))

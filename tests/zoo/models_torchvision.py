@@ -19,7 +19,7 @@ CLASSIFIERS: dict[str, int] = {
     "efficientnet_b1": 32,
     "efficientnet_v2_s": 32,
     "googlenet": 64,
-    "inception_v3": 192,
+    "inception_v3": 299,
     "mnasnet0_5": 32,
     "mnasnet1_0": 32,
     "mobilenet_v2": 32,

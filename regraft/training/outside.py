@@ -1,0 +1,98 @@
+"""Calls made outside `vmap` from inside it, with the passes as an axis like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regraft.training.tree import emptied, filled, mapped
+
+
+class _Outside(torch.autograd.Function):
+    """One call made outside vmap: `call(n, tensors, forked)`, where a forked tensor begins with the passes.
+
+    The result has the passes on its first axis, or on none. Autograd records what the call does as it
+    would without vmap.
+    """
+
+    @staticmethod
+    def forward(call: Any, axis: Any, *tensors: Any) -> Any:
+        raise AssertionError("only called under vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        raise AssertionError("only called under vmap")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: Any, axis: Tensor, *tensors: Any) -> Any:
+        forked = [dim is not None for dim in in_dims[2:]]
+        moved = [
+            tensor.movedim(dim, 0) if dim is not None else tensor
+            for tensor, dim in zip(tensors, in_dims[2:], strict=True)
+        ]
+        return call(info.batch_size, moved, forked)
+
+
+def attention(
+    axis: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Any:
+    """Fused attention with the passes as part of its batch, so that its kernel draws for each of them."""
+    options = {"dropout_p": dropout_p, "is_causal": is_causal, **options}
+
+    def call(n: int, tensors: list[Any], forked: list[bool]) -> Any:
+        if not any(forked) and not dropout_p:
+            return F.scaled_dot_product_attention(*tensors, **options), None
+        every = [
+            one if there or one is None else one.expand(n, *one.shape)
+            for one, there in zip(tensors, forked, strict=True)
+        ]
+        batch = every[0].shape[1]
+        if all(one.dim() == 5 and one.shape[1] == batch for one in every[:3]):
+            mask = tensors[3]
+            if mask is not None and (forked[3] or (mask.dim() == 4 and mask.shape[0] > 1)):
+                mask = _folded(_ranked(every[3], 5), n, batch)
+            folded = [_folded(one, n, batch) for one in every[:3]]
+            result = F.scaled_dot_product_attention(*folded, mask, **options)
+            return result.unflatten(0, (n, batch)), 0
+        mask = None if every[3] is None else _ranked(every[3], every[0].dim())
+        return F.scaled_dot_product_attention(*every[:3], mask, **options), 0
+
+    return _Outside.apply(call, axis, query, key, value, attn_mask)
+
+
+def _ranked(mask: Tensor, rank: int) -> Tensor:
+    """A mask that begins with the passes, with axes of 1 behind them up to `rank`."""
+    return mask.reshape(mask.shape[0], *[1] * (rank - mask.dim()), *mask.shape[1:])
+
+
+def _folded(tensor: Tensor, n: int, batch: int) -> Tensor:
+    return tensor.expand(n, batch, *tensor.shape[2:]).reshape(n * batch, *tensor.shape[2:])
+
+
+def pass_by_pass(axis: Tensor, func: Callable[..., Any], args: tuple[Any, ...], *, draws: bool) -> Any:
+    """A function that vmap cannot run, once for each pass; once for all if nothing tells them apart."""
+    slots, inputs = emptied(args)
+
+    def call(n: int, tensors: list[Any], forked: list[bool]) -> Any:
+        def run(i: int) -> Any:
+            given = [one[i] if there else one for one, there in zip(tensors, forked, strict=True)]
+            return func(*filled(slots, given))
+
+        if not any(forked) and not draws:
+            outputs = run(0)
+            return outputs, mapped(lambda *_: None, "", outputs)
+        outputs = mapped(lambda _, *every: torch.stack(every), "", *(run(i) for i in range(n)))
+        return outputs, mapped(lambda *_: 0, "", outputs)
+
+    return _Outside.apply(call, axis, *inputs)

@@ -1,0 +1,240 @@
+"""What a graft of every dropout does to one model of the zoo, seen by the independent recorder."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .entry import Entry, Inputs, forward, tensors
+from .recorder import DROP_PATH, PLAIN, Call, record
+
+RULES = {"Dropout": "gaussian", "DropPath": "droppath"}
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
+
+
+@dataclass
+class Row:
+    """One model of the zoo, before and after. The attributes are the keys of the JSON."""
+
+    library: str
+    name: str
+    model: str = ""
+    plain: int = 0
+    drop_path: int = 0
+    walked: int = 0
+    """Of the plain calls, those that a walk over the modules reaches."""
+    apart: dict[str, int] = field(default_factory=dict)
+    """Calls of the kinds with selectors of their own: dropout2d, alpha_dropout, ..."""
+    other_draws: dict[str, int] = field(default_factory=dict)
+    """Random draws that are no dropout, by source line."""
+    reached_plain: int = 0
+    reached_drop_path: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Calls left, by the reason that the report gives."""
+    silent: list[str] = field(default_factory=list)
+    """Calls left that no line of the report explains."""
+    lost: int = 0
+    """Calls gone with no draw of a variant in their place."""
+    unmatched: list[str] = field(default_factory=list)
+    """Rules that matched nothing, though the recorder saw such calls."""
+    eval_differs: bool = False
+    revert_differs: list[str] = field(default_factory=list)
+    probe: str | None = None
+    """Why the probe did not run."""
+    error: str | None = None
+    """What broke, and where."""
+    seconds: float = 0.0
+
+    @property
+    def calls(self) -> int:
+        return self.plain + self.drop_path
+
+    @property
+    def reached(self) -> int:
+        return self.reached_plain + self.reached_drop_path
+
+
+def walk_row(entry: Entry) -> Row:
+    """The row of a model as it is, without regraft."""
+    row, start = Row(entry.library, entry.name), time.perf_counter()
+    try:
+        model, inputs = entry.build()
+        _count(row, model, record(model, inputs))
+    except Exception as error:
+        row.error = f"zoo: {_first_line(error)}"
+    row.seconds = round(time.perf_counter() - start, 3)
+    return row
+
+
+def graft_row(entry: Entry, given: bool | None = None) -> Row:
+    """The whole row: graft, look again, compare, revert.
+
+    Args:
+        entry: the model.
+        given: hand the zoo's inputs to the probe; by default only where regraft makes none itself.
+    """
+    row, start = Row(entry.library, entry.name), time.perf_counter()
+    step = "zoo"
+    try:
+        model, inputs = entry.build()
+        reference = _eval(model, inputs)
+        kept = _buffers(model)
+        before = record(model.train(), inputs)
+        _put_back(kept)
+        _count(row, model, before)
+        was = snapshot(model)
+        step = "apply"
+        given = entry.library not in ("hf", "timm", "peft") if given is None else given
+        report = _apply(row, model, inputs if given else None)
+        if report is not None:
+            step = "training"
+            after = record(model, inputs, own=(_own_folder(),))
+            _backward(after.output)
+            _put_back(kept)
+            step = "compare"
+            _compare(row, before.calls, after, report)
+            step = "eval"
+            mended = {path for item in report["mended"] for path in (item["path"],)}
+            row.eval_differs = not mended and not _equal(reference, _eval(model, inputs))
+            model.train()
+        step = "revert"
+        import regraft
+
+        regraft.revert(model)
+        row.revert_differs = differences(was, snapshot(model))
+    except Exception as error:
+        row.error = f"{step}: {_first_line(error)}"
+    row.seconds = round(time.perf_counter() - start, 3)
+    return row
+
+
+def _count(row: Row, model: nn.Module, recording: Any) -> None:
+    row.model = type(model).__name__
+    row.plain, row.drop_path = len(recording.plain), len(recording.drop_path)
+    row.walked = sum(call.walked for call in recording.plain)
+    row.apart = dict(Counter(call.kind for call in recording.calls if call.kind not in PLAIN | DROP_PATH))
+    row.other_draws = dict(Counter(call.source for call in recording.other))
+
+
+def _apply(row: Row, model: nn.Module, inputs: Inputs | None) -> dict[str, Any] | None:
+    """The report as plain data; None if no rule matches."""
+    import regraft
+
+    rules = {name: RULES[name] for name, seen in (("Dropout", row.plain), ("DropPath", row.drop_path)) if seen}
+    while rules:
+        try:
+            report = regraft.apply(model, dict(rules), inputs=inputs)
+        except regraft.RegraftError as error:
+            missed = [name for name in rules if f"'{name}'" in str(error) or f'"{name}"' in str(error)]
+            if "match" not in str(error) or not missed:
+                raise
+            row.unmatched += missed
+            rules = {name: variant for name, variant in rules.items() if name not in missed}
+        else:
+            found: dict[str, Any] = report.to_dict()
+            row.probe = None if found["probe"]["ran"] else found["probe"]["reason"]
+            return found
+    return None
+
+
+def _compare(row: Row, before: list[Call], after: Any, report: dict[str, Any]) -> None:
+    left_plain, left_path = after.plain, after.drop_path
+    row.reached_plain = row.plain - len(left_plain)
+    row.reached_drop_path = row.drop_path - len(left_path)
+    reasons: Counter[str] = Counter()
+    for call in [*left_plain, *left_path]:
+        reason = explained(call, report["skipped"])
+        if reason is None:
+            row.silent.append(f"{call.kind} in {call.path or '(the model)'} ({call.type}) at {call.source}")
+        else:
+            reasons[reason] += 1
+    row.skipped = dict(reasons)
+    row.lost = max(0, row.reached - after.own_draws)
+
+
+def explained(call: Call, skipped: list[dict[str, Any]]) -> str | None:
+    """The reason the report gives for a call that it left, if it gives one for that place."""
+    for skip in skipped:
+        paths = skip["paths"] or [skip["path"]]
+        if call.path in paths or call.path in [path.rpartition(".")[0] for path in paths]:
+            return str(skip["reason"])
+    return None
+
+
+def _own_folder() -> str:
+    import regraft
+
+    return os.path.dirname(os.path.abspath(regraft.__file__)) + os.sep
+
+
+def _eval(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return [found.clone() for found in tensors(forward(model.eval(), inputs))]
+
+
+def _equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(
+        one.shape == other.shape and torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
+        if one.is_floating_point()
+        else torch.equal(one, other)
+        for one, other in zip(ours, theirs, strict=True)
+    )
+
+
+def _backward(output: Any) -> None:
+    losses = [found.float().mean() for found in tensors(output) if found.requires_grad and not found.is_complex()]
+    if losses:
+        torch.stack(losses).sum().backward()
+
+
+def _buffers(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+
+def _put_back(kept: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that a revert must bring back, by name; objects by identity."""
+    found: dict[str, Any] = {"state keys": tuple(model.state_dict(keep_vars=True))}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found[f"identity of {name}"] = id(tensor)
+    for path, module in model.named_modules(remove_duplicate=False):
+        found[f"module at {path}"] = id(module)
+        found[f"class of {path}"] = type(module)
+        found[f"attributes of {path}"] = tuple(module.__dict__)
+        found[f"mode of {path}"] = module.training
+        found[f"hooks of {path}"] = [tuple(module.__dict__.get(name, {}).items()) for name in _HOOKS]
+        found[f"values of {path}"] = {
+            key: value for key, value in vars(module).items() if isinstance(value, (int, float, str, bool, type(None)))
+        }
+    return found
+
+
+def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is not as it was."""
+    return [key for key in {**was, **now} if was.get(key, "absent") != now.get(key, "absent")]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+
+
+def quiet() -> None:
+    """Single-threaded and without the libraries' chatter."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", module=r"(torch|torchvision|timm|transformers|peft)(\.|$)")
