@@ -112,6 +112,12 @@ def _needs_rate(found: Spec, variant: Variant) -> bool:
     return found.needs_rate is None or found.needs_rate(complete_options(found, options))
 
 
+def acts_in_eval(variant: Variant) -> bool:
+    """Is the eval output with this variant another than the original's?"""
+    found = spec(variant.name)
+    return found.changes_eval is not None and found.changes_eval(complete_options(found, variant.options))
+
+
 def _rate(site: Site, found: Spec, variant: Variant, where: str) -> float | None:
     p = variant.options.get("p")
     if found.name == "off":

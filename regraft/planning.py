@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from regraft.choices import Choice
+from regraft.choices import Choice, acts_in_eval
 from regraft.errors import FileError, MisfitError, OptionError, raise_all
 from regraft.find.inspection import Inspection, inspect
 from regraft.find.original import original_class
@@ -41,6 +41,8 @@ class Edit:
     source: str | None
     methods: list[str] = field(default_factory=list)
     """Of a call site: the owner's methods that run it."""
+    mends: bool = False
+    """Did the call drop in eval too, and does the graft end that?"""
     cost: str | None = None
     """What the graft costs beyond the variant itself."""
 
@@ -238,6 +240,7 @@ def _edit(choice: Choice) -> Edit:
         calls=site.calls,
         source=site.source,
         methods=sorted(site.call.methods) if site.call else [],
+        mends=site.draws_in_eval and not acts_in_eval(choice.variant),
         cost=choice.cost,
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from regraft.find.frames import calling_frames, line_of
+from regraft.find.frames import caller_line, calling_frames, line_of
 from regraft.find.functions import FUNCTIONS, Parsed
 from regraft.find.kinds import op_of
 
@@ -42,6 +42,7 @@ class CallRecorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.owners: list[nn.Module] = []
+        self.layer_drops: list[str] = []
         self._called: dict[tuple[int, str], Called] = {}
 
     def called(self) -> list[Called]:
@@ -59,6 +60,7 @@ class CallRecorder(TorchFunctionMode):
             self._record(FUNCTIONS[func](*args, **kwargs))
         if func is torch.rand and _draws_a_scalar(args):
             # LayerDrop: a scalar decides whether a layer runs. 1.0 keeps every layer.
+            self.layer_drops.append(caller_line())
             return torch.tensor(1.0)
         return func(*args, **kwargs)
 

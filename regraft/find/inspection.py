@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from regraft.find.diagnosis import Finding, diagnose
 from regraft.find.inputs import Inputs, given_inputs, made_inputs
 from regraft.find.modules import module_sites
 from regraft.find.probe import Probe, run_probe
@@ -14,16 +15,6 @@ from regraft.find.probed import probed_sites
 from regraft.find.site import Site
 from regraft.find.walk import Named, inner_model, named_modules
 from regraft.report.view import SCHEMA, View
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something wrong with the model as it stands."""
-
-    path: str
-    finding: str
-    source: str | None
-    remedy: str
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,7 +70,9 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
     """
     seen = look(model)
     probe = _probed(seen.root, seen.modules, inputs, {id(site.module) for site in seen.sites})
-    return replace(seen, sites=probed_sites(seen.sites, seen.modules, probe), probe=probe)
+    sites = probed_sites(seen.sites, seen.modules, probe)
+    findings = diagnose(sites, seen.modules, probe)
+    return replace(seen, sites=sites, findings=findings, probe=probe)
 
 
 def look(model: nn.Module) -> Inspection:

@@ -34,6 +34,8 @@ class Graft:
     """The same attributes, as the graft wrote them."""
     in_eval: bool = False
     """Does it act in eval too?"""
+    mends: bool = False
+    """Does it keep a call from dropping in eval?"""
     state: dict[str, Any] = field(default_factory=dict)
     """Parameters and buffers that the graft adds, by name: what they start from."""
 

@@ -23,6 +23,7 @@ def probed_sites(sites: list[Site], modules: list[Named], probe: Probe) -> list[
         return sites
     order = {id(named.module): position for position, named in enumerate(modules)}
     names = {id(named.module): named for named in modules}
+    drawn = {(id(called.owner), called.op) for called in probe.eval_called}
     placed: list[tuple[int, Site]] = []
     merged: set[int] = set()
     for called in probe.called:
@@ -33,7 +34,12 @@ def probed_sites(sites: list[Site], modules: list[Named], probe: Probe) -> list[
         ]
         merged |= {id(twin.module) for twin in twins}
         first = min(order[id(twin.module)] for twin in twins) if twins else order[id(called.owner)]
-        placed.append((first, _call_site(names[id(called.owner)], called, twins)))
+        placed.append(
+            (
+                first,
+                _call_site(names[id(called.owner)], called, twins, (id(called.owner), called.op) in drawn),
+            )
+        )
     for site in sites:
         if id(site.module) not in merged:
             placed.append((order[id(site.module)], _with_calls(site, probe)))
@@ -45,7 +51,7 @@ def _with_calls(site: Site, probe: Probe) -> Site:
     return replace(site, calls=probe.counts.get(key, 0), source=probe.lines.get(key))
 
 
-def _call_site(owner: Named, called: Called, twins: list[Named]) -> Site:
+def _call_site(owner: Named, called: Called, twins: list[Named], drew: bool) -> Site:
     module: nn.Module = owner.module
     graft = grafts_of(module).get(f"calls:{called.op}")
     running = [source for source, rate in zip(called.sources, called.rates, strict=True) if rate > 0]
@@ -62,5 +68,6 @@ def _call_site(owner: Named, called: Called, twins: list[Named]) -> Site:
         module=module,
         training=module.training,
         variant=graft.edit["after"] if graft else None,
+        draws_in_eval=drew,
         call=called,
     )

@@ -44,6 +44,7 @@ class Site:
     dtype: str | None = None
     training: bool = True
     variant: str | None = None
+    draws_in_eval: bool = False
     call: Called | None = field(default=None, repr=False)
     """Of a call site: what the probe recorded of it."""
     obstacle: tuple[str, str] | None = field(default=None, repr=False)

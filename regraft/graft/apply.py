@@ -18,6 +18,9 @@ from regraft.report.view import SCHEMA, View
 from regraft.rules import read_rules
 
 
+_MENDED = "{} dropped in eval too; the graft follows .training"
+
+
 @dataclass(frozen=True)
 class Mended:
     """A fault of the model that the graft put right."""
@@ -130,6 +133,9 @@ def graft_rules(
         rules=made.rules,
         grafted=made.grafted,
         skipped=made.skipped,
+        mended=[
+            Mended(edit.path, _MENDED.format(edit.before), edit.source) for edit in made.grafted if edit.mends
+        ],
         state_keys=_state_keys(changes),
         notes=made.notes,
         probe=made.probe,

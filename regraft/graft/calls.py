@@ -39,7 +39,7 @@ def call_graft(edit: Edit) -> tuple[str, Graft]:
     options = complete_options(found, edit.options)
     options.pop("fused", None)
     in_eval = found.changes_eval is not None and found.changes_eval(options)
-    return f"{SLOT}:{op}", Graft(_layer_name(methods), vars(edit), options, in_eval=in_eval)
+    return f"{SLOT}:{op}", Graft(_layer_name(methods), vars(edit), options, in_eval=in_eval, mends=edit.mends)
 
 
 def boundary_graft(*, awake: bool = False) -> Graft:
@@ -78,7 +78,10 @@ def _entrance(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _acts(module: nn.Module, grafts: dict[str, Graft]) -> bool:
     """Is there anything for a mode to do? A mode costs each torch op under it, so none is entered idly."""
-    return any(graft.in_eval or (module.training and slot != BOUNDARY) for slot, graft in grafts.items())
+    return any(
+        graft.in_eval or graft.mends or (module.training and slot != BOUNDARY)
+        for slot, graft in grafts.items()
+    )
 
 
 class _Pause:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from regraft.choices import acts_in_eval
 from regraft.find.inspection import Inspection
 from regraft.find.original import Graft
 from regraft.find.site import Site
@@ -11,7 +12,7 @@ from regraft.graft.calls import BOUNDARY, SLOT, boundary_graft, call_graft
 from regraft.graft.modules import SLOT as VARIANT
 from regraft.graft.modules import module_graft, rate_graft
 from regraft.planning import Edit, Plan
-from regraft.variants.registry import complete_options, spec
+from regraft.variants.spec import Variant
 
 Step = tuple[nn.Module, str, Graft]
 _FAST_PATHS = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -46,7 +47,7 @@ def _step(module: nn.Module, site: Site | None, edit: Edit) -> Step:
 
 def _awake(inspection: Inspection, plan: Plan, by_path: dict[str, nn.Module]) -> list[Step]:
     """In eval torch's encoder layers skip their children in one fused call: keep them off that path."""
-    acting = [edit.path for edit in plan.grafted if _acts_in_eval(edit)]
+    acting = [edit.path for edit in plan.grafted if acts_in_eval(Variant(edit.variant, edit.options))]
     above = {
         id(by_path[prefix]): by_path[prefix]
         for path in acting
@@ -54,11 +55,6 @@ def _awake(inspection: Inspection, plan: Plan, by_path: dict[str, nn.Module]) ->
         if isinstance(by_path[prefix], _FAST_PATHS)
     }
     return [(module, BOUNDARY, boundary_graft(awake=True)) for module in above.values()]
-
-
-def _acts_in_eval(edit: Edit) -> bool:
-    found = spec(edit.variant)
-    return found.changes_eval is not None and found.changes_eval(complete_options(found, edit.options))
 
 
 def _prefixes(path: str) -> list[str]:

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from regraft.training.tree import emptied, filled, mapped
 
+_attend: Callable[..., Tensor] = F.scaled_dot_product_attention
+
 
 class _Outside(torch.autograd.Function):
     """One call made outside vmap: `call(n, tensors, forked)`, where a forked tensor begins with the passes.
@@ -19,16 +21,17 @@ class _Outside(torch.autograd.Function):
     would without vmap.
     """
 
+    # Only ever called under vmap; torch asks for both.
     @staticmethod
-    def forward(call: Any, axis: Any, *tensors: Any) -> Any:
-        raise AssertionError("only called under vmap")
+    def forward(*_: Any) -> Any:
+        raise NotImplementedError
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        raise AssertionError("only called under vmap")
+    def setup_context(*_: Any) -> None:
+        raise NotImplementedError
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, call: Any, axis: Tensor, *tensors: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, call: Any, _: Tensor, *tensors: Any) -> Any:
         forked = [dim is not None for dim in in_dims[2:]]
         moved = [
             tensor.movedim(dim, 0) if dim is not None else tensor
@@ -37,7 +40,7 @@ class _Outside(torch.autograd.Function):
         return call(info.batch_size, moved, forked)
 
 
-def attention(
+def attention(  # noqa: PLR0917  (the arguments of fused attention, in its order)
     axis: Tensor,
     query: Tensor,
     key: Tensor,
@@ -52,7 +55,7 @@ def attention(
 
     def call(n: int, tensors: list[Any], forked: list[bool]) -> Any:
         if not any(forked) and not dropout_p:
-            return F.scaled_dot_product_attention(*tensors, **options), None
+            return _attend(*tensors, **options), None
         every = [
             one if there or one is None else one.expand(n, *one.shape)
             for one, there in zip(tensors, forked, strict=True)
@@ -63,10 +66,10 @@ def attention(
             if mask is not None and (forked[3] or (mask.dim() == 4 and mask.shape[0] > 1)):
                 mask = _folded(_ranked(every[3], 5), n, batch)
             folded = [_folded(one, n, batch) for one in every[:3]]
-            result = F.scaled_dot_product_attention(*folded, mask, **options)
-            return result.unflatten(0, (n, batch)), 0
+            result = _attend(*folded, mask, **options)
+            return result.reshape(n, batch, *result.shape[1:]), 0
         mask = None if every[3] is None else _ranked(every[3], every[0].dim())
-        return F.scaled_dot_product_attention(*every[:3], mask, **options), 0
+        return _attend(*every[:3], mask, **options), 0
 
     return _Outside.apply(call, axis, query, key, value, attn_mask)
 

@@ -1,20 +1,22 @@
-"""n stochastic passes over one input."""
+"""Several stochastic passes over one input, sharing what is the same in all of them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import copy
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regraft.errors import InputsError, RateError, nearest
-from regraft.training.repeated import ScalarOutputError, repeated_forward
+from regraft.errors import InputsError, ModelError, RateError, nearest
+from regraft.training.choice import Call, Traits, log, no_batch, traits_of
+from regraft.training.repeated import ScalarOutputError, is_cache, repeated_forward
+from regraft.training.shared import shared_forward
 from regraft.training.tree import mapped
 
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-STRATEGIES = ("auto", "batch", "loop")
+STRATEGIES = ("auto", "shared", "batch", "loop")
 
 
 def stochastic_passes(
@@ -22,17 +24,23 @@ def stochastic_passes(
     n: int,
     *args: Any,
     strategy: str = "auto",
+    chunk: int | None = None,
     unbatched: Collection[str] = (),
     **kwargs: Any,
 ) -> Any:
     """Several passes over one input, each with noise of its own.
 
+    What comes before the first random operation is the same in every pass. "shared" computes it once, by
+    `torch.func.vmap`; "batch" repeats the inputs n times along their first axis, in one forward; "loop"
+    runs the passes one after the other. "auto" takes the cheapest of them that is right for this model,
+    which it finds out at the first call, on fake tensors; `logging.getLogger("regraft")` says why.
+
     Args:
         model: as it is, in training or in eval; it is not switched.
         n: how many passes.
         args: for the model's forward.
-        strategy: "batch" repeats the inputs n times along their first axis, in one forward; "loop" runs
-            the passes one after the other; "auto" is "batch" where that has an answer, else "loop".
+        strategy: "auto", "shared", "batch" or "loop".
+        chunk: at most this many passes at once, to bound the memory.
         unbatched: names of keyword arguments that "batch" must not repeat, although their first axis is
             as long as the batch.
         kwargs: for the model's forward.
@@ -41,13 +49,17 @@ def stochastic_passes(
         The model's own output type (tensor, tuple, dict, ModelOutput), every tensor with a new first
         axis of n.
 
+    Running statistics of BatchNorm move once for each pass by "loop", once for each forward by "batch"
+    and "shared"; "shared" refuses a BatchNorm in training behind the first random operation.
+
     Raises:
         InputsError: an input that cannot be repeated, or an output without a value for each pass.
-        RateError: n below 1.
+        ModelError: the strategy asked for cannot run this model, or its passes would share noise.
+        RateError: n or chunk below 1.
 
     Example:
         >>> import regraft, torch
-        >>> model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(4, 3))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Dropout(0.5))
         >>> regraft.stochastic_passes(model, 2, torch.ones(5, 4)).shape
         torch.Size([2, 5, 3])
     """
@@ -56,28 +68,108 @@ def stochastic_passes(
         raise InputsError(
             f"strategy={strategy!r} is not one of {listed}", remedy=nearest(strategy, STRATEGIES)
         )
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise RateError(f"n={n!r} is not a number of passes", remedy="give 1 or more")
-    if strategy == "loop":
-        return looped(model, n, args, kwargs)
-    main = getattr(model, "main_input_name", None)
-    try:
-        return repeated_forward(model, n, args, kwargs, main=main, unbatched=unbatched)
-    except ScalarOutputError:
-        if strategy == "batch":
+    _check_count("n", n)
+    chunk = n if chunk is None else _check_count("chunk", chunk)
+    call = args, _without_cache(model, kwargs)
+    options = {"main": getattr(model, "main_input_name", None), "unbatched": unbatched}
+    if strategy == "auto":
+        return _auto(model, n, min(chunk, n), call, options)
+    if strategy == "shared":
+        traits = traits_of(model, call)
+        if traits.no_sharing is not None:
+            raise _cannot(model, strategy, traits.no_sharing)
+        return _shared(model, n, chunk, call, traits)
+    if strategy == "batch":
+        reason = no_batch(traits_of(model, call), model, call, options)
+        if reason is not None and reason.startswith("it draws"):
+            raise _cannot(model, strategy, reason)
+        return _batch(model, n, chunk, call, options)
+    return _loop(model, n, call)
+
+
+def _auto(model: nn.Module, n: int, chunk: int, call: Call, options: dict[str, Any]) -> Any:
+    traits = traits_of(model, call)
+    if traits.no_sharing is None and (traits.cost(n, chunk) < n or n == 1):
+        try:
+            return _shared(model, n, chunk, call, traits)
+        except torch.OutOfMemoryError:
             raise
-        return looped(model, n, args, kwargs)
+        except Exception as error:
+            traits.no_sharing = str(error).strip().split("\n")[0]
+            log.info("%s: passes share nothing from here on: %s", type(model).__name__, traits.no_sharing)
+    reason = traits.elsewhere or no_batch(traits, model, call, options)
+    if reason is None:
+        try:
+            return _batch(model, n, chunk, call, options)
+        except ScalarOutputError as error:
+            reason = error.what
+            traits.no_batch[:] = [reason]
+    return _loop(model, n, call)
 
 
-def looped(model: nn.Module, n: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The passes one after the other."""
-    outputs = [model(*args, **kwargs) for _ in range(n)]
-    return mapped(_stacked, "", *outputs)
+def _shared(model: nn.Module, n: int, chunk: int, call: Call, traits: Traits) -> Any:
+    return _in_chunks(
+        lambda size: shared_forward(model, size, *_own_caches(call), draws=traits.draws), n, chunk
+    )
 
 
-def _stacked(name: str, first: Any, *others: Any) -> Any:
-    del name
+def _batch(model: nn.Module, n: int, chunk: int, call: Call, options: dict[str, Any]) -> Any:
+    return _in_chunks(lambda size: repeated_forward(model, size, *call, **options), n, chunk)
+
+
+def _loop(model: nn.Module, n: int, call: Call) -> Any:
+    def once() -> Any:
+        args, kwargs = _own_caches(call)
+        return model(*args, **kwargs)
+
+    return mapped(_stacked, "", *(once() for _ in range(n)))
+
+
+def _in_chunks(run: Callable[[int], Any], n: int, chunk: int) -> Any:
+    parts = [run(size) for size in _sizes(n, chunk)]
+    return parts[0] if len(parts) == 1 else mapped(_joined, "", *parts)
+
+
+def _sizes(n: int, chunk: int) -> Iterator[int]:
+    for start in range(0, n, chunk):
+        yield min(chunk, n - start)
+
+
+def _joined(_: str, first: Any, *others: Any) -> Any:
+    return torch.cat((first, *others)) if isinstance(first, Tensor) else first
+
+
+def _stacked(_: str, first: Any, *others: Any) -> Any:
     every = (first, *others)
     if isinstance(first, Tensor):
         return torch.stack(every)
     return first if all(one is first or one == first for one in others) else every
+
+
+def _own_caches(call: Call) -> Call:
+    # A forward writes into its cache of keys and values: each pass gets one of its own.
+    args, kwargs = call
+    if not any(is_cache(value) for value in (*args, *kwargs.values())):
+        return call
+    return mapped(lambda _, leaf: copy.deepcopy(leaf) if is_cache(leaf) else leaf, "", call)  # type: ignore[no-any-return]
+
+
+def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Without a cache of keys and values among the outputs, which would have no meaning across passes."""
+    forward = inspect.unwrap(model.forward)
+    code = getattr(forward, "__code__", None)
+    wanted = code is not None and "use_cache" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return {"use_cache": False, **kwargs} if wanted else kwargs
+
+
+def _check_count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RateError(f"{name}={value!r} is not a number of passes", remedy="give 1 or more")
+    return value
+
+
+def _cannot(model: nn.Module, strategy: str, reason: str) -> ModelError:
+    return ModelError(
+        f'strategy="{strategy}" cannot run {type(model).__name__}: {reason}',
+        remedy='strategy="auto" takes one that can',
+    )

@@ -98,7 +98,7 @@ def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], main: str | None)
 
 
 def _repeat(name: str, value: Any, inputs: Repeated) -> Any:
-    if _is_cache(value):
+    if is_cache(value):
         return _repeat_cache(value, inputs)
     if isinstance(value, (list, tuple)) and len(value) == inputs.size and _holds_no_tensor(value):
         raise InputsError(
@@ -129,7 +129,8 @@ def _holds_no_tensor(value: Any) -> bool:
     return not any(isinstance(leaf, Tensor) or leaf is None for _, leaf in leaves("", value))
 
 
-def _is_cache(value: Any) -> bool:
+def is_cache(value: Any) -> bool:
+    """Whether it is a cache of keys and values, as Transformers has them."""
     return hasattr(value, "reorder_cache") and hasattr(value, "get_seq_length")
 
 

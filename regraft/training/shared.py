@@ -18,6 +18,8 @@ from regraft.errors import InputsError
 from regraft.training.draws import DrawsPerPass
 from regraft.training.tree import CONSTANTS, emptied, filled, leaves
 
+SLOWER = "There is a performance drop"
+
 
 def shared_forward(
     forward: Callable[..., Any],
@@ -27,13 +29,19 @@ def shared_forward(
     *,
     draws: bool = True,
     replaced: Callable[[Tensor], None] | None = None,
+    quiet: bool = True,
 ) -> Any:
     """All passes in one forward that forks at the first random operation.
 
     Args:
+        forward: the model, or a forward of it.
+        n: the number of passes.
+        args: for the forward.
+        kwargs: for the forward.
         draws: take over the operations whose noise vmap cannot draw for each pass. Without it they
             raise, and every operation is a few microseconds faster.
         replaced: see `DrawsPerPass`.
+        quiet: leave out vmap's warnings.
 
     Raises:
         RuntimeError: an operation after the fork that vmap cannot run, in torch's words.
@@ -52,8 +60,9 @@ def shared_forward(
         return tuple(tensors)
 
     with warnings.catch_warnings():
-        # vmap warns of each operation that it runs pass by pass: slower there, and still right.
-        warnings.filterwarnings("ignore", message="There is a performance drop")
+        if quiet:
+            # vmap warns of each operation that it runs pass by pass: slower there, and still right.
+            warnings.filterwarnings("ignore", message=SLOWER)
         stacked = torch.func.vmap(one_pass, randomness="different")(torch.zeros(n))
     return filled(tree, stacked)
 

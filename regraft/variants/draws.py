@@ -22,6 +22,10 @@ _CHUNK = 1 << 20
 
 def keep_mask(x: Tensor, shape: Sequence[int], p: float) -> Tensor:
     """1 with probability 1 - p, else 0, in x's dtype: exact, whatever that dtype is."""
+    if torch.compiler.is_compiling():
+        # What a compiler makes of bernoulli; written so, a rate that changes is an input of the graph
+        # and not a constant, which would compile it anew.
+        return (torch.rand(tuple(shape), device=x.device) < 1 - p).to(x.dtype)
     # empty: bernoulli has no derivative, so it must not see an x that requires one.
     return torch.bernoulli(x.new_empty(tuple(shape)), 1 - p)
 

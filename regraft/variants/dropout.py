@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from regraft.variants.draws import keep_mask, times_mask
 from regraft.variants.module import DropoutVariant, check_rate
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
@@ -34,6 +36,8 @@ def dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor
     p = check_rate(p)
     if not training or p == 0:
         return x
+    if torch.compiler.is_compiling():
+        return times_mask(x, keep_mask(x, x.shape, p), 1 / (1 - p))  # a scheduled p compiles once
     return functional.dropout(x, p, training=True)
 
 

@@ -76,7 +76,7 @@ def standout(
         >>> standout(torch.ones(2, 3), p=0.5).shape
         torch.Size([2, 3])
     """
-    shift = _shift(p, beta)
+    shift = _shift(x, p, beta)
     if shift is None or (rescale and not training):
         return x
     gated = None if gate_weight is None else linear(x, gate_weight, gate_bias)
@@ -134,7 +134,7 @@ def standout_linear(
         torch.Size([4, 2])
     """
     activation = linear(x, weight, bias)
-    shift = _shift(p, beta)
+    shift = _shift(x, p, beta)
     if shift is None or (rescale and not training):
         return activation
     gated = None if gate_weight is None else linear(x, gate_weight, gate_bias)
@@ -143,12 +143,17 @@ def standout_linear(
     )
 
 
-def _shift(p: float, beta: float | None) -> float | None:
+def _shift(x: Tensor, p: float, beta: float | None) -> float | Tensor | None:
     """beta, or None where everything is kept."""
     p = check_rate(p)
     if beta is not None:
         return beta
-    return math.log((1 - p) / p) if p > 0 else None
+    if p == 0:
+        return None
+    if torch.compiler.is_compiling():
+        # A scheduled rate is then an input of the graph; math.log would make each a constant.
+        return torch.full((), (1 - p) / p, dtype=torch.float32, device=x.device).log()
+    return math.log((1 - p) / p)
 
 
 def _stand_out(
@@ -157,7 +162,7 @@ def _stand_out(
     training: bool,
     *,
     alpha: float,
-    shift: float,
+    shift: float | Tensor,
     rescale: bool,
     min_keep: float,
 ) -> Tensor:

@@ -53,18 +53,29 @@ class Shrink:
         chosen: dict[str, Any] = {}
         usual = default if type(default) is not cls else cls()
         for field in dataclasses.fields(cls):
-            if not field.init or field.name in extra:
+            if not field.init:
                 continue
             try:
                 value = getattr(default, field.name)
             except Exception:  # a per-layer attribute of a heterogeneous configuration
                 continue
+            if field.name in extra:
+                given = extra[field.name]
+                nested = isinstance(given, dict) and dataclasses.is_dataclass(value)
+                chosen[field.name] = self._made(type(value), value, given) if nested else given
+                continue
             small = self._field(field.name, value, default)
+            if small == RATE and field.type in ("int", "int | None", int):
+                small = _RATE_LATER
             if small is not _SAME:
                 chosen[field.name] = small
             elif value != getattr(usual, field.name, None):
                 chosen[field.name] = value  # what the whole says of its part
-        return cls(**chosen, **extra)
+        config = cls(**{name: value for name, value in chosen.items() if value is not _RATE_LATER})
+        for name, value in chosen.items():
+            if value is _RATE_LATER:  # the field is typed as an int, and its 0 is a rate
+                vars(config)[name] = RATE
+        return config
 
     def _field(self, name: str, value: Any, default: Any) -> Any:
         if hasattr(value, "to_dict") and dataclasses.is_dataclass(value):
@@ -125,4 +136,4 @@ def _has_list(config: Any, length: int) -> Any:
         yield isinstance(value, (list, tuple)) and len(value) == length
 
 
-_SAME = object()
+_SAME, _RATE_LATER = object(), object()

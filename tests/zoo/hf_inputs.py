@@ -11,7 +11,11 @@ from torch import nn
 BATCH, TEXT = 2, 12
 
 
-def made(model: nn.Module) -> dict[str, Any]:
+WAYS = ("main", "images", "transposed", "video", "patches", "audio-text")
+"""What a forward may need beyond its main input; which one a model needs is in the list of names."""
+
+
+def made(model: nn.Module, way: str = "main") -> dict[str, Any]:
     """Keyword arguments for one forward of `model`."""
     parameters = inspect.signature(model.forward).parameters
     config = model.config
@@ -19,12 +23,35 @@ def made(model: nn.Module) -> dict[str, Any]:
     main = main[0] if isinstance(main, (list, tuple)) else main
     names = [main] if main in parameters else []
     names += [n for n, one in parameters.items() if n not in names and _required(one)]
+    if way == "images":
+        names += [n for n in ("input_ids", "pixel_values", "bbox", "input_features") if n in parameters and n not in names]
     inputs = {name: _MAKERS[name](config) for name in names if name in _MAKERS}
     if "decoder_input_ids" in parameters and "decoder_input_ids" not in inputs and find(config, "is_encoder_decoder"):
         inputs["decoder_input_ids"] = _ids(config)
     if "input_ids" in inputs and "attention_mask" in parameters:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if way == "transposed":
+        inputs = {k: v.transpose(1, 2) if k in ("input_features", "input_values") and v.dim() > 2 else v for k, v in inputs.items()}
+    if way == "transposed" and inputs.get("input_values", torch.zeros(1)).dim() == 2:
+        inputs["input_values"] = inputs["input_values"][:, None]
+    if way == "video":
+        inputs = {k: _video(config) if k == "pixel_values" else v for k, v in inputs.items()}
+    if way == "patches":
+        inputs |= _patches(config, main, parameters)
     return inputs
+
+
+def _patches(config: Any, main: str, parameters: Any) -> dict[str, Any]:
+    """Images as a flat list of patches with a grid, as Qwen2-VL's vision tower takes them."""
+    size = find(config, "patch_size", 14)
+    depth = find(config, "in_channels", find(config, "in_chans", find(config, "num_channels", 3)))
+    width = depth * find(config, "temporal_patch_size", 1) * size * size
+    grid = next((name for name in ("grid_thw", "image_grid_thw", "grid_hws") if name in parameters), "grid_thw")
+    first = "pixel_values" if "pixel_values" in parameters else "hidden_states" if "hidden_states" in parameters else main
+    made = {first: torch.randn(32, width), grid: torch.tensor([[1, 4, 4], [1, 4, 4]])}
+    if "merge_sizes" in parameters:
+        made["merge_sizes"] = torch.tensor([1, 1])
+    return made
 
 
 def _required(parameter: inspect.Parameter) -> bool:
@@ -86,6 +113,12 @@ def _features(config: Any) -> torch.Tensor:
     return torch.randn(BATCH, bins, frames)
 
 
+def _series(config: Any) -> torch.Tensor:
+    length = find(config, "context_length", 16) + max(find(config, "lags_sequence", [0]))
+    channels = find(config, "num_input_channels", find(config, "input_size", 1))
+    return torch.randn(BATCH, length, channels) if channels > 1 or not find(config, "lags_sequence") else torch.randn(BATCH, length)
+
+
 _MAKERS = {
     "input_ids": _ids,
     "decoder_input_ids": _ids,
@@ -93,5 +126,15 @@ _MAKERS = {
     "pixel_values_videos": _video,
     "input_values": _waves,
     "input_features": _features,
+    "bbox": lambda config: torch.ones(BATCH, TEXT, 4, dtype=torch.long),
+    "input_features_mask": lambda config: torch.ones(BATCH, _features(config).shape[-1], dtype=torch.long),
+    "qformer_input_ids": _ids,
+    "query_embeds": lambda config: torch.randn(BATCH, 8, find(config, "hidden_size")),
+    "task_inputs": lambda config: torch.randint(0, 99, (BATCH, find(config, "task_seq_len", 8))),
+    "past_values": lambda config: _series(config),
+    "past_observed_mask": lambda config: torch.ones_like(_series(config)),
+    "past_time_features": lambda config: torch.randn(*_series(config).shape[:2], find(config, "num_time_features", 1)),
+    "inputs_embeds": lambda config: torch.randn(BATCH, TEXT, find(config, "hidden_size")),
+    "freq": lambda config: torch.zeros(BATCH, 1, dtype=torch.long),
     "attention_mask": lambda config: torch.ones(BATCH, TEXT, dtype=torch.long),
 }

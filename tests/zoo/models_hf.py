@@ -15,6 +15,7 @@ from .entry import Entry, Inputs
 from .hf_configs import Shrink
 
 NAMES = Path(__file__).parent / "hf_names.txt"
+EXTRA: dict[str, dict[str, Any]] = {}
 HEADS = (
     "SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "SPEECH_SEQ_2_SEQ",
     "SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM", "MASKED_LM", "CTC", "VIDEO_CLASSIFICATION", "SEMANTIC_SEGMENTATION",
@@ -38,32 +39,30 @@ def classes(model_type: str) -> list[str]:
     return list(dict.fromkeys(flat))
 
 
-def make(model_type: str, class_name: str, shrink: Shrink, attention: str | None = None, cap: float = 2e7
+def make(model_type: str, class_name: str, shrink: Shrink, way: str = "main", cap: float = 2e7
          ) -> tuple[nn.Module, Inputs]:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     cls = getattr(transformers, class_name)
-    config = shrink.config(CONFIG_MAPPING[model_type])
+    config = shrink.config(CONFIG_MAPPING[model_type], EXTRA.get(model_type))
     config.use_cache = False
-    if attention:
-        config._attn_implementation = attention
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(config).parameters())
     if size > cap:
         raise MemoryError(f"{size / 1e6:.0f} M parameters")
     model = cls(config)
-    return model, hf_inputs.made(model)
+    return model, hf_inputs.made(model, way)
 
 
 def entries() -> Iterator[Entry]:
     """Every line of the list: a model type, its class, and how far its configuration is shrunk."""
     for line in NAMES.read_text().splitlines():
         model_type, class_name, size = line.split("\t")
-        widths, image = size.split()
+        widths, image, *way = size.split()
         shrink = functools.partial(Shrink, widths == "tiny", int(image) or None)
-        yield Entry("hf", model_type, functools.partial(_made, model_type, class_name, shrink))
+        yield Entry("hf", model_type, functools.partial(_made, model_type, class_name, shrink, *way))
 
 
-def _made(model_type: str, class_name: str, shrink: Any) -> tuple[nn.Module, Inputs]:
-    return make(model_type, class_name, shrink(), cap=float("inf"))
+def _made(model_type: str, class_name: str, shrink: Any, way: str = "main") -> tuple[nn.Module, Inputs]:
+    return make(model_type, class_name, shrink(), way, cap=float("inf"))

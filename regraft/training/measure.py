@@ -1,0 +1,172 @@
+"""What a forward costs and draws, without running it where that can be avoided: on fake tensors."""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from regraft.find.unchanged import buffers_kept, random_state_kept, unchanged
+from regraft.training.tree import mapped
+
+Forward = Callable[..., Any]
+_PER_ELEMENT = 16
+"""Operations without a formula are bound by memory: an element costs about as much as this many flops."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One forward.
+
+    Attributes:
+        cost: about how many flops.
+        draws: how many random numbers were drawn on tensors.
+        elsewhere: whether Python's or numpy's generator was used too.
+        checkpointed: whether a part of it is recomputed in the backward.
+        reads_replaced: whether a tensor was read after an in-place change of it was left out.
+    """
+
+    cost: float
+    draws: int
+    elsewhere: bool
+    checkpointed: bool
+    reads_replaced: bool
+
+
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up what the operations under it cost and draw."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.cost = 0.0
+        self.draws = 0
+        self.checkpointed = False
+        self.reads_replaced = False
+        self._marking = False
+        self._replaced: dict[int, Any] = {}
+
+    def replaced(self, tensor: Tensor) -> None:
+        """From here on nothing may read `tensor`: an in-place change of it was left out."""
+        # Only the dispatcher sees the tensor behind vmap's wrapper, so it is shown to it.
+        self._marking = True
+        tensor.detach()
+        self._marking = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inputs = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+        if self._marking:
+            for one in inputs:
+                storage = one.untyped_storage()
+                self._replaced[id(storage)] = storage  # kept, so that the id stays its own
+        elif self._replaced:
+            self.reads_replaced |= any(id(one.untyped_storage()) in self._replaced for one in inputs)
+        result = func(*args, **kwargs)
+        self._count(func, args, kwargs, result)
+        return result
+
+    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        first = result[0] if isinstance(result, (tuple, list)) and result else result
+        size = first.numel() if isinstance(first, Tensor) else 0
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.cost += formula(*args, **kwargs, out_val=result)
+        elif not func.is_view:
+            self.cost += _PER_ELEMENT * size
+        random_draw = torch.Tag.nondeterministic_seeded in func.tags and _rate(func, args, kwargs) != 0
+        if random_draw:
+            self.draws += size
+        if (random_draw or formula is not None) and not self.checkpointed:
+            self.checkpointed = _in_checkpoint()
+
+
+def _rate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """The rate of fused attention, which is tagged as random at rate 0 too."""
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if argument.name == "dropout_p":
+            return float(value)
+    rate = kwargs.get("dropout_p", 0.0 if "scaled_dot_product" in str(func) else None)
+    return None if rate is None else float(rate)
+
+
+def _in_checkpoint() -> bool:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(("torch/utils/checkpoint.py", "torch\\utils\\checkpoint.py")):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def measured(run: Callable[[Meter], Any]) -> Measured:
+    """What `run` costs and draws; all generators are put back."""
+    meter = Meter()
+    with random_state_kept(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = _other_generators()
+        with torch.no_grad(), meter:
+            run(meter)
+        elsewhere = _other_generators() != before
+    return Measured(meter.cost, meter.draws, elsewhere, meter.checkpointed, meter.reads_replaced)
+
+
+def _other_generators() -> Any:
+    numpy = sys.modules.get("numpy")
+    # The state's arrays by their bytes: numpy compares arrays entry by entry.
+    state = numpy.random.get_state() if numpy is not None else None
+    return random.getstate(), None if state is None else (state[1].tobytes(), *state[2:])
+
+
+@contextmanager
+def on_fake_tensors(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[Forward, tuple[Any, ...], dict[str, Any]]]:
+    """A forward of `model`, and inputs for it, on fake tensors; the model is as before afterwards."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    every = list(model.modules())
+    with unchanged(every), mode:
+        state = _fake_state(model, mode)
+        fake = mapped(lambda _, leaf: _fake(leaf, mode), "", (args, kwargs))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(model, state, args, kwargs)
+
+        yield forward, *fake
+
+
+@contextmanager
+def on_real_tensors(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[Forward, tuple[Any, ...], dict[str, Any]]]:
+    """The same with the model's own tensors; its buffers are put back."""
+    every = list(model.modules())
+    with unchanged(every), buffers_kept(every):
+        yield model, args, kwargs
+
+
+def _fake_state(model: nn.Module, mode: FakeTensorMode) -> dict[str, Tensor]:
+    # A tied weight must stay one tensor, so fakes are made by identity.
+    fakes: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if id(tensor) not in fakes:
+            fakes[id(tensor)] = _fake(tensor, mode)
+        state[name] = fakes[id(tensor)]
+    return state
+
+
+def _fake(leaf: Any, mode: FakeTensorMode) -> Any:
+    return mode.from_tensor(leaf, static_shapes=True) if isinstance(leaf, Tensor) else leaf
