@@ -70,7 +70,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
             f"the dropout between the layers of an {site.op} is inside one kernel",
             f"set its rate: 'dropout(p=...)', or stack single-layer {site.op}s",
         )
-    if site.kind == "call" and found.state is not None:
+    if site.kind == "call" and found.adds_state(_complete(found, variant)):
         return (
             f"{found.name!r} brings state of its own, and a call has no module to keep it",
             "choose a variant without state, or write the call as an nn.Dropout",
@@ -108,8 +108,12 @@ def _sets_rate(variant: Variant) -> bool:
 
 
 def _needs_rate(found: Spec, variant: Variant) -> bool:
+    return found.needs_rate is None or found.needs_rate(_complete(found, variant))
+
+
+def _complete(found: Spec, variant: Variant) -> dict[str, Any]:
     options = {key: value for key, value in variant.options.items() if key != "fused"}
-    return found.needs_rate is None or found.needs_rate(complete_options(found, options))
+    return complete_options(found, options)
 
 
 def acts_in_eval(variant: Variant) -> bool:
@@ -120,7 +124,7 @@ def acts_in_eval(variant: Variant) -> bool:
 
 def _rate(site: Site, found: Spec, variant: Variant, where: str) -> float | None:
     p = variant.options.get("p")
-    if found.name == "off":
+    if not found.rated:
         return None
     if callable(p):
         return check_rate(p(site), where=where)

@@ -8,19 +8,41 @@ Example:
 
 from __future__ import annotations
 
+from regraft.variants.alpha import AlphaDropout
+from regraft.variants.concrete import ConcreteDropout
+from regraft.variants.consistent import ConsistentDropout
+from regraft.variants.dropblock import DropBlock
 from regraft.variants.dropconnect import DropConnectLinear
 from regraft.variants.dropout import Dropout
+from regraft.variants.droppath import DropPath
 from regraft.variants.gaussian import GaussianDropout
+from regraft.variants.mc import MCDropout
+from regraft.variants.mixout import MixoutLinear
 from regraft.variants.multisample import MultiSampleDropout
+from regraft.variants.neftune import NEFTuneEmbedding
 from regraft.variants.off import Off
+from regraft.variants.spatial import SpatialDropout
 from regraft.variants.standout import StandoutDropout, StandoutLinear
+from regraft.variants.token import TokenDropout
+from regraft.variants.uniform import UniformDropout
 
 __all__ = [
+    "AlphaDropout",
+    "ConcreteDropout",
+    "ConsistentDropout",
+    "DropBlock",
     "DropConnectLinear",
+    "DropPath",
     "Dropout",
     "GaussianDropout",
+    "MCDropout",
+    "MixoutLinear",
     "MultiSampleDropout",
+    "NEFTuneEmbedding",
     "Off",
+    "SpatialDropout",
     "StandoutDropout",
     "StandoutLinear",
+    "TokenDropout",
+    "UniformDropout",
 ]

@@ -38,6 +38,8 @@ class Graft:
     """Does it keep a call from dropping in eval?"""
     state: dict[str, Any] = field(default_factory=dict)
     """Parameters and buffers that the graft adds, by name: what they start from."""
+    transient: tuple[str, ...] = ()
+    """Names of the buffers among them that stay out of the state dict."""
 
 
 def grafts_of(module: nn.Module) -> dict[str, Graft]:

@@ -164,5 +164,5 @@ def _state_keys(changes: list[Change]) -> list[str]:
     keys = []
     for module, slot, _ in changes:
         graft = grafts_of(module)[slot]
-        keys += [f"{graft.edit['path']}.{name}".lstrip(".") for name in graft.state]
+        keys += [f"{graft.edit['path']}.{name}".lstrip(".") for name in graft.state if name not in graft.transient]
     return keys

@@ -52,7 +52,7 @@ def _write(module: nn.Module, graft: Graft) -> None:
         if isinstance(value, nn.Parameter):
             module.register_parameter(name, value)
         else:
-            module.register_buffer(name, value)
+            module.register_buffer(name, value, persistent=name not in graft.transient)
 
 
 def _take_back(module: nn.Module, graft: Graft) -> None:
@@ -66,3 +66,4 @@ def _take_back(module: nn.Module, graft: Graft) -> None:
     for name in graft.state:
         module._parameters.pop(name, None)
         module._buffers.pop(name, None)
+        module._non_persistent_buffers_set.discard(name)

@@ -29,8 +29,11 @@ def module_graft(site: Site, edit: Edit) -> Graft:
         written[rate_name(site.module) or "p"] = float(edit.options["p"])
     options = complete_options(found, edit.options)
     layer_name = f"{SLOT}:{found.name}/{family}/{next(iter(written), '')}"
-    state = found.state(site.module, options) if found.state else {}
-    return Graft(layer_name, vars(edit), options, written=written, state=state)
+    rate = {"p": edit.options["p"]} if "p" in edit.options else {}
+    state = found.state(site.module, {**options, **rate}) if found.state else {}
+    graft = Graft(layer_name, vars(edit), options, written=written, state=state)
+    graft.transient = found.transient
+    return graft
 
 
 def rate_graft(site: Site, edit: Edit) -> Graft:
@@ -45,13 +48,25 @@ def _variant_layer(base: type[nn.Module], argument: str) -> Namespace:
     found = spec(name)
     forward = _FORWARDS[family](base, found, rate)
     title = found.module_for(family).__name__
+    on_mode = {"train": _train(base, found.on_mode)} if found.on_mode else {}
     return {
+        **on_mode,
         "__name__": title,
         "__qualname__": title,
         "__module__": found.module_for(family).__module__,
         "forward": functools.wraps(base.forward)(forward),
         "extra_repr": _extra_repr(base, rate),
     }
+
+
+def _train(base: type[nn.Module], on_mode: Callable[[nn.Module, bool], None]) -> Callable[..., nn.Module]:
+    @functools.wraps(base.train)
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        base.train(self, mode)
+        on_mode(self, mode)
+        return self
+
+    return train
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

@@ -23,6 +23,7 @@ _PROBED = 2
 _OVERHEAD = 1.12
 """Under vmap an operation costs about this much of what it costs in a batch as long."""
 _RATES = ("p", "drop_prob", "dropout", "attention_dropout", "activation_dropout", "drop_rate", "layerdrop")
+SHARED_DRAW = "it draws once for the whole batch (a mask of weights or layers), so passes would share it"
 _ELSEWHERE = "it draws from Python's or numpy's generator, which says nothing of passes"
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -176,9 +177,7 @@ def _look_at_batch(traits: Traits, model: nn.Module, call: Call, options: dict[s
     except Exception as error:
         return _one_line(error)
     if both.draws != _PROBED * traits.plain.draws:
-        return (
-            "it draws once for the whole batch (one mask of weights, or of layers), so passes would share it"
-        )
+        return SHARED_DRAW
     return None
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regraft.errors import InputsError, ModelError, RateError, nearest
-from regraft.training.choice import Call, Traits, log, no_batch, traits_of
+from regraft.find.walk import inner_model
+from regraft.training.choice import SHARED_DRAW, Call, Traits, log, no_batch, traits_of
+from regraft.training.measure import Forward
+from regraft.training.passing import passing
 from regraft.training.repeated import ScalarOutputError, is_cache, repeated_forward
 from regraft.training.shared import shared_forward
 from regraft.training.tree import mapped
@@ -63,76 +67,106 @@ def stochastic_passes(
         >>> regraft.stochastic_passes(model, 2, torch.ones(5, 4)).shape
         torch.Size([2, 5, 3])
     """
-    if strategy not in STRATEGIES:
-        listed = ", ".join(map(repr, STRATEGIES))
-        raise InputsError(
-            f"strategy={strategy!r} is not one of {listed}", remedy=nearest(strategy, STRATEGIES)
-        )
-    _check_count("n", n)
-    chunk = n if chunk is None else _check_count("chunk", chunk)
-    call = args, _without_cache(model, kwargs)
-    options = {"main": getattr(model, "main_input_name", None), "unbatched": unbatched}
-    if strategy == "auto":
-        return _auto(model, n, min(chunk, n), call, options)
-    if strategy == "shared":
-        traits = traits_of(model, call)
-        if traits.no_sharing is not None:
-            raise _cannot(model, strategy, traits.no_sharing)
-        return _shared(model, n, chunk, call, traits)
-    if strategy == "batch":
-        reason = no_batch(traits_of(model, call), model, call, options)
-        if reason is not None and reason.startswith("it draws"):
-            raise _cannot(model, strategy, reason)
-        return _batch(model, n, chunk, call, options)
-    return _loop(model, n, call)
-
-
-def _auto(model: nn.Module, n: int, chunk: int, call: Call, options: dict[str, Any]) -> Any:
-    traits = traits_of(model, call)
-    if traits.no_sharing is None and (traits.cost(n, chunk) < n or n == 1):
-        try:
-            return _shared(model, n, chunk, call, traits)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            traits.no_sharing = str(error).strip().split("\n")[0]
-            log.info("%s: passes share nothing from here on: %s", type(model).__name__, traits.no_sharing)
-    reason = traits.elsewhere or no_batch(traits, model, call, options)
-    if reason is None:
-        try:
-            return _batch(model, n, chunk, call, options)
-        except ScalarOutputError as error:
-            reason = error.what
-            traits.no_batch[:] = [reason]
-    return _loop(model, n, call)
-
-
-def _shared(model: nn.Module, n: int, chunk: int, call: Call, traits: Traits) -> Any:
-    return _in_chunks(
-        lambda size: shared_forward(model, size, *_own_caches(call), draws=traits.draws), n, chunk
+    check_strategy(strategy)
+    return run_passes(
+        model,
+        model,
+        _check_count("n", n),
+        (args, kwargs),
+        strategy=strategy,
+        chunk=n if chunk is None else _check_count("chunk", chunk),
+        unbatched=unbatched,
     )
 
 
-def _batch(model: nn.Module, n: int, chunk: int, call: Call, options: dict[str, Any]) -> Any:
-    return _in_chunks(lambda size: repeated_forward(model, size, *call, **options), n, chunk)
+def run_passes(
+    model: nn.Module,
+    forward: Forward,
+    n: int,
+    call: Call,
+    *,
+    strategy: str,
+    chunk: int,
+    unbatched: Collection[str] = (),
+) -> Any:
+    """What `stochastic_passes` does, by a `forward` of `model` that need not be the model's own."""
+    args, kwargs = call
+    call = args, _without_cache(model, kwargs)
+    options = {"main": getattr(model, "main_input_name", None), "unbatched": unbatched}
+    passes = _Passes(model, forward, n, min(chunk, n), call, options)
+    with passing(inner_model(model)[0]):
+        return getattr(passes, strategy)()
 
 
-def _loop(model: nn.Module, n: int, call: Call) -> Any:
-    def once() -> Any:
-        args, kwargs = _own_caches(call)
-        return model(*args, **kwargs)
+@dataclass(frozen=True)
+class _Passes:
+    """The passes over one input; a method for each strategy."""
 
-    return mapped(_stacked, "", *(once() for _ in range(n)))
+    model: nn.Module
+    forward: Forward
+    n: int
+    chunk: int
+    call: Call
+    options: dict[str, Any]
 
+    def auto(self) -> Any:
+        traits = traits_of(self.model, self.call)
+        if traits.no_sharing is None and (self.n == 1 or traits.cost(self.n, self.chunk) < self.n):
+            try:
+                return self._by_sharing(traits)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                traits.no_sharing = str(error).strip().split("\n")[0]
+                name = type(self.model).__name__
+                log.info("%s: passes share nothing from here on: %s", name, traits.no_sharing)
+        if self._no_batch(traits) is None:
+            try:
+                return self._by_repeating()
+            except ScalarOutputError as error:
+                traits.no_batch[:] = [error.what]
+        return self.loop()
 
-def _in_chunks(run: Callable[[int], Any], n: int, chunk: int) -> Any:
-    parts = [run(size) for size in _sizes(n, chunk)]
-    return parts[0] if len(parts) == 1 else mapped(_joined, "", *parts)
+    def shared(self) -> Any:
+        traits = traits_of(self.model, self.call)
+        if traits.no_sharing is not None:
+            raise self._cannot("shared", traits.no_sharing)
+        return self._by_sharing(traits)
 
+    def batch(self) -> Any:
+        reason = no_batch(traits_of(self.model, self.call), self.model, self.call, self.options)
+        if reason == SHARED_DRAW:
+            raise self._cannot("batch", reason)
+        return self._by_repeating()
 
-def _sizes(n: int, chunk: int) -> Iterator[int]:
-    for start in range(0, n, chunk):
-        yield min(chunk, n - start)
+    def loop(self) -> Any:
+        def once() -> Any:
+            args, kwargs = _own_caches(self.call)
+            return self.forward(*args, **kwargs)
+
+        return mapped(_stacked, "", *(once() for _ in range(self.n)))
+
+    def _by_sharing(self, traits: Traits) -> Any:
+        def run(size: int) -> Any:
+            return shared_forward(self.forward, size, *_own_caches(self.call), draws=traits.draws)
+
+        return self._in_chunks(run)
+
+    def _by_repeating(self) -> Any:
+        return self._in_chunks(lambda size: repeated_forward(self.forward, size, *self.call, **self.options))
+
+    def _in_chunks(self, run: Callable[[int], Any]) -> Any:
+        parts = [run(min(self.chunk, self.n - start)) for start in range(0, self.n, self.chunk)]
+        return parts[0] if len(parts) == 1 else mapped(_joined, "", *parts)
+
+    def _no_batch(self, traits: Traits) -> str | None:
+        return traits.elsewhere or no_batch(traits, self.model, self.call, self.options)
+
+    def _cannot(self, strategy: str, reason: str) -> ModelError:
+        return ModelError(
+            f'strategy="{strategy}" cannot run {type(self.model).__name__}: {reason}',
+            remedy='strategy="auto" takes one that can',
+        )
 
 
 def _joined(_: str, first: Any, *others: Any) -> Any:
@@ -162,14 +196,16 @@ def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"use_cache": False, **kwargs} if wanted else kwargs
 
 
+def check_strategy(strategy: str) -> None:
+    """Raise for a strategy that there is not."""
+    if strategy not in STRATEGIES:
+        listed = ", ".join(map(repr, STRATEGIES))
+        raise InputsError(
+            f"strategy={strategy!r} is not one of {listed}", remedy=nearest(str(strategy), STRATEGIES)
+        )
+
+
 def _check_count(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise RateError(f"{name}={value!r} is not a number of passes", remedy="give 1 or more")
     return value
-
-
-def _cannot(model: nn.Module, strategy: str, reason: str) -> ModelError:
-    return ModelError(
-        f'strategy="{strategy}" cannot run {type(model).__name__}: {reason}',
-        remedy='strategy="auto" takes one that can',
-    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from regraft.errors import InputsError
 from regraft.training.tree import CONSTANTS, leaves, mapped
@@ -106,6 +107,8 @@ def _repeat(name: str, value: Any, inputs: Repeated) -> Any:
             where=name,
             remedy=f'unbatched=({name!r},) passes it as it is, strategy="loop" leaves all inputs alone',
         )
+    if isinstance(value, PackedSequence):
+        raise _unrepeatable(name, value)
     return mapped(lambda at, leaf: _repeat_leaf(at, leaf, inputs), name, value)
 
 
@@ -118,8 +121,12 @@ def _repeat_leaf(name: str, leaf: Any, inputs: Repeated) -> Any:
         return leaf
     if isinstance(leaf, CONSTANTS):
         return leaf
-    raise InputsError(
-        f"{name!r} is a {type(leaf).__name__}, which cannot be repeated along the batch",
+    raise _unrepeatable(name, leaf)
+
+
+def _unrepeatable(name: str, value: Any) -> InputsError:
+    return InputsError(
+        f"{name!r} is a {type(value).__name__}, which cannot be repeated along the batch",
         where=name,
         remedy=f'unbatched=({name!r},) passes it as it is, strategy="loop" leaves all inputs alone',
     )

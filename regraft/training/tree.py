@@ -93,7 +93,8 @@ def _rebuilt(old: Any, new: dict[Any, Any]) -> Any:
             copied[key] = value
         return copied
     if isinstance(old, tuple) and hasattr(old, "_fields"):
-        return type(old)(*new.values())
+        # Not by its constructor, which may look at the values: these can be slots.
+        return tuple.__new__(type(old), new.values())
     if isinstance(old, (tuple, list)):
         return type(old)(new.values())
     return dataclasses.replace(old, **new)

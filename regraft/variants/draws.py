@@ -26,8 +26,16 @@ def keep_mask(x: Tensor, shape: Sequence[int], p: float) -> Tensor:
         # What a compiler makes of bernoulli; written so, a rate that changes is an input of the graph
         # and not a constant, which would compile it anew.
         return (torch.rand(tuple(shape), device=x.device) < 1 - p).to(x.dtype)
-    # empty: bernoulli has no derivative, so it must not see an x that requires one.
-    return torch.bernoulli(x.new_empty(tuple(shape)), 1 - p)
+    # On an empty tensor: bernoulli has no derivative, so it must not see an x that requires one.
+    like = torch.empty_like(x) if tuple(shape) == x.shape else x.new_empty(tuple(shape))
+    return torch.bernoulli(like, 1 - p)
+
+
+def channel_axis_of(x: Tensor, given: int | None = None) -> int:
+    """The axis of the features: `given`, else 1 of (B, C, H, W) and its like, the last of any other."""
+    if given is not None:
+        return given % x.dim()
+    return 1 if x.dim() >= 4 else x.dim() - 1
 
 
 def uniform_like(x: Tensor) -> Tensor:

@@ -86,6 +86,12 @@ class LinearVariant(nn.Linear):
         return f"{super().extra_repr()}, {written_options(self.p, self.options)}"
 
 
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as (out, in), which is not how a Conv1D (GPT-2) stores it."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if any(base.__name__ == "Conv1D" for base in type(module).__mro__) else weight
+
+
 def written_options(p: float | None, options: dict[str, Any]) -> str:
     """`p=0.1, num_samples=8`, as a module's repr shows it, without options at None and `exact=False`."""
     shown = {} if p is None else {"p": p}

@@ -83,5 +83,6 @@ SPECS = (
         Off,
         needs_rate=lambda options: False,  # noqa: ARG005
         linear_function=off_linear,
+        rated=False,
     ),
 )

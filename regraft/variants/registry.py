@@ -108,7 +108,7 @@ def check_options(found: Spec, options: Mapping[str, Any]) -> None:
 
 
 def _rate_option(found: Spec) -> tuple[str, ...]:
-    return () if found.name == "off" else ("p",)
+    return ("p",) if found.rated else ()
 
 
 def register(

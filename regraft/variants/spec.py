@@ -46,8 +46,17 @@ class Spec:
     needs_rate: Callable[[Mapping[str, Any]], bool] | None = None
     """Of the complete options: does a site at rate 0 do nothing? None: yes."""
     state: Callable[[nn.Module, Mapping[str, Any]], dict[str, Any]] | None = None
-    """Of the module at the site and the complete options: the parameters and buffers to add."""
-
+    """Of the module at the site and the complete options, `p` included: the tensors to add, by name."""
+    state_when: Callable[[Mapping[str, Any]], bool] | None = None
+    """Of the complete options: does it bring state at all? None: always, if `state` is given."""
+    transient: tuple[str, ...] = ()
+    """Names of buffers among them that stay out of the state dict."""
+    on_mode: Callable[[nn.Module, bool], None] | None = None
+    """Called with the module after its `train(mode)` or `eval()`: a new run begins."""
+    penalty: Callable[[nn.Module, Mapping[str, Any]], Any] | None = None
+    """Of the module and the complete options: what it adds to the loss; see `regraft.penalty`."""
+    rated: bool = True
+    """Does it have a rate, the option `p`?"""
     linear_function: Callable[..., Any] | None = None
     """Of a variant that takes the place of dropouts and of linears: the function for linears."""
     linear_module: type[nn.Module] | None = None
@@ -59,6 +68,10 @@ class Spec:
     def module_for(self, family: str) -> type[nn.Module]:
         """The module whose name a site of `family` shows after the graft."""
         return self.linear_module if family == "Linear" and self.linear_module else self.module
+
+    def adds_state(self, options: Mapping[str, Any]) -> bool:
+        """Does the variant with these complete options bring parameters or buffers of its own?"""
+        return self.state is not None and (self.state_when is None or self.state_when(options))
 
     @property
     def summary(self) -> str:

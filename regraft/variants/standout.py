@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from regraft.errors import OptionError
 from regraft.variants.checks import check_choice, check_count, check_number, check_switch
 from regraft.variants.draws import HALVES
-from regraft.variants.module import DropoutVariant, LinearVariant, check_rate
+from regraft.variants.module import DropoutVariant, LinearVariant, check_rate, linear_weight
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 _DEFAULTS: dict[str, Any] = {
@@ -200,8 +200,8 @@ def _check(options: Mapping[str, Any]) -> None:
 def _state(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Tensor]:
     if options["gate"] == "tied":
         return {}
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor):
+    if isinstance(getattr(module, "weight", None), Tensor):
+        weight = linear_weight(module)
         return {
             "gate_weight": nn.Parameter(torch.zeros_like(weight)),
             "gate_bias": nn.Parameter(torch.zeros_like(weight[:, 0])),
@@ -280,6 +280,7 @@ SPECS = (
         changes_eval=lambda options: not options["rescale"],
         needs_rate=lambda options: options["beta"] is None,
         state=_state,
+        state_when=lambda options: options["gate"] == "learned",
         linear_function=standout_linear,
         linear_module=StandoutLinear,
     ),

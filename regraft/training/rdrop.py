@@ -1,0 +1,164 @@
+"""`regraft.rdrop`: a model that trains with R-Drop by itself, whatever trains it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from regraft.errors import LossError, ModelError, RateError
+from regraft.find.inspection import inspect as inspect_sites
+from regraft.find.original import RECORD, Graft
+from regraft.find.walk import inner_model
+from regraft.graft.change import set_graft
+from regraft.graft.classes import Namespace, layer
+from regraft.training.labels import TASKS, check_options
+from regraft.training.objective import RDropOutput, rdrop_forward
+from regraft.training.passes import check_strategy
+from regraft.training.passing import is_passing
+
+SLOT = "passes"
+
+__all__ = ["RDropOutput", "rdrop"]
+
+
+def rdrop(
+    model: nn.Module,
+    alpha: float = 1.0,
+    passes: int = 2,
+    criterion: Callable[..., Any] | None = None,
+    *,
+    task: str | None = None,
+    ce: str = "sum",
+    reduction: str = "batchmean",
+    shift: bool | None = None,
+    label_smoothing: float = 0.0,
+    strategy: str = "auto",
+    chunk: int | None = None,
+    inputs: Any = None,
+) -> nn.Module:
+    """Make a model train with R-Drop, in place: any loop that trains it then does, unchanged.
+
+    In training its forward makes `passes` passes and returns the R-Drop loss and the first pass's
+    outputs; in eval it is the model. A second call takes the first one's place, other grafts stay, and
+    `regraft.revert(model)` undoes it. `alpha=0, passes=8, ce="mean"` is multi-sample dropout as its paper
+    has it.
+
+    Args:
+        model: one that takes `labels` and returns a loss, as those of Transformers do; any other with a
+            `criterion`. DDP and compiled wrappers are looked into.
+        alpha: weight of the KL between the passes.
+        passes: how many.
+        criterion: `criterion(logits, labels)`, the loss of one pass. In training the model is then called
+            with its own inputs and `labels=`, and returns `(loss, logits)`.
+        task: "classification", "multilabel" or "regression", where the labels do not tell; see
+            `regraft.rdrop_loss`.
+        ce: "sum" or "mean", see `regraft.rdrop_loss`.
+        reduction: of the KL, see `regraft.rdrop_loss`.
+        shift: whether position t predicts label t + 1. By default found out from the model's own loss.
+        label_smoothing: of the cross-entropy; Trainer's own `label_smoothing_factor` takes the labels away
+            from the model.
+        strategy: of the passes, see `regraft.stochastic_passes`.
+        chunk: of the passes, likewise.
+        inputs: for the look at which dropouts run, see `regraft.inspect`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: a model that returns no loss by itself, without a criterion.
+        LossError: in training, outputs and labels that R-Drop is not defined for.
+
+    Warns:
+        If every rate is 0: the passes would be equal, and the KL 0.
+
+    Source: Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks"; Inoue 2019,
+        "Multi-Sample Dropout for Accelerated Training and Better Generalization".
+
+    Example:
+        >>> import regraft, torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Dropout(0.1), nn.Linear(4, 3))
+        >>> model = regraft.rdrop(net, alpha=1.0, criterion=nn.functional.cross_entropy)
+        >>> loss, logits = model(torch.ones(2, 4), labels=torch.tensor([0, 2]))
+        >>> logits.shape
+        torch.Size([2, 3])
+    """
+    check_options(alpha, ce, reduction, label_smoothing)
+    check_strategy(strategy)
+    if reduction == "none":
+        raise LossError('a model trains on one number: reduction is "batchmean" or "sum"')
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < (2 if alpha else 1):
+        raise RateError(f"passes={passes!r} is too few", remedy="R-Drop compares 2 or more")
+    if task is not None and task not in TASKS:
+        raise LossError(f"task={task!r} is not one of {', '.join(map(repr, TASKS))}")
+    root, _ = inner_model(model)
+    if criterion is None:
+        _check_returns_loss(root)
+    _warn_of_no_noise(model, inputs)
+    options = {
+        "alpha": alpha,
+        "passes": passes,
+        "criterion": criterion,
+        "task": task,
+        "ce": ce,
+        "reduction": reduction,
+        "shift": shift,
+        "label_smoothing": label_smoothing,
+        "strategy": strategy,
+        "chunk": passes if chunk is None else chunk,
+    }
+    set_graft(root, SLOT, Graft(SLOT, {}, options))
+    return model
+
+
+@layer(SLOT)
+def _passes_layer(base: type[nn.Module], _: str) -> Namespace:
+    own = base.forward
+
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        graft: Graft | None = self.__dict__.get(RECORD, {}).get(SLOT)
+        if graft is None or is_passing(self):
+            return own(self, *args, **kwargs)
+        return rdrop_forward(self, functools.partial(own, self), graft.options, args, kwargs)
+
+    return {"forward": forward}
+
+
+def _check_returns_loss(model: nn.Module) -> None:
+    parameters = inspect.signature(model.forward).parameters
+    if "labels" in parameters:
+        return
+    name = type(model).__name__
+    several = [one for one in parameters if one.endswith("_positions") or one.endswith("_labels")]
+    if several:
+        raise ModelError(
+            f"{name} has several outputs and losses ({', '.join(several)}): R-Drop is defined for one",
+            where=f"{name}.forward",
+            remedy="make the passes by regraft.stochastic_passes and add the rdrop_loss of each output",
+        )
+    raise ModelError(
+        f"{name} takes no labels, so it returns no loss by itself",
+        where=f"{name}.forward",
+        remedy="regraft.rdrop(model, criterion=torch.nn.functional.cross_entropy), then in training "
+        "loss, logits = model(x, labels=y)",
+    )
+
+
+def _warn_of_no_noise(model: nn.Module, inputs: Any) -> None:
+    sites = inspect_sites(model, inputs).sites
+    noise = [site for site in sites if site.family in ("Dropout", "DropPath") or site.variant]
+    if any((site.p or site.variant) and site.calls != 0 for site in noise):
+        return
+    there = f"all {len(noise)} dropout sites are at rate 0 or never run" if noise else "it has no dropout"
+    warnings.warn(
+        f"R-Drop on {type(inner_model(model)[0]).__name__} has nothing to compare, {there}: the passes are "
+        "equal and the KL is 0. Build the model with rates above 0, or give them one: "
+        "regraft.apply(model, {'Dropout': 'dropout(p=0.1)'})",
+        stacklevel=3,
+    )

@@ -1,0 +1,62 @@
+"""Alpha dropout: keeps the mean and variance that SELU networks rely on."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from regraft.variants.draws import HALVES, keep_mask
+from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.spec import DEFAULT_RATE, Spec
+
+# What SELU gives far below 0: -scale * alpha of Klambauer et al.
+_FLOOR = -1.7580993408473766
+
+
+def alpha_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor:
+    """Dropped elements get SELU's negative limit, then all are scaled and shifted back.
+
+    For inputs of mean 0 and variance 1, which is what SELU keeps, the output's are 0 and 1 too.
+
+    Shape:
+        any; the output's is the input's.
+
+    Source:
+        Klambauer, Unterthiner, Mayr, Hochreiter (2017), "Self-normalizing neural networks".
+
+    Differs:
+        nothing. Unlike `F.alpha_dropout` it draws out of place, and so runs under `torch.func.vmap`.
+
+    Example:
+        >>> import torch
+        >>> alpha_dropout(torch.ones(2, 3), p=0.1).shape
+        torch.Size([2, 3])
+    """
+    p = check_rate(p)
+    if not training or p == 0:
+        return x
+    scale = math.sqrt(1 / ((1 - p) * (1 + p * _FLOOR**2)))
+    kept = keep_mask(x, x.shape, p)
+    # (kept ? x : floor) * scale - scale * floor * p, with what does not depend on x made in place.
+    if x.dtype in HALVES:
+        return x * kept * scale + ((1 - kept.float()) * (_FLOOR * scale) - _FLOOR * scale * p).to(x.dtype)
+    shifts = (1 - kept).mul_(_FLOOR * scale).sub_(_FLOOR * scale * p)
+    return x * kept.mul_(scale) + shifts
+
+
+class AlphaDropout(DropoutVariant):
+    """`alpha_dropout` as a module.
+
+    Example:
+        >>> AlphaDropout(0.1)
+        AlphaDropout(p=0.1)
+    """
+
+    function = staticmethod(alpha_dropout)
+
+    def __init__(self, p: float = DEFAULT_RATE) -> None:
+        super().__init__(p)
+
+
+SPECS = (Spec("alpha", alpha_dropout, ("Dropout",), AlphaDropout),)

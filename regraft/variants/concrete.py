@@ -1,0 +1,135 @@
+"""Concrete dropout: the rate is learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regraft.variants.checks import check_number
+from regraft.variants.draws import channel_axis_of, uniform_like
+from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.spec import DEFAULT_RATE, Spec
+
+_DEFAULTS: dict[str, Any] = {"temperature": 0.1, "entropy": 1e-5}
+
+
+def concrete_dropout(
+    x: Tensor,
+    p: float = DEFAULT_RATE,
+    training: bool = True,
+    *,
+    temperature: float = 0.1,
+    entropy: float = 1e-5,  # noqa: ARG001
+    concrete_logit: Tensor | None = None,
+    concrete_features: Tensor | None = None,
+) -> Tensor:
+    """Dropout through a smooth mask, whose slope lets the rate be learned.
+
+    The mask is 1 - sigmoid((logit(p) + logit(u)) / temperature), u uniform: nearly 0 or 1 at low
+    temperature. The rate grows or falls with the loss, balanced by `regraft.penalty(model)`, which
+    is to be added to it: without that term the rate tends to 0.
+
+    Args:
+        x: activations.
+        p: the rate to start from.
+        training: False returns x itself.
+        temperature: how smooth the mask is; the paper's 0.1.
+        entropy: weight of the entropy in the penalty, for each feature: about 2 / N for N training
+            examples and squared error, 1 / N for cross entropy.
+        concrete_logit: (1,), the learned logit(p); None is p itself.
+        concrete_features: a tensor that is given the number of features, which the penalty needs.
+
+    Shape:
+        (B, C), (B, T, C), (B, C, H, W), ...; the output's is the input's.
+
+    Source:
+        Gal, Hron, Kendall (2017), "Concrete dropout".
+
+    Differs:
+        eval is the identity; the paper samples there too. The mask is smooth, so its mean is only
+        nearly 1 - p.
+
+    Example:
+        >>> import torch
+        >>> concrete_dropout(torch.ones(2, 3), p=0.1).shape
+        torch.Size([2, 3])
+    """
+    p = check_rate(p)
+    if not training or p == 0:
+        return x
+    if concrete_features is not None:
+        concrete_features.fill_(x.shape[channel_axis_of(x)])
+    draw = uniform_like(x)
+    if concrete_logit is None:
+        logit = torch.full((1,), p / (1 - p), dtype=draw.dtype, device=x.device).log()
+    else:
+        logit = concrete_logit.to(draw.dtype)
+    # -logit(u) is distributed as logit(u); a draw of 0 gives a mask of 0, and a slope of 0.
+    mask = torch.sigmoid((draw.logit_() - logit) / temperature)
+    return x * (mask * (1 + logit.exp())).to(x.dtype)
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    check_number("temperature", options["temperature"], above=0)
+    check_number("entropy", options["entropy"], least=0)
+
+
+def _state(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    p = options.get("p") or getattr(module, "p", None)
+    return _state_at(p if isinstance(p, float) and 0 < p < 1 else DEFAULT_RATE)
+
+
+def _state_at(p: float) -> dict[str, Tensor]:
+    # One element and not none: FSDP cannot shard a parameter without axes.
+    logit = math.log(p / (1 - p)) if p > 0 else -math.inf
+    return {"concrete_logit": nn.Parameter(torch.tensor([logit])), "concrete_features": torch.zeros(())}
+
+
+def _penalty(module: nn.Module, options: Mapping[str, Any]) -> Tensor:
+    logit: Tensor = module.concrete_logit  # type: ignore[assignment]
+    features: Tensor = module.concrete_features  # type: ignore[assignment]
+    # p log p + (1 - p) log(1 - p), from log-sigmoids: finite at every logit.
+    negative_entropy = torch.sigmoid(logit) * nn.functional.logsigmoid(logit)
+    negative_entropy = negative_entropy + torch.sigmoid(-logit) * nn.functional.logsigmoid(-logit)
+    total: Tensor = (options["entropy"] * features * negative_entropy).sum()
+    return total
+
+
+class ConcreteDropout(DropoutVariant):
+    """`concrete_dropout` as a module, with the rate's logit as a parameter.
+
+    Example:
+        >>> drop = ConcreteDropout(0.5)
+        >>> drop.concrete_logit
+        Parameter containing:
+        tensor([0.], requires_grad=True)
+    """
+
+    function = staticmethod(concrete_dropout)
+    check = staticmethod(_check)
+    state = ("concrete_logit", "concrete_features")
+
+    def __init__(self, p: float = DEFAULT_RATE, *, temperature: float = 0.1, entropy: float = 1e-5) -> None:
+        super().__init__(p, temperature=temperature, entropy=entropy)
+        made = _state_at(self.p)
+        self.concrete_logit = made["concrete_logit"]
+        self.register_buffer("concrete_features", made["concrete_features"], persistent=False)
+
+
+SPECS = (
+    Spec(
+        "concrete",
+        concrete_dropout,
+        ("Dropout",),
+        ConcreteDropout,
+        _DEFAULTS,
+        check=_check,
+        state=_state,
+        transient=("concrete_features",),
+        penalty=_penalty,
+    ),
+)

@@ -1,0 +1,100 @@
+"""DropBlock: contiguous blocks of a feature map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from regraft.variants.checks import check_count
+from regraft.variants.draws import channel_axis_of, keep_mask, times_mask
+from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.spec import DEFAULT_RATE, Spec
+
+
+def dropblock(x: Tensor, p: float = DEFAULT_RATE, training: bool = True, *, block_size: int = 7) -> Tensor:
+    """Contiguous blocks are dropped from each channel; every element with probability p exactly.
+
+    Blocks have `block_size` elements along every axis but those of examples and channels: squares in
+    (B, C, H, W), stretches of positions in (B, T, C), single elements in (B, C). Along a shorter axis
+    they are as long as the axis.
+
+    Args:
+        x: feature maps.
+        p: probability that an element is dropped.
+        training: False returns x itself.
+        block_size: the blocks' side.
+
+    Shape:
+        (B, C, H, W), (B, T, C), (B, C), ...; the output's is the input's.
+
+    Source:
+        Ghiasi, Lin, Le (2018), "DropBlock: a regularization method for convolutional networks".
+
+    Differs:
+        blocks may begin outside the map (only the part inside drops), so that borders are dropped as
+        often as the middle, and the rate of blocks allows for overlaps: in the paper p is met only
+        roughly. What is kept is divided by 1 - p; the paper divides by the kept share of the whole
+        batch, which ties the examples to each other.
+
+    Example:
+        >>> import torch
+        >>> dropblock(torch.ones(2, 3, 8, 8), p=0.1, block_size=3).shape
+        torch.Size([2, 3, 8, 8])
+    """
+    p = check_rate(p)
+    if not training or p == 0:
+        return x
+    channels = channel_axis_of(x)
+    axes = [axis for axis in range(1, x.dim()) if axis != channels]
+    order = [*dict.fromkeys([0, channels]), *axes]
+    kept = _kept(x, order, x.dim() - len(axes), block_size, p)
+    back = sorted(range(x.dim()), key=order.__getitem__)
+    return times_mask(x, kept.permute(back), 1 / (1 - p))
+
+
+def _kept(x: Tensor, order: list[int], fixed: int, block_size: int, p: float) -> Tensor:
+    """1 outside all blocks, 0 inside, in the axes' given order; blocks along those after `fixed`."""
+    sizes = [x.shape[axis] for axis in order]
+    blocks = [1 if at < fixed else min(block_size, size) for at, size in enumerate(sizes)]
+    volume = 1
+    for block in blocks:
+        volume *= block
+    # An element is dropped unless none of the `volume` places is drawn from which a block reaches it.
+    starts = [size + block - 1 for size, block in zip(sizes, blocks, strict=True)]
+    clear = keep_mask(x, starts, 1 - (1 - p) ** (1 / volume))
+    for axis, block in enumerate(blocks):
+        if block > 1:
+            clear = _smallest_in_window(clear, axis, block)
+    return clear
+
+
+def _smallest_in_window(values: Tensor, axis: int, width: int) -> Tensor:
+    """The minimum of each `width` neighbours along `axis`; one axis after the other makes a square."""
+    moved = values.movedim(axis, -1)
+    rows = moved.reshape(1, -1, moved.shape[-1])
+    return -functional.max_pool1d(-rows, width, 1).reshape(*moved.shape[:-1], -1).movedim(-1, axis)
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    check_count("block_size", options["block_size"])
+
+
+class DropBlock(DropoutVariant):
+    """`dropblock` as a module.
+
+    Example:
+        >>> DropBlock(0.1, block_size=5)
+        DropBlock(p=0.1, block_size=5)
+    """
+
+    function = staticmethod(dropblock)
+    check = staticmethod(_check)
+
+    def __init__(self, p: float = DEFAULT_RATE, *, block_size: int = 7) -> None:
+        super().__init__(p, block_size=block_size)
+
+
+SPECS = (Spec("dropblock", dropblock, ("Dropout",), DropBlock, {"block_size": 7}, check=_check),)

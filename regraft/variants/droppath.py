@@ -1,0 +1,52 @@
+"""DropPath: whole residual branches, one draw per example (stochastic depth)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from regraft.variants.draws import keep_mask, times_mask
+from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.spec import DEFAULT_RATE, Spec
+
+
+def drop_path(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor:
+    """Each example is dropped as a whole with probability p: the residual branch that x is is left out.
+
+    Shape:
+        (B, ...); the output's is the input's.
+
+    Source:
+        Huang, Sun, Liu, Sedra, Weinberger (2016), "Deep networks with stochastic depth".
+
+    Differs:
+        one draw for each example, the paper's is for the batch; what is kept is divided by 1 - p, the
+        paper scales in eval. Rates that grow with the depth are the model's affair and are kept.
+
+    Example:
+        >>> import torch
+        >>> y = drop_path(torch.ones(8, 3), p=0.5)
+        >>> bool((y == y[:, :1]).all())
+        True
+    """
+    p = check_rate(p)
+    if not training or p == 0:
+        return x
+    shape = [x.shape[0]] + [1] * (x.dim() - 1)
+    return times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
+
+
+class DropPath(DropoutVariant):
+    """`drop_path` as a module.
+
+    Example:
+        >>> DropPath(0.1)
+        DropPath(p=0.1)
+    """
+
+    function = staticmethod(drop_path)
+
+    def __init__(self, p: float = DEFAULT_RATE) -> None:
+        super().__init__(p)
+
+
+SPECS = (Spec("droppath", drop_path, ("DropPath", "Dropout"), DropPath),)

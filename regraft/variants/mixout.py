@@ -1,0 +1,126 @@
+"""Mixout: weights fall back to their values before fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from regraft.variants.checks import check_switch
+from regraft.variants.draws import fast_keep_mask, times_mask
+from regraft.variants.module import LinearVariant, check_rate, linear_weight
+from regraft.variants.spec import DEFAULT_RATE, Spec
+
+
+def mixout(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    p: float = DEFAULT_RATE,
+    training: bool = True,
+    *,
+    exact: bool = False,
+    mixout_weight: Tensor | None = None,
+) -> Tensor:
+    """A linear layer whose weights w each fall back to u with probability p: u + (w - u) M / (1 - p).
+
+    u are the weights the fine-tuning began with, so the regularizer pulls towards the pretrained
+    model where weight decay and dropout pull towards 0. On average the weights are w.
+
+    Args:
+        x: the layer's input.
+        weight: w, (out, in), as `nn.Linear` has it.
+        bias: (out,) or None; never mixed.
+        p: probability to fall back.
+        training: False is the plain linear layer.
+        exact: draw the mask exactly. Otherwise its probability is within 2^-17 of 1 - p; below p or
+            1 - p of 2^-10 the draw is exact in any case.
+        mixout_weight: u, of the weight's shape; None is 0, which is DropConnect.
+
+    Shape:
+        x: (..., in), output: (..., out).
+
+    Source:
+        Lee, Cho, Kang (2020), "Mixout: effective regularization to finetune large-scale pretrained
+        language models".
+
+    Differs:
+        nothing: (M w + (1 - M) u - p u) / (1 - p) is the formula above.
+
+    Example:
+        >>> import torch
+        >>> w = torch.ones(2, 3)
+        >>> mixout(torch.ones(1, 3), w, p=0.5, mixout_weight=w)
+        tensor([[3., 3.]])
+    """
+    p = check_rate(p)
+    if not training or p == 0:
+        return linear(x, weight, bias)
+    kept = fast_keep_mask(weight, p, exact)
+    if mixout_weight is None:
+        return linear(x, times_mask(weight, kept, 1 / (1 - p)), bias)
+    moved = times_mask(weight - mixout_weight, kept, 1 / (1 - p))
+    return linear(x, mixout_weight + moved, bias)
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    check_switch("exact", options["exact"])
+
+
+def _state(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Tensor]:  # noqa: ARG001
+    return {"mixout_weight": linear_weight(module).detach().clone()}
+
+
+class MixoutLinear(LinearVariant):
+    """`mixout` as a module: an `nn.Linear` that remembers the weight fine-tuning begins with.
+
+    Load the pretrained weight, then call `remember()`.
+
+    Example:
+        >>> import torch
+        >>> layer = MixoutLinear(3, 2, p=0.9)
+        >>> _ = layer.load_state_dict(torch.nn.Linear(3, 2).state_dict(), strict=False)
+        >>> layer.remember()
+        >>> torch.equal(layer.mixout_weight, layer.weight)
+        True
+    """
+
+    function = staticmethod(mixout)
+    check = staticmethod(_check)
+    state = ("mixout_weight",)
+    mixout_weight: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        p: float = DEFAULT_RATE,
+        *,
+        exact: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, p, device=device, dtype=dtype, exact=exact)
+        self.register_buffer("mixout_weight", self.weight.detach().clone())
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Make the weight as it is now the one to fall back to."""
+        self.mixout_weight.copy_(self.weight)
+
+
+SPECS = (
+    Spec(
+        "mixout",
+        mixout,
+        ("Linear",),
+        MixoutLinear,
+        {"exact": False},
+        check=_check,
+        state=_state,
+    ),
+)

@@ -1,0 +1,82 @@
+"""NEFTune: uniform noise on embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from regraft.variants.checks import check_number
+from regraft.variants.draws import uniform_like
+from regraft.variants.spec import Spec
+
+
+def neftune(x: Tensor, p: float = 0.0, training: bool = True, *, alpha: float = 5.0) -> Tensor:  # noqa: ARG001
+    """Noise added to embeddings: uniform on +-alpha / sqrt(T * C), for T tokens of C features.
+
+    Args:
+        x: embedded tokens.
+        p: unused; it has no rate.
+        training: False returns x itself.
+        alpha: how much noise; the paper uses 5, 10 and 15.
+
+    Shape:
+        (..., T, C); the output's is the input's.
+
+    Source:
+        Jain et al. (2024), "NEFTune: noisy embeddings improve instruction finetuning".
+
+    Differs:
+        T is the padded length of the batch (as in the released code); the paper's is each sequence's.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(2, 5, 20)
+        >>> bool((neftune(x).abs() <= 0.5).all())
+        True
+    """
+    if not training or alpha == 0:
+        return x
+    bound = alpha / (x.shape[-1] * (x.shape[-2] if x.dim() > 1 else 1)) ** 0.5
+    return x + uniform_like(x).mul_(2 * bound).sub_(bound).to(x.dtype)
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    check_number("alpha", options["alpha"], least=0)
+
+
+class NEFTuneEmbedding(nn.Embedding):
+    """`nn.Embedding` whose output has `neftune` noise in training.
+
+    Example:
+        >>> NEFTuneEmbedding(10, 4, alpha=5.0)
+        NEFTuneEmbedding(10, 4, alpha=5.0)
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, *args: Any, alpha: float = 5.0, **kwargs: Any
+    ) -> None:
+        _check({"alpha": alpha})
+        super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
+        self.alpha = alpha
+
+    def forward(self, input: Tensor) -> Tensor:
+        return neftune(super().forward(input), training=self.training, alpha=self.alpha)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, alpha={self.alpha!r}"
+
+
+SPECS = (
+    Spec(
+        "neftune",
+        neftune,
+        ("Embedding",),
+        NEFTuneEmbedding,
+        {"alpha": 5.0},
+        check=_check,
+        needs_rate=lambda _: False,
+        rated=False,
+    ),
+)
