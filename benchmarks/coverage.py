@@ -55,7 +55,9 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--library", action="append", choices=LIBRARIES)
     parser.add_argument("--only", action="append", help="part of a name; may be given more than once")
     parser.add_argument("--limit", type=int, help="at most so many models of a library")
@@ -106,8 +108,14 @@ def _table_line(library: str, rows: list[Row], walk_only: bool) -> str:
     if walk_only:
         cells += ["-"] * 4
     else:
-        cells += [_share(sum(row.reached_plain for row in good), plain), _share(sum(row.reached for row in good), calls)]
-        cells += [str(sum(sum(row.skipped.values()) for row in good)), str(sum(len(row.silent) for row in good))]
+        cells += [
+            _share(sum(row.reached_plain for row in good), plain),
+            _share(sum(row.reached for row in good), calls),
+        ]
+        cells += [
+            str(sum(sum(row.skipped.values()) for row in good)),
+            str(sum(len(row.silent) for row in good)),
+        ]
     cells.append(str(len(rows) - len(good)))
     cells += [str(sum(row.eval_differs for row in good)), str(sum(bool(row.revert_differs) for row in good))]
     return "| " + " | ".join(cells) + " |"
@@ -132,9 +140,16 @@ def reasons(rows: list[Row]) -> str:
 def _line(row: Row) -> str:
     text = f"{row.library}:{row.name} ({row.model}) plain {row.reached_plain}/{row.plain}"
     text += f" walked {row.walked} droppath {row.reached_drop_path}/{row.drop_path} {row.seconds:.2f}s"
-    problems = [row.error, row.probe and f"no probe: {row.probe}", row.unmatched and f"no match: {row.unmatched}"]
+    problems = [
+        row.error,
+        row.probe and f"no probe: {row.probe}",
+        row.unmatched and f"no match: {row.unmatched}",
+    ]
     problems += [f"silent: {row.silent[:3]}" if row.silent else "", f"lost {row.lost}" if row.lost else ""]
-    problems += ["eval differs" if row.eval_differs else "", f"revert: {row.revert_differs[:3]}" if row.revert_differs else ""]
+    problems += [
+        "eval differs" if row.eval_differs else "",
+        f"revert: {row.revert_differs[:3]}" if row.revert_differs else "",
+    ]
     return " | ".join([text, *(problem for problem in problems if problem)])
 
 

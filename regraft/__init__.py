@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from regraft.graft.saved import save_plan as save_plan
     from regraft.planning import Plan as Plan
     from regraft.planning import plan as plan
+    from regraft.training.mc import MCPrediction as MCPrediction
+    from regraft.training.mc import mc_predict as mc_predict
+    from regraft.training.multisample import multisample_loss as multisample_loss
+    from regraft.training.objective import RDropOutput as RDropOutput
     from regraft.training.passes import stochastic_passes as stochastic_passes
+    from regraft.training.penalty import penalty as penalty
+    from regraft.training.rdrop import rdrop as rdrop
     from regraft.training.rdrop_loss import rdrop_loss as rdrop_loss
     from regraft.variants.registry import register as register
     from regraft.variants.registry import variant as variant
@@ -40,7 +46,13 @@ _HOMES = {
     "save_plan": "graft.saved",
     "Plan": "planning",
     "plan": "planning",
+    "penalty": "training.penalty",
+    "MCPrediction": "training.mc",
+    "mc_predict": "training.mc",
+    "multisample_loss": "training.multisample",
+    "RDropOutput": "training.objective",
     "stochastic_passes": "training.passes",
+    "rdrop": "training.rdrop",
     "rdrop_loss": "training.rdrop_loss",
     "register": "variants.registry",
     "variant": "variants.registry",

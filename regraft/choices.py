@@ -42,6 +42,9 @@ def choose(site: Site, index: int, selector: str, variant: Variant, fused: str) 
     if why_not is not None:
         return Choice(site, index, reason=why_not[0], remedy=why_not[1])
     p = _rate(site, found, variant, f"rule {index}: {selector!r}, at {site.path!r}")
+    if p is not None and _own_rate_of_1(site, variant):
+        example = f"{selector!r}: '{variant.name}(p=0.1)'"
+        return Choice(site, index, reason="its rate is 1: it drops everything", remedy=f"name one: {example}")
     if p == 0 and not _sets_rate(variant) and _needs_rate(found, variant):
         example = f"{selector!r}: '{variant.name}(p=0.1)'"
         return Choice(site, index, reason="its rate is 0", remedy=f"name one: {example}", at_zero=True)
@@ -61,6 +64,8 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
             "its forward was never called in the probe",
             "nothing to regularize unless another input runs it: then give that as inputs=",
         )
+    if site.op in _RECURRENT and getattr(site.module, "num_layers", 2) == 1:
+        return f"an {site.op} of one layer has no dropout: it drops between layers", "drop its output instead"
     if found.name == "off" and site.family not in ("Dropout", "DropPath"):
         return "there is no regularizer to take out", "drop the rule"
     if found.name in _RATE_ONLY:
@@ -70,9 +75,9 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
             f"the dropout between the layers of an {site.op} is inside one kernel",
             f"set its rate: 'dropout(p=...)', or stack single-layer {site.op}s",
         )
-    if site.kind == "call" and found.adds_state(_complete(found, variant)):
+    if site.kind in ("call", "node") and found.adds_state(_complete(found, variant)):
         return (
-            f"{found.name!r} brings state of its own, and a call has no module to keep it",
+            f"{found.name!r} brings state of its own, and a {site.kind} has no module to keep it",
             "choose a variant without state, or write the call as an nn.Dropout",
         )
     return _why_not_attention(site, fused)
@@ -99,6 +104,12 @@ def _cost(site: Site, variant: str) -> str | None:
     if site.op in (ATTENTION, "MultiheadAttention", "multi_head_attention_forward"):
         return None if variant in _RATE_ONLY else "attention is written out: its scores are kept in memory"
     return None
+
+
+def _own_rate_of_1(site: Site, variant: Variant) -> bool:
+    """Does the model itself drop everything, at a rate that the rule leaves as it is?"""
+    rates = site.call.rates if site.call else [site.p]
+    return variant.options.get("p") is None and any(rate is not None and rate >= 1 for rate in rates)
 
 
 def _sets_rate(variant: Variant) -> bool:
@@ -146,7 +157,7 @@ def _rate(site: Site, found: Spec, variant: Variant, where: str) -> float | None
 def _kept_rate(site: Site, found: Spec, variant: Variant, p: float | None) -> float | str | None:
     """The rate as the graft keeps it: calls carry their own, which a rule may leave or multiply."""
     given = variant.options.get("p")
-    if site.kind != "call" or p is None:
+    if site.kind not in ("call", "node") or site.family == "Linear" or p is None:
         return p
     if found.changes_eval is not None:
         return p  # in eval the calls carry no rate
@@ -158,10 +169,10 @@ def _kept_rate(site: Site, found: Spec, variant: Variant, p: float | None) -> fl
 def _after(site: Site, found: Spec, p: float | None, options: dict[str, Any]) -> str:
     if found.name == "off":
         return "nothing"
-    if found.name == "dropout" and (site.kind == "call" or site.op in _RECURRENT or "ttention" in site.op):
+    if found.name == "dropout" and (site.kind in ("call", "node") or site.op in _RECURRENT or "ttention" in site.op):
         return f"{site.op}(p={p:g})"
-    if site.kind == "call":
-        name = found.function.__name__
+    if site.kind in ("call", "node"):
+        name = found.function_for(site.family or "").__name__
     else:
         name = found.module_for(site.family or "").__name__
     shape = ", ".join(map(str, site.shape)) if site.shape else ""

@@ -82,6 +82,9 @@ class LossError(RegraftError, ValueError):
 class FileError(RegraftError, OSError):
     """A file that cannot be read as a model or a plan."""
 
+    suspicious = False
+    """Does the file name code that no model needs?"""
+
 
 class RulesError(RegraftError, ValueError):
     """Several problems found together; `problems` has each as an error of its own."""
@@ -107,7 +110,9 @@ def raise_all(problems: Sequence[RegraftError]) -> None:
 
 def nearest(name: str, names: Iterable[str], *, most: int = 3) -> str:
     """`did you mean 'a' or 'b'?`, or an empty string when nothing comes close."""
-    folded = {known.casefold(): known for known in names}
+    folded: dict[str, str] = {}
+    for known in names:  # of two that differ by case alone, the first
+        folded.setdefault(known.casefold(), known)
     close = difflib.get_close_matches(name.casefold(), folded, n=most, cutoff=0.55)
     if not close:
         return ""

@@ -15,6 +15,7 @@ from torch import nn
 from regraft.choices import Choice, acts_in_eval
 from regraft.errors import FileError, MisfitError, OptionError, raise_all
 from regraft.find.inspection import Inspection, inspect
+from regraft.find.nodes import node_marks, owner_path
 from regraft.find.original import original_class
 from regraft.report.view import SCHEMA, View
 from regraft.rules import Rule, read_rules, resolve
@@ -143,8 +144,12 @@ def fingerprint(inspection: Inspection, paths: Iterable[str]) -> dict[str, str]:
     """
     ops = {site.path: site for site in inspection.sites if site.kind == "module"}
     types = {path: original_class(named.module) for named in inspection.modules for path in named.paths}
+    nodes = node_marks(inspection.modules)
     marks = {}
     for path in paths:
+        if path in nodes:
+            marks[path] = nodes[path]
+            continue
         if path not in types:
             continue
         site = ops.get(path)
@@ -204,11 +209,12 @@ def _boundaries(inspection: Inspection, edits: list[Edit]) -> list[str]:
     owners = {path for edit in edits if edit.kind == "call" for path in edit.paths[:1]}
     return sorted(
         {
-            site.path
+            path
             for site in inspection.sites
+            for path in [owner_path(site)]
             if site.family in ("Dropout", "DropPath")
-            and site.path not in owners
-            and any(not owner or site.path.startswith(f"{owner}.") for owner in owners)
+            and path not in owners
+            and any(not owner or path.startswith(f"{owner}.") for owner in owners)
         }
     )
 
@@ -240,7 +246,7 @@ def _edit(choice: Choice) -> Edit:
         calls=site.calls,
         source=site.source,
         methods=sorted(site.call.methods) if site.call else [],
-        mends=site.draws_in_eval and not acts_in_eval(choice.variant),
+        mends=(site.draws_in_eval or site.baked is not None) and not acts_in_eval(choice.variant),
         cost=choice.cost,
     )
 

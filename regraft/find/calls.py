@@ -12,7 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from regraft.find.frames import caller_line, calling_frames, line_of
-from regraft.find.functions import FUNCTIONS, Parsed
+from regraft.find.functions import ATTENTION, FUNCTIONS, Parsed
+from regraft.find.graphs import running_node
 from regraft.find.kinds import op_of
 
 
@@ -29,6 +30,8 @@ class Called:
     """Methods of the owner that were running."""
     score_bytes: int = 0
     """Of attention: the size of the largest score matrix of one call."""
+    node: str = ""
+    """Of a call in a graph: the name of the node that ran."""
 
     @property
     def p(self) -> float:
@@ -37,13 +40,17 @@ class Called:
 
 
 class CallRecorder(TorchFunctionMode):
-    """Records functional dropouts; `owners` is the stack of modules that are running."""
+    """Records functional dropouts; `owners` is the stack of modules that are running.
 
-    def __init__(self) -> None:
+    With `modules_too` also those of dropouts that are modules of their own, which count as the module.
+    """
+
+    def __init__(self, *, modules_too: bool = False) -> None:
         super().__init__()
+        self.modules_too = modules_too
         self.owners: list[nn.Module] = []
         self.layer_drops: list[str] = []
-        self._called: dict[tuple[int, str], Called] = {}
+        self._called: dict[tuple[int, str, str], Called] = {}
 
     def called(self) -> list[Called]:
         return list(self._called.values())
@@ -66,11 +73,13 @@ class CallRecorder(TorchFunctionMode):
 
     def _record(self, parsed: Parsed) -> None:
         owner = self.owners[-1]
-        if op_of(owner) is not None and parsed.op != "scaled_dot_product_attention":
+        if not self.modules_too and op_of(owner) is not None and parsed.op != ATTENTION:
             return  # a module site: it is counted as the module
-        called = self._called.setdefault((id(owner), parsed.op), Called(owner, parsed.op))
-        called.rates.append(float(parsed.p) if parsed.training else 0.0)
         frames = calling_frames()
+        owner, node = running_node(self.owners, frames)
+        key = (id(owner), node, parsed.op)
+        called = self._called.setdefault(key, Called(owner, parsed.op, node=node))
+        called.rates.append(parsed.p if parsed.training or parsed.p == 0 else 0.0)  # as it came: marked
         called.sources.append(line_of(frames))
         called.methods |= _methods(owner, frames)
         called.score_bytes = max(called.score_bytes, parsed.score_bytes)

@@ -30,6 +30,7 @@ def diagnose(sites: list[Site], modules: list[Named], probe: Probe) -> list[Find
     other_rates = list(_other_rate(noise))
     return [
         *_draws_in_eval(modules, probe),
+        *_baked_in(noise),
         *other_rates,
         *_never_used(noise, {finding.path for finding in other_rates}),
         *_frozen(noise, modules),
@@ -42,6 +43,8 @@ def diagnose(sites: list[Site], modules: list[Named], probe: Probe) -> list[Find
 def _draws_in_eval(modules: list[Named], probe: Probe) -> Iterator[Finding]:
     names = {id(named.module): named.paths[0] for named in modules}
     for called in probe.eval_called:
+        if called.node:
+            continue
         why = " (it does not know about .eval())" if called.op == ATTENTION else ""
         yield Finding(
             names[id(called.owner)],
@@ -49,6 +52,19 @@ def _draws_in_eval(modules: list[Named], probe: Probe) -> Iterator[Finding]:
             called.sources[0],
             "apply {'Dropout': 'dropout'}: the graft follows .training; or pass the rate only in training",
         )
+
+
+def _baked_in(noise: list[Site]) -> Iterator[Finding]:
+    """Nodes of a graph that drop, or do not, whatever the mode, until a graft stands there."""
+    for site in noise:
+        if site.kind == "node" and site.variant is None and (site.draws_in_eval or site.baked is False):
+            when = "in eval too" if site.draws_in_eval else "not in training either"
+            yield Finding(
+                site.path,
+                f"{site.written} was fixed by tracing: it drops {when}",
+                site.source,
+                "apply {'Dropout': 'dropout'}: the graft follows .training",
+            )
 
 
 def _other_rate(noise: list[Site]) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from types import FrameType
 
@@ -11,19 +12,36 @@ import torch
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep  # with the separator: not torchvision
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
+_LAYERS = os.path.join(_TORCH, "nn", "modules")
+_WATCH = os.path.join(_OWN, "find", "watch.py")
+_TRACED = re.compile(r'File "([^"]+)", line (\d+)')
+
 
 def calling_frames() -> list[FrameType]:
-    """The frames above this one that are neither torch's nor regraft's, up to the next module's call."""
+    """The frames above this one that are neither torch's nor regraft's, up to the next module's call.
+
+    In a model of torch's own layers alone, such as `nn.TransformerEncoder`, the frame of the layer.
+    """
     frames: list[FrameType] = []
+    layers: list[FrameType] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
+        if name == _WATCH and frame.f_code.co_name == "watch":
+            break  # what is above looks at the model
         if frames and frame.f_code.co_name == "_call_impl" and name.startswith(_TORCH):
             break
         if not name.startswith((_TORCH, _OWN)):
             frames.append(frame)
+        elif _is_layer(name) and not layers:
+            layers.append(frame)
         frame = frame.f_back
-    return frames
+    return frames or layers
+
+
+def _is_layer(name: str) -> bool:
+    folder, _, file = name.rpartition(os.sep)
+    return folder == _LAYERS and file not in ("module.py", "container.py", "dropout.py")
 
 
 def caller_line() -> str:
@@ -36,6 +54,14 @@ def line_of(frames: list[FrameType]) -> str:
     if not frames:
         return ""
     return f"{short(frames[0].f_code.co_filename)}:{frames[0].f_lineno}"
+
+
+def line_of_trace(trace: str | None) -> str | None:
+    """The line of a written stack trace that made a graph node; None where none was kept."""
+    for file, number in reversed(_TRACED.findall(trace or "")):
+        if not file.startswith((_TORCH, _OWN, "<eval_with_key>")):
+            return f"{short(file)}:{number}"
+    return None
 
 
 def short(filename: str) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 from regraft.find.diagnosis import Finding, diagnose
 from regraft.find.inputs import Inputs, given_inputs, made_inputs
 from regraft.find.modules import module_sites
+from regraft.find.nodes import node_sites
 from regraft.find.probe import Probe, run_probe
 from regraft.find.probed import probed_sites
 from regraft.find.site import Site
@@ -80,7 +81,9 @@ def look(model: nn.Module) -> Inspection:
     root, notes = inner_model(model)
     modules = named_modules(root)
     probe = Probe(reason="the model was looked at, not run")
-    return Inspection(root, module_sites(modules), notes=notes, probe=probe, modules=modules)
+    order = {id(named.module): position for position, named in enumerate(modules)}
+    sites = sorted([*node_sites(modules), *module_sites(modules)], key=lambda site: order[id(site.module)])
+    return Inspection(root, sites, notes=notes, probe=probe, modules=modules)
 
 
 def _probed(root: nn.Module, modules: list[Named], inputs: Any, sites: set[int]) -> Probe:

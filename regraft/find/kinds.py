@@ -27,6 +27,7 @@ FAMILIES: dict[str, str] = {
     "DropPath": "DropPath",
     "Linear": "Linear",
     "Conv1D": "Linear",
+    "linear": "Linear",
     "Embedding": "Embedding",
     "dropout": "Dropout",
     "dropout1d": "Dropout",

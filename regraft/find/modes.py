@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -11,20 +12,22 @@ from regraft.find.kinds import op_of
 from regraft.find.original import stand_aside
 from regraft.find.unchanged import unchanged
 
-Marks = dict[float, tuple[nn.Module, float]]
-"""Marked rate -> the module it is the rate of, and the true rate."""
-
 _LAYER_DROPS = ("layerdrop", "layer_drop")
 
 
+class MarkedRate(float):
+    """A rate that knows whose it is: the same number, so that no model can notice."""
+
+    module: nn.Module
+
+
 @contextmanager
-def marked(modules: list[nn.Module]) -> Iterator[Marks]:
+def marked(modules: list[nn.Module]) -> Iterator[None]:
     """The originals of all modules in training mode; afterwards everything is as it was.
 
-    LayerDrop is at 0, so that no layer is missed. Each dropout's rate is moved by less than any model can
-    notice, so that a call that uses it tells which module it got it from.
+    LayerDrop is at 0, so that no layer is missed. Each dropout's rate is marked, so that a call that uses
+    it tells which module it got it from.
     """
-    marks: Marks = {}
     with unchanged(modules), _originals(modules):
         set_training(modules, mode=True)
         for module in modules:
@@ -32,11 +35,11 @@ def marked(modules: list[nn.Module]) -> Iterator[Marks]:
             for name in _LAYER_DROPS:
                 if isinstance(attributes.get(name), float):
                     attributes[name] = 0.0
-            rate = attributes.get("p")
-            if isinstance(rate, float) and 0 < rate < 1 and op_of(module) is not None:
-                attributes["p"] = rate * (1 - 1e-12 * (len(marks) + 1))
-                marks[attributes["p"]] = (module, rate)
-        yield marks
+            rate: Any = attributes.get("p")
+            if isinstance(rate, (float, int)) and not isinstance(rate, bool) and op_of(module) is not None:
+                attributes["p"] = MarkedRate(rate)
+                attributes["p"].module = module
+        yield
 
 
 def set_training(modules: list[nn.Module], *, mode: bool) -> None:

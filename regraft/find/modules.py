@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from regraft.find.kinds import family_of, never_runs, op_of, rate_name
 from regraft.find.obstacles import obstacle, weight_of
@@ -10,13 +11,15 @@ from regraft.find.original import grafts_of, original_attribute, original_class
 from regraft.find.site import Site
 from regraft.find.walk import Named
 
+_SLOTS = ("variant", "rate", "calls:multi_head_attention_forward")
+
 
 def module_sites(modules: list[Named]) -> list[Site]:
     """The sites among `modules`, not yet probed."""
     sites = []
     for named in modules:
         op = op_of(named.module)
-        if op is not None:
+        if op is not None and not isinstance(named.module, fx.GraphModule):  # its forward is its nodes
             sites.append(_site(named, op))
     return sites
 
@@ -26,7 +29,7 @@ def _site(named: Named, op: str) -> Site:
     family = family_of(module, op)
     rate = rate_name(module) if family in ("Dropout", "DropPath") else None
     weight = weight_of(module) if family in ("Linear", "Embedding") else None
-    graft = grafts_of(module).get("variant")
+    grafts = grafts_of(module)
     return Site(
         path=named.paths[0],
         paths=tuple(named.paths),
@@ -39,11 +42,11 @@ def _site(named: Named, op: str) -> Site:
         family=family,
         module=module,
         shape=_shape(module, op),
-        parameters=sum(p.numel() for p in module.parameters(recurse=False)),
+        parameters=sum(p.numel() for p in module.parameters(recurse=False) if not is_lazy(p)),
         device=None if weight is None else str(weight.device),
         dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
         training=module.training,
-        variant=graft.edit["after"] if graft else None,
+        variant=next((grafts[slot].edit["after"] for slot in _SLOTS if slot in grafts), None),
         obstacle=obstacle(module, op),
     )
 

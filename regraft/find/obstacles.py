@@ -18,15 +18,23 @@ def obstacle(module: nn.Module, op: str) -> tuple[str, str] | None:
             f"its forward never runs: the {op.lower()}'s parent reads its weight",
             "write the parent's attention out with plain linears",
         )
+    found = owner_obstacle(module)
+    if found is not None:
+        return found
+    weight = module._parameters.get("weight")
+    if weight is not None and type(weight).__name__ not in _PLAIN_TENSORS:
+        return f"its weight is a {type(weight).__name__}, not plain numbers", "graft before quantizing"
+    return None
+
+
+def owner_obstacle(module: nn.Module) -> tuple[str, str] | None:
+    """Why a change of what the forward of `module` does would be lost, and the remedy."""
     if original_class(module).__module__.startswith("torch.jit"):
         return "it is compiled TorchScript, which ignores a change of class", "graft before scripting"
     if isinstance(module, LazyModuleMixin):
         return "it is lazy and changes its class at its first forward", "run one forward first"
     if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
         return "something put a forward on the instance, which hides the class's", "graft before that"
-    weight = module._parameters.get("weight")
-    if weight is not None and type(weight).__name__ not in _PLAIN_TENSORS:
-        return f"its weight is a {type(weight).__name__}, not plain numbers", "graft before quantizing"
     return None
 
 

@@ -37,7 +37,7 @@ class Graft:
     mends: bool = False
     """Does it keep a call from dropping in eval?"""
     state: dict[str, Any] = field(default_factory=dict)
-    """Parameters and buffers that the graft adds, by name: what they start from."""
+    """Parameters and buffers that the graft adds, by name: their values while the graft is not in place."""
     transient: tuple[str, ...] = ()
     """Names of the buffers among them that stay out of the state dict."""
 

@@ -21,6 +21,7 @@ def compile_path(pattern: str) -> re.Pattern[str]:
     """
     # Dots inside braces belong to a range, so the parts are split outside of them only.
     parts = re.split(r"\.(?![^{]*\})", pattern)
+    parts = [part for at, part in enumerate(parts) if at == 0 or (part, parts[at - 1]) != ("**", "**")]
     regex = ""
     for position, part in enumerate(parts):
         last = position == len(parts) - 1

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from regraft.find.calls import Called
 from regraft.find.inputs import Inputs
-from regraft.find.modes import Marks, marked, set_training
+from regraft.find.modes import MarkedRate, marked, set_training
 from regraft.find.unchanged import buffers_kept, random_state_kept
 from regraft.find.walk import Named
 from regraft.find.watch import watch
@@ -65,6 +66,9 @@ def run_probe(model: nn.Module, modules: list[Named], inputs: Inputs, sites: set
     `sites` are the modules whose calling lines are wanted. Where fake tensors do not carry the forward
     (it branches on data), it is run for real.
     """
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        # A lazy module makes its weights in its first forward, which is not the probe's to run.
+        return Probe(reason="a module of it is lazy, and has no weights before its first forward")
     began = time.perf_counter()
     every = [named.module for named in modules]
     try:
@@ -79,7 +83,7 @@ def run_probe(model: nn.Module, modules: list[Named], inputs: Inputs, sites: set
 
 def _on_fake_tensors(model: nn.Module, every: list[nn.Module], inputs: Inputs, sites: set[int]) -> Probe:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with warnings.catch_warnings(), marked(every) as marks, random_state_kept():
+    with warnings.catch_warnings(), marked(every), random_state_kept():
         warnings.simplefilter("ignore")
         state, device = _faked_state(model, mode)
         args, kwargs = tree_map(lambda leaf: _faked(leaf, mode, device), (inputs.args, inputs.kwargs))
@@ -88,7 +92,7 @@ def _on_fake_tensors(model: nn.Module, every: list[nn.Module], inputs: Inputs, s
             return functional_call(model, state, args, kwargs)
 
         with mode:
-            return _both(every, (forward, args, kwargs), sites, marks)
+            return _both(every, (forward, args, kwargs), sites)
 
 
 def _for_real(
@@ -99,35 +103,35 @@ def _for_real(
         return Probe(reason=reason)
     args, kwargs = tree_map(lambda leaf: _moved(leaf, devices), (inputs.args, inputs.kwargs))
     try:
-        with warnings.catch_warnings(), buffers_kept(every), marked(every) as marks, random_state_kept():
+        with warnings.catch_warnings(), buffers_kept(every), marked(every), random_state_kept():
             warnings.simplefilter("ignore")
-            probe = _both(every, (model, args, kwargs), sites, marks)
+            probe = _both(every, (model, args, kwargs), sites)
     except Exception as error:
         return Probe(reason=f"{reason}; nor does a real one run: {_one_line(error)}")
     probe.how, probe.reason = "real forward", reason
     return probe
 
 
-def _both(every: list[nn.Module], forward: Forward, sites: set[int], marks: Marks) -> Probe:
+def _both(every: list[nn.Module], forward: Forward, sites: set[int]) -> Probe:
     seen = watch(*forward, sites)
     probe = Probe(counts=seen.counts, lines=seen.lines, called=seen.called, layer_drops=seen.layer_drops)
     set_training(every, mode=False)
     try:
-        in_eval = watch(*forward, set()).called
+        in_eval = watch(*forward, set(), modules_too=True).called
     except Exception:  # only the diagnosis of eval is lost; the training forward stands
         in_eval = []
     probe.eval_called = [called for called in in_eval if called.p > 0]
-    _name_twins(probe, marks)
+    _name_twins(probe)
     return probe
 
 
-def _name_twins(probe: Probe, marks: Marks) -> None:
-    """Find the modules whose rates were used by calls, and give the calls the true rates again."""
+def _name_twins(probe: Probe) -> None:
+    """Find the modules whose rates were used by calls."""
     for called in probe.called:
-        used = {id(module): module for module, _ in (marks[rate] for rate in called.rates if rate in marks)}
-        probe.twins[id(called.owner), called.op] = list(used.values())
+        owners = [rate.module for rate in called.rates if isinstance(rate, MarkedRate)]
+        probe.twins[id(called.owner), called.op] = list({id(owner): owner for owner in owners}.values())
     for called in [*probe.called, *probe.eval_called]:
-        called.rates = [marks[rate][1] if rate in marks else rate for rate in called.rates]
+        called.rates = [float(rate) for rate in called.rates]
 
 
 def _faked_state(model: nn.Module, mode: FakeTensorMode) -> tuple[dict[str, Tensor], torch.device]:

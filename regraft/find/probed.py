@@ -8,6 +8,8 @@ from torch import nn
 
 from regraft.find.calls import Called
 from regraft.find.kinds import FAMILIES
+from regraft.find.nodes import probed_nodes
+from regraft.find.obstacles import owner_obstacle
 from regraft.find.original import grafts_of, original_class
 from regraft.find.probe import Probe
 from regraft.find.site import Site
@@ -27,6 +29,8 @@ def probed_sites(sites: list[Site], modules: list[Named], probe: Probe) -> list[
     placed: list[tuple[int, Site]] = []
     merged: set[int] = set()
     for called in probe.called:
+        if called.node:
+            continue
         twins = [
             names[id(twin)]
             for twin in probe.twins.get((id(called.owner), called.op), [])
@@ -40,15 +44,18 @@ def probed_sites(sites: list[Site], modules: list[Named], probe: Probe) -> list[
                 _call_site(names[id(called.owner)], called, twins, (id(called.owner), called.op) in drawn),
             )
         )
+    nodes = probed_nodes([site for site in sites if site.kind == "node"], modules, probe)
+    placed += [(order[id(site.module)], site) for site in nodes]
     for site in sites:
-        if id(site.module) not in merged:
+        if site.kind != "node" and id(site.module) not in merged:
             placed.append((order[id(site.module)], _with_calls(site, probe)))
     return [site for _, site in sorted(placed, key=lambda pair: pair[0])]
 
 
 def _with_calls(site: Site, probe: Probe) -> Site:
     key = id(site.module)
-    return replace(site, calls=probe.counts.get(key, 0), source=probe.lines.get(key))
+    drew = any(called.owner is site.module for called in probe.eval_called)
+    return replace(site, calls=probe.counts.get(key, 0), source=probe.lines.get(key) or None, draws_in_eval=drew)
 
 
 def _call_site(owner: Named, called: Called, twins: list[Named], drew: bool) -> Site:
@@ -63,11 +70,12 @@ def _call_site(owner: Named, called: Called, twins: list[Named], drew: bool) -> 
         type=original_class(module).__name__,
         p=called.p,
         calls=len(called.rates),
-        source=(running or called.sources)[0],
+        source=(running or called.sources)[0] or None,
         family=FAMILIES[called.op],
         module=module,
         training=module.training,
         variant=graft.edit["after"] if graft else None,
         draws_in_eval=drew,
+        obstacle=owner_obstacle(module),
         call=called,
     )

@@ -55,7 +55,7 @@ class Selector:
             return True
         if self.type == "Dropout":
             return site.op in PLAIN
-        if site.kind == "call" and self.type.casefold() == site.op.replace("_", ""):
+        if site.kind in ("call", "node") and self.type.casefold() == site.op.replace("_", ""):
             return True  # "Dropout2d" is the kind, made as a module or called
         # A class name of the user's own, for the modules that have no operation name of their own.
         return site.kind == "module" and self.type == site.type

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from regraft.find.calls import Called
+from regraft.find.functions import ATTENTION
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,8 @@ class Site:
     training: bool = True
     variant: str | None = None
     draws_in_eval: bool = False
+    baked: bool | None = field(default=None, repr=False)
+    """Of a node: the training flag, where tracing fixed it."""
     call: Called | None = field(default=None, repr=False)
     """Of a call site: what the probe recorded of it."""
     obstacle: tuple[str, str] | None = field(default=None, repr=False)
@@ -55,7 +58,8 @@ class Site:
         """The site as a diff shows it: `Dropout(p=0.1)`, `Linear(768, 2)`."""
         if self.shape and self.family in ("Linear", "Embedding"):
             return f"{self.op}({', '.join(map(str, self.shape))})"
-        return self.op if self.p is None else f"{self.op}(p={self.p:g})"
+        fixed = "" if self.baked is None or self.op == ATTENTION else f", training={self.baked}"
+        return self.op if self.p is None else f"{self.op}(p={self.p:g}{fixed})"
 
     def to_dict(self) -> dict[str, Any]:
         """The site as plain JSON values."""

@@ -15,15 +15,16 @@ from torch import nn
 @contextmanager
 def unchanged(modules: list[nn.Module]) -> Iterator[None]:
     """On leaving, all modules have the attributes, entries and training flags they had on entering."""
-    before = [(module, _snapshot(module)) for module in modules]
+    before = [(module, snapshot(module)) for module in modules]
     try:
         yield
     finally:
-        for module, snapshot in before:
-            _restore(module, snapshot)
+        for module, attributes in before:
+            restore(module, attributes)
 
 
-def _snapshot(module: nn.Module) -> dict[str, Any]:
+def snapshot(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module, and the entries of those that are containers."""
     # One level down is enough: models rebind attributes and add modules, hooks and buffers, and all of
     # those live in the module's own dictionaries.
     return {key: (value, _copied(value)) for key, value in module.__dict__.items()}
@@ -33,11 +34,12 @@ def _copied(value: Any) -> Any:
     return value.copy() if isinstance(value, (dict, list, set)) else None
 
 
-def _restore(module: nn.Module, snapshot: dict[str, Any]) -> None:
+def restore(module: nn.Module, before: dict[str, Any]) -> None:
+    """Give a module the attributes and entries of a snapshot again."""
     attributes = module.__dict__
-    for key in [key for key in attributes if key not in snapshot]:
+    for key in [key for key in attributes if key not in before]:
         del attributes[key]
-    for key, (value, copied) in snapshot.items():
+    for key, (value, copied) in before.items():
         if attributes.get(key) is not value:
             attributes[key] = value
         if copied is not None and not _same_entries(value, copied):
@@ -80,7 +82,10 @@ def random_state_kept() -> Iterator[None]:
 
 @contextmanager
 def buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
-    """On leaving, all buffers have the values they had: for a forward on real tensors."""
+    """On leaving, all buffers have the values they had: for a forward on real tensors.
+
+    Batch norm writes its running statistics without a new version, hence the look at the values.
+    """
     before = [
         (buffer, buffer.detach().clone())
         for module in modules
@@ -93,5 +98,5 @@ def buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for (buffer, value), version in zip(before, versions, strict=True):
-                if buffer._version != version:
+                if buffer._version != version or not torch.equal(buffer, value):
                     buffer.copy_(value)

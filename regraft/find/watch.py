@@ -27,7 +27,12 @@ class Watched:
 
 
 def watch(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], sites: set[int]
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sites: set[int],
+    *,
+    modules_too: bool = False,
 ) -> Watched:
     """Run `forward` and record it; `sites` are the modules whose calling lines are wanted.
 
@@ -35,7 +40,7 @@ def watch(
     the user's model is not to be touched.
     """
     seen = Watched()
-    recorder = CallRecorder()
+    recorder = CallRecorder(modules_too=modules_too)
     thread = threading.get_ident()
 
     def enter(module: nn.Module, _: Any) -> None:

@@ -9,16 +9,18 @@ from typing import Any
 
 from torch import nn
 
-from regraft.find.inspection import Inspection, inspect, look
+from regraft.find.inspection import inspect, look
 from regraft.find.original import grafts_of
-from regraft.graft.change import Change, set_graft
-from regraft.graft.steps import steps_of
+from regraft.graft.change import RIVALS, Change, set_graft, stands
+from regraft.graft.steps import Step, steps_of
 from regraft.planning import Edit, Plan, Rules, Skip, plan_of
 from regraft.report.view import SCHEMA, View
 from regraft.rules import read_rules
 
-
-_MENDED = "{} dropped in eval too; the graft follows .training"
+_MENDED = (
+    "{} dropped in eval too; the graft follows .training",
+    "tracing had fixed {}, in training and in eval; the graft follows .training",
+)
 
 
 @dataclass(frozen=True)
@@ -127,27 +129,35 @@ def graft_rules(
         read = read_rules(rules)
         inspection = inspect(model, inputs)
         made = plan_of(inspection, read, fused)
-    changes = _carry_out(inspection, made)
+    steps = steps_of(inspection, made)
+    changes = _carry_out(steps)
     report = Report(
         model=made.model,
         rules=made.rules,
         grafted=made.grafted,
         skipped=made.skipped,
         mended=[
-            Mended(edit.path, _MENDED.format(edit.before), edit.source) for edit in made.grafted if edit.mends
+            Mended(edit.path, _MENDED[edit.kind == "node"].format(edit.before), edit.source)
+            for edit in made.grafted
+            if edit.mends
         ],
-        state_keys=_state_keys(changes),
+        state_keys=_state_keys(steps),
         notes=made.notes,
         probe=made.probe,
     )
     return report, changes
 
 
-def _carry_out(inspection: Inspection, made: Plan) -> list[Change]:
+def _carry_out(steps: list[Step]) -> list[Change]:
     changes: list[Change] = []
     try:
-        for module, slot, graft in steps_of(inspection, made):
-            changes.append((module, slot, set_graft(module, slot, graft)))
+        for module, slot, graft in steps:
+            if stands(module, slot, graft):
+                continue
+            rival = RIVALS.get(slot)
+            if rival in grafts_of(module):
+                changes.append((module, rival, set_graft(module, rival, None)))
+            changes.append((module, slot, set_slot(module, slot, graft)))
     except BaseException:
         undo(changes)
         raise
@@ -157,12 +167,14 @@ def _carry_out(inspection: Inspection, made: Plan) -> list[Change]:
 def undo(changes: list[Change]) -> None:
     """Put back what was in each slot before, the last change first."""
     for module, slot, previous in reversed(changes):
-        set_graft(module, slot, previous)
+        set_slot(module, slot, previous)
 
 
-def _state_keys(changes: list[Change]) -> list[str]:
-    keys = []
-    for module, slot, _ in changes:
-        graft = grafts_of(module)[slot]
-        keys += [f"{graft.edit['path']}.{name}".lstrip(".") for name in graft.state if name not in graft.transient]
-    return keys
+def _state_keys(steps: list[Step]) -> list[str]:
+    """Keys of the state dict that the grafts have brought, also those that stood already."""
+    return [
+        f"{graft.edit['path']}.{name}".lstrip(".")
+        for _, _, graft in steps
+        for name in graft.state
+        if name not in graft.transient
+    ]

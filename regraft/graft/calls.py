@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,15 @@ from regraft.variants.registry import complete_options, spec
 SLOT = "calls"
 BOUNDARY = "calls:boundary"
 
-_running: list[CallMode] = []
+
+class _Running(threading.local):
+    """The modes that are active in this thread, as torch's function modes are, the innermost last."""
+
+    def __init__(self) -> None:
+        self.modes: list[CallMode] = []
+
+
+_running = _Running()
 
 
 def call_graft(edit: Edit) -> tuple[str, Graft]:
@@ -62,7 +71,9 @@ def _calls_layer(base: type[nn.Module], argument: str) -> Namespace:
 def _entrance(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        grafts = {slot: graft for slot, graft in self.__dict__[RECORD].items() if slot.startswith(SLOT)}
+        # After a revert somebody may still hold this method (accelerate, a hook): then nothing is grafted.
+        record = self.__dict__.get(RECORD, {})
+        grafts = {slot: graft for slot, graft in record.items() if slot.startswith(SLOT)}
         acts = _acts(self, grafts)
         if torch.compiler.is_compiling():
             with _CompiledMode(self, grafts if acts else {}):
@@ -88,7 +99,7 @@ class _Pause:
     """Switches the mode around off while a boundary's forward runs."""
 
     def __enter__(self) -> None:
-        self.outer = _running[-1] if _running else None
+        self.outer = _running.modes[-1] if _running.modes else None
         self.was = self.outer is not None and self.outer.on
         if self.outer is not None:
             self.outer.on = False
@@ -106,20 +117,19 @@ class CallMode(TorchFunctionMode):
         self.module = module
         self.grafts = {slot.partition(":")[2]: graft for slot, graft in grafts.items()}
         self.on = True
+        self.pause = _Pause()
         self.entered = _checkpoint_marks()
 
     def __enter__(self) -> CallMode:
-        if _running:
-            _running[-1].on = False
-        _running.append(self)
+        self.pause.__enter__()
+        _running.modes.append(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        _running.pop()
-        if _running:
-            _running[-1].on = True
+        _running.modes.pop()
+        self.pause.__exit__()
 
     def __torch_function__(
         self,

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
-from regraft.find.original import MISSING, RECORD, Graft, grafts_of, rebind_instance_forward
+from regraft.errors import ModelError
+from regraft.find.original import (
+    MISSING,
+    RECORD,
+    Graft,
+    grafts_of,
+    original_class,
+    rebind_instance_forward,
+)
+from regraft.find.unchanged import restore, snapshot
 from regraft.graft.classes import layered
 
 Change = tuple[nn.Module, str, Graft | None]
@@ -13,6 +22,12 @@ Change = tuple[nn.Module, str, Graft | None]
 ORDER = ("rate", "variant", "calls", "insert", "passes")
 """Kinds of slots in the order of their layers, the lowest first. `calls:dropout` is of kind `calls`."""
 
+RIVALS = {
+    "rate": "calls:multi_head_attention_forward",
+    "calls:multi_head_attention_forward": "rate",
+}
+"""An `nn.MultiheadAttention` has its rate set or its attention written out: one site, never both."""
+
 
 def set_graft(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None:
     """Put `graft` into a slot, or empty it; returns what was there. Done completely or not at all."""
@@ -20,18 +35,36 @@ def set_graft(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None
     previous = grafts.pop(slot, None)
     if graft is not None:
         grafts[slot] = graft
-    cls = layered(type(module), _layers(grafts))
-    module.__class__ = cls  # may refuse (an incompatible layout): nothing else has changed yet
-    if previous is not None:
-        _take_back(module, previous)
-    if graft is not None:
-        _write(module, graft)
-    if grafts:
-        module.__dict__[RECORD] = grafts
-    else:
-        module.__dict__.pop(RECORD, None)
-    rebind_instance_forward(module)
+    was, before = type(module), snapshot(module)
+    try:
+        module.__class__ = layered(was, _layers(grafts))  # may refuse: an incompatible layout
+        if previous is not None:
+            _take_back(module, previous)
+        if graft is not None:
+            _write(module, graft)
+        if grafts:
+            module.__dict__[RECORD] = grafts
+        else:
+            module.__dict__.pop(RECORD, None)
+        rebind_instance_forward(module)
+    except BaseException:
+        module.__class__ = was
+        restore(module, before)
+        raise
     return previous
+
+
+def stands(module: nn.Module, slot: str, graft: Graft) -> bool:
+    """Whether the same graft is in place already, as it was made: then what it has learned is kept."""
+    there = grafts_of(module).get(slot)
+    if there is None or any(module.__dict__.get(name) != value for name, value in graft.written.items()):
+        return False
+    return _meaning(there) == _meaning(graft)
+
+
+def _meaning(graft: Graft) -> tuple[object, ...]:
+    rule = (graft.edit.get("variant"), graft.edit.get("options"))
+    return (graft.layer, graft.options, graft.in_eval, graft.mends, rule)
 
 
 def _layers(grafts: dict[str, Graft]) -> list[str]:
@@ -49,10 +82,17 @@ def _write(module: nn.Module, graft: Graft) -> None:
         graft.saved[name] = module.__dict__.get(name, MISSING)
         module.__dict__[name] = value
     for name, value in graft.state.items():
+        if hasattr(module, name):
+            raise ModelError(
+                f"{original_class(module).__name__} has an attribute {name!r}, which the variant brings too",
+                where=graft.edit["path"],
+                remedy="rename it, or leave the site alone: a rule with None",
+            )
         if isinstance(value, nn.Parameter):
             module.register_parameter(name, value)
         else:
             module.register_buffer(name, value, persistent=name not in graft.transient)
+        graft.state[name] = None  # the module has it now, and may move it
 
 
 def _take_back(module: nn.Module, graft: Graft) -> None:
@@ -64,6 +104,8 @@ def _take_back(module: nn.Module, graft: Graft) -> None:
         else:
             module.__dict__[name] = value
     for name in graft.state:
-        module._parameters.pop(name, None)
-        module._buffers.pop(name, None)
+        # Kept as trained, in case this graft is put back.
+        graft.state[name] = module._parameters.pop(name, None)
+        if graft.state[name] is None:
+            graft.state[name] = module._buffers.pop(name, None)
         module._non_persistent_buffers_set.discard(name)

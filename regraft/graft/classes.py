@@ -10,6 +10,7 @@ a class of their own on top.
 from __future__ import annotations
 
 import copyreg
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -22,6 +23,13 @@ Namespace = dict[str, Any]
 LayerBuilder = Callable[[type[nn.Module], str], Namespace]
 Class = type[nn.Module]
 
+_HOMES = {
+    "variant": "regraft.graft.modules",
+    "calls": "regraft.graft.calls",
+    "insert": "regraft.graft.insert",
+    "passes": "regraft.training.rdrop",
+}
+"""Where each kind of layer is registered: a model can be unpickled before any of them was imported."""
 _builders: dict[str, LayerBuilder] = {}
 _derived: dict[tuple[Class, str], Class] = {}
 _rebuilt: dict[tuple[Class, Class], Class] = {}
@@ -45,6 +53,8 @@ def derive(base: Class, name: str) -> Class:
     key = (base, name)
     if key not in _derived:
         kind, _, argument = name.partition(":")
+        if kind not in _builders:
+            importlib.import_module(_HOMES[kind])
         namespace = dict(_builders[kind](base, argument))
         title = namespace.pop("__name__", base.__name__)
         namespace.setdefault("__module__", base.__module__)
@@ -85,13 +95,17 @@ def _new_class(like: Class, name: str, bases: tuple[type, ...], body: Namespace)
 
 
 def _rebuild_foreign(cls: Class, base: Class) -> Class:
-    key = (cls, base)
-    if key not in _rebuilt:
+    made = _rebuilt.get((cls, base))
+    if made is None or _body(made) != _body(cls):  # torch adds a property with each parametrization
         prefix = cls.__name__.removesuffix(foreign_base(cls).__name__)
-        body = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
-        bases = (*cls.__bases__[:-1], base)
-        _rebuilt[key] = _new_class(cls, f"{prefix}{base.__name__}", bases, body)
-    return _rebuilt[key]
+        made = _new_class(cls, f"{prefix}{base.__name__}", (*cls.__bases__[:-1], base), _body(cls))
+        _rebuilt[cls, base] = made
+        _rebuilt[made, foreign_base(cls)] = cls  # the way back is to the same class
+    return made
+
+
+def _body(cls: Class) -> Namespace:
+    return {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__", "__doc__")}
 
 
 def layers_of(cls: Class) -> list[str]:

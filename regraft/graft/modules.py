@@ -31,7 +31,7 @@ def module_graft(site: Site, edit: Edit) -> Graft:
     layer_name = f"{SLOT}:{found.name}/{family}/{next(iter(written), '')}"
     rate = {"p": edit.options["p"]} if "p" in edit.options else {}
     state = found.state(site.module, {**options, **rate}) if found.state else {}
-    graft = Graft(layer_name, vars(edit), options, written=written, state=state)
+    graft = Graft(layer_name, vars(edit), options, written=written, state=state, mends=edit.mends)
     graft.transient = found.transient
     return graft
 
@@ -76,11 +76,17 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {**graft.options, **{name: getattr(module, name) for name in graft.state}}
 
 
+def _stands_aside(module: nn.Module, in_eval: bool) -> bool:
+    """In eval; or after a revert, in a bound method that somebody kept (accelerate does)."""
+    graft: Graft | None = module.__dict__.get(RECORD, {}).get(SLOT)
+    return graft is None or not (module.training or in_eval or graft.mends)
+
+
 def _dropout_forward(base: type[nn.Module], found: Spec, rate: str) -> Callable[..., Tensor]:
     function, in_eval = found.function, found.changes_eval is not None
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.training and not in_eval:
+        if _stands_aside(self, in_eval):
             return base.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
         x = args[0] if args else next(iter(kwargs.values()))
         p = getattr(self, rate) if rate else 0.0
@@ -94,7 +100,7 @@ def _linear_forward(base: type[nn.Module], found: Spec, rate: str) -> Callable[.
     transposed = base.__name__ == "Conv1D"
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.training and not in_eval:
+        if _stands_aside(self, in_eval):
             return base.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
         x = args[0] if args else next(iter(kwargs.values()))
         weight = self.weight.T if transposed else self.weight
@@ -109,7 +115,7 @@ def _embedding_forward(base: type[nn.Module], found: Spec, rate: str) -> Callabl
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = base.forward(self, *args, **kwargs)
-        if not self.training and not in_eval:
+        if _stands_aside(self, in_eval):
             return x
         p = getattr(self, rate) if rate else 0.0
         return function(x, p, self.training, **_settings(self))  # type: ignore[no-any-return]

@@ -6,13 +6,16 @@ from typing import Any
 
 from torch import nn
 
+from regraft.choices import acts_in_eval
 from regraft.errors import NoMatchError
 from regraft.find.original import Graft, grafts_of, original_class
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
 from regraft.find.walk import Named, inner_model, named_modules
 from regraft.graft.apply import undo
+from regraft.graft.calls import BOUNDARY
 from regraft.graft.change import Change, set_graft
+from regraft.variants.spec import Variant
 
 
 def revert(model: nn.Module, selector: Any = None) -> nn.Module:
@@ -46,8 +49,10 @@ def revert(model: nn.Module, selector: Any = None) -> nn.Module:
         for slot, graft in grafts_of(named.module).items()
         if wanted is None or (graft.edit and wanted.matches(_site(named, graft)))
     ]
-    if wanted is not None and not chosen:
-        raise _nothing(root, wanted)
+    if wanted is not None:
+        if not chosen:
+            raise _nothing(root, wanted)
+        chosen += _idle_boundaries(root, {(id(module), slot) for module, slot in chosen})
     changes: list[Change] = []
     try:
         for module, slot in chosen:
@@ -56,6 +61,37 @@ def revert(model: nn.Module, selector: Any = None) -> nn.Module:
         undo(changes)
         raise
     return model
+
+
+def _idle_boundaries(root: nn.Module, gone: set[tuple[int, str]]) -> list[tuple[nn.Module, str]]:
+    """Boundaries that nothing needs any more once the grafts `gone` are taken out."""
+    named = named_modules(root)
+    left = [
+        (one, graft)
+        for one in named
+        for slot, graft in grafts_of(one.module).items()
+        if graft.edit and (id(one.module), slot) not in gone
+    ]
+    owners = [path for one, graft in left if graft.edit["kind"] == "call" for path in one.paths]
+    acting = [path for one, graft in left if _acts_in_eval(graft) for path in one.paths]
+    idle = []
+    for one in named:
+        graft = grafts_of(one.module).get(BOUNDARY)
+        if graft is None:
+            continue
+        inside = any(_within(path, owner) for path in one.paths for owner in owners)
+        awake = graft.in_eval and any(_within(path, own) for path in acting for own in one.paths)
+        if not inside and not awake:
+            idle.append((one.module, BOUNDARY))
+    return idle
+
+
+def _within(path: str, above: str) -> bool:
+    return not above or path == above or path.startswith(f"{above}.")
+
+
+def _acts_in_eval(graft: Graft) -> bool:
+    return acts_in_eval(Variant(graft.edit["variant"], graft.edit["options"]))
 
 
 def _site(named: Named, graft: Graft) -> Site:

@@ -75,6 +75,8 @@ def plan_of_grafts(model: nn.Module) -> Plan:
             if slot == BOUNDARY:
                 boundaries.append(named.paths[0])
                 continue
+            if not graft.edit:
+                continue  # passes of the whole model: no site is edited
             edit = Edit(**{**graft.edit, "path": named.paths[0], "rule": len(rules)})
             edits.append(edit)
             inside = ", ".join(f"{key}={value!r}" for key, value in edit.options.items())

@@ -11,6 +11,7 @@ from regraft.find.site import Site
 from regraft.graft.calls import BOUNDARY, SLOT, boundary_graft, call_graft
 from regraft.graft.modules import SLOT as VARIANT
 from regraft.graft.modules import module_graft, rate_graft
+from regraft.graft.nodes import node_slot
 from regraft.planning import Edit, Plan
 from regraft.variants.spec import Variant
 
@@ -24,6 +25,9 @@ def steps_of(inspection: Inspection, plan: Plan) -> list[Step]:
     by_path = {path: named.module for named in inspection.modules for path in named.paths}
     steps = []
     for edit in plan.grafted:
+        if edit.kind == "node":
+            steps.append((by_path[edit.path.rpartition(".")[0]], *node_slot(edit)))
+            continue
         module = by_path[edit.path]
         steps.append(_step(module, sites.get((edit.path, edit.kind, edit.op)), edit))
     owners = {id(module) for module, slot, _ in steps if slot.startswith(SLOT)}
@@ -52,7 +56,7 @@ def _awake(inspection: Inspection, plan: Plan, by_path: dict[str, nn.Module]) ->
         id(by_path[prefix]): by_path[prefix]
         for path in acting
         for prefix in _prefixes(path)
-        if isinstance(by_path[prefix], _FAST_PATHS)
+        if isinstance(by_path.get(prefix), _FAST_PATHS)
     }
     return [(module, BOUNDARY, boundary_graft(awake=True)) for module in above.values()]
 

@@ -22,7 +22,11 @@ log = logging.getLogger("regraft")
 _PROBED = 2
 _OVERHEAD = 1.12
 """Under vmap an operation costs about this much of what it costs in a batch as long."""
-_RATES = ("p", "drop_prob", "dropout", "attention_dropout", "activation_dropout", "drop_rate", "layerdrop")
+_READ = (
+    *("p", "drop_prob", "dropout", "attention_dropout", "activation_dropout", "drop_rate", "layerdrop"),
+    *("gradient_checkpointing", "grad_checkpointing"),
+)
+"""Attributes of modules that a choice depends on."""
 SHARED_DRAW = "it draws once for the whole batch (a mask of weights or layers), so passes would share it"
 _ELSEWHERE = "it draws from Python's or numpy's generator, which says nothing of passes"
 
@@ -71,6 +75,12 @@ def traits_of(model: nn.Module, call: Call) -> Traits:
     return known[key]
 
 
+def shares_most(model: nn.Module, call: Call) -> bool:
+    """Whether more of a pass comes before its first draw than behind it."""
+    traits = traits_of(model, call)
+    return traits.no_sharing is None and traits.prefix > 0.5
+
+
 def no_batch(traits: Traits, model: nn.Module, call: Call, options: dict[str, Any]) -> str | None:
     """Why the repeated batch would not be independent passes, or None."""
     if not traits.no_batch:
@@ -81,13 +91,18 @@ def no_batch(traits: Traits, model: nn.Module, call: Call, options: dict[str, An
 def _state(model: nn.Module, call: Call) -> Any:
     # What a choice depends on. Where something else changes it stays right, and may be slower.
     modules = tuple(
-        (type(module), module.training, *(_number(module.__dict__.get(name)) for name in _RATES))
+        (type(module), module.training, *(_number(module.__dict__.get(name)) for name in _READ))
         for module in model.modules()
     )
     inputs = tuple(
         (name, leaf.dim() if isinstance(leaf, Tensor) else type(leaf)) for name, leaf in leaves("", call)
     )
-    return modules, inputs, torch.is_grad_enabled()
+    return modules, inputs, torch.is_grad_enabled(), _autocasts(model)
+
+
+def _autocasts(model: nn.Module) -> bool:
+    first = next(model.parameters(), None)
+    return torch.is_autocast_enabled("cpu" if first is None else first.device.type)
 
 
 def _number(value: Any) -> Any:
@@ -133,9 +148,10 @@ def _plain(forward: Trial, args: tuple[Any, ...], kwargs: dict[str, Any], _: Met
 def _look_at_sharing(traits: Traits, model: nn.Module, call: Call) -> None:
     plain = traits.plain
     assert plain is not None
-    for draws in (False, True):
-        # Without taking draws over it is faster, and fails on what there is to take over; a kernel that
-        # vmap runs pass by pass, as fused attention, is better taken over too.
+    # Without taking draws over it is faster, and fails on what there is to take over; a kernel that vmap
+    # runs pass by pass, as fused attention, is better taken over too, and autocast needs it.
+    for draws in (True,) if _autocasts(model) else (False, True):
+
         def trial(forward: Trial, args: Any, kwargs: Any, meter: Meter, draws: bool = draws) -> None:
             with warnings.catch_warnings():
                 if not draws:

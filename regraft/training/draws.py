@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from regraft.training.outside import attention, pass_by_pass
+from regraft.training.outside import attention, linear, pass_by_pass
 
-_UNINITIALIZED = {torch.empty, torch.empty_like, Tensor.new_empty}
-_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
-_IN_PLACE = {
+_UNINITIALIZED: tuple[Any, ...] = (torch.empty, torch.empty_like, Tensor.new_empty)
+_RECURRENT: tuple[Any, ...] = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+_IN_PLACE: dict[Any, int] = {
     F.dropout: 3,
     F.dropout1d: 3,
     F.dropout2d: 3,
@@ -40,30 +40,43 @@ class DrawsPerPass(TorchFunctionMode):
         super().__init__()
         self.axis = axis
         self.replaced = replaced
+        self._handlers: dict[Callable[..., Any], Callable[..., Any]] = {
+            F.scaled_dot_product_attention: self._attention,
+            F.multi_head_attention_forward: self._multi_head,
+            F.linear: self._linear,
+            **dict.fromkeys(_UNINITIALIZED, self._per_pass),
+            **dict.fromkeys(_RECURRENT, self._recurrent),
+            **dict.fromkeys(_IN_PLACE, self._out_of_place),
+        }
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _UNINITIALIZED:
-            return self._per_pass(func(*args, **kwargs))
-        if func is F.scaled_dot_product_attention:
-            return attention(self.axis, *args, **kwargs)
-        if func is F.multi_head_attention_forward:
-            return self._multi_head(args, kwargs)
-        if func in _RECURRENT:
-            return pass_by_pass(self.axis, func, args, draws=_draws(args))
-        if func in _IN_PLACE:
-            args, kwargs = self._out_of_place(_IN_PLACE[func], args, kwargs)
-        return func(*args, **kwargs)
+        handle = self._handlers.get(func)
+        return func(*args, **kwargs) if handle is None else handle(func, args, kwargs)
 
-    def _per_pass(self, empty: Tensor) -> Tensor:
+    def _attention(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return attention(self.axis, *args, **kwargs)
+
+    def _linear(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # vmap takes it apart below autocast, which then adds a bias in single precision to a product in half.
+        first: Tensor = args[0] if args else kwargs["input"]
+        if not torch.is_autocast_enabled(first.device.type):
+            return func(*args, **kwargs)
+        return linear(self.axis, *args, **kwargs)
+
+    def _recurrent(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return pass_by_pass(self.axis, func, args, kwargs, draws=_draws(args))
+
+    def _per_pass(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         # Memory that is made to be filled, by a draw as like as not: with an axis of passes from the start.
+        empty: Tensor = func(*args, **kwargs)
         if empty.is_floating_point() or empty.dtype == torch.bool:
             return empty.zero_() + self.axis.to(empty)
         return empty
 
-    def _multi_head(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _multi_head(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
         rate = args[10] if len(args) > 10 else given["dropout_p"]
         training = args[13] if len(args) > 13 else given.get("training", True)
@@ -77,15 +90,16 @@ class DrawsPerPass(TorchFunctionMode):
         first = [forked if one is query else one for one in first]
         return F.multi_head_attention_forward(*first, *args[3:], **given)
 
-    def _out_of_place(
-        self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if kwargs.get("inplace") or (len(args) > position and args[position]):
-            if self.replaced is not None:
-                self.replaced(args[0] if args else kwargs["input"])
-            args = (*args[:position], False, *args[position + 1 :]) if len(args) > position else args
-            kwargs = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
-        return args, kwargs
+    def _out_of_place(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        at = _IN_PLACE[func]
+        if not (kwargs.get("inplace") or (len(args) > at and args[at])):
+            return func(*args, **kwargs)
+        x = args[0] if args else kwargs["input"]
+        rest = {name: value for name, value in kwargs.items() if name != "inplace"}
+        result = func(*args[:at], *args[at + 1 :], **rest)
+        if result is not x and self.replaced is not None:
+            self.replaced(x)
+        return result
 
 
 def _draws(args: tuple[Any, ...]) -> bool:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from regraft.find.unchanged import buffers_kept, random_state_kept, unchanged
+from regraft.training.caches import own_caches
 from regraft.training.tree import mapped
 
 Forward = Callable[..., Any]
@@ -139,7 +140,7 @@ def on_fake_tensors(
     every = list(model.modules())
     with unchanged(every), mode:
         state = _fake_state(model, mode)
-        fake = mapped(lambda _, leaf: _fake(leaf, mode), "", (args, kwargs))
+        fake = mapped(lambda _, leaf: _fake(leaf, mode), "", own_caches((args, kwargs)))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return functional_call(model, state, args, kwargs)
@@ -154,7 +155,7 @@ def on_real_tensors(
     """The same with the model's own tensors; its buffers are put back."""
     every = list(model.modules())
     with unchanged(every), buffers_kept(every):
-        yield model, args, kwargs
+        yield model, *own_caches((args, kwargs))
 
 
 def _fake_state(model: nn.Module, mode: FakeTensorMode) -> dict[str, Tensor]:

@@ -83,14 +83,32 @@ def _folded(tensor: Tensor, n: int, batch: int) -> Tensor:
     return tensor.expand(n, batch, *tensor.shape[2:]).reshape(n * batch, *tensor.shape[2:])
 
 
-def pass_by_pass(axis: Tensor, func: Callable[..., Any], args: tuple[Any, ...], *, draws: bool) -> Any:
+def linear(axis: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """A linear layer, whose axes in front are all alike to it; with weights of each pass, pass by pass."""
+
+    def call(n: int, tensors: list[Any], forked: list[bool]) -> Any:
+        if not any(forked[1:]):
+            return F.linear(*tensors), 0 if forked[0] else None
+        each = [
+            F.linear(*(one[i] if there else one for one, there in zip(tensors, forked, strict=True)))
+            for i in range(n)
+        ]
+        return torch.stack(each), 0
+
+    return _Outside.apply(call, axis, input, weight, bias)
+
+
+def pass_by_pass(
+    axis: Tensor, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, draws: bool
+) -> Any:
     """A function that vmap cannot run, once for each pass; once for all if nothing tells them apart."""
-    slots, inputs = emptied(args)
+    slots, inputs = emptied((args, kwargs))
 
     def call(n: int, tensors: list[Any], forked: list[bool]) -> Any:
         def run(i: int) -> Any:
             given = [one[i] if there else one for one, there in zip(tensors, forked, strict=True)]
-            return func(*filled(slots, given))
+            args, kwargs = filled(slots, given)
+            return func(*args, **kwargs)
 
         if not any(forked) and not draws:
             outputs = run(0)

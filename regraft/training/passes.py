@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 
 from regraft.errors import InputsError, ModelError, RateError, nearest
 from regraft.find.walk import inner_model
+from regraft.training.caches import own_caches
 from regraft.training.choice import SHARED_DRAW, Call, Traits, log, no_batch, traits_of
 from regraft.training.measure import Forward
 from regraft.training.passing import passing
-from regraft.training.repeated import ScalarOutputError, is_cache, repeated_forward
+from regraft.training.repeated import ScalarOutputError, repeated_forward
 from regraft.training.shared import shared_forward
 from regraft.training.tree import mapped
 
@@ -141,14 +141,14 @@ class _Passes:
 
     def loop(self) -> Any:
         def once() -> Any:
-            args, kwargs = _own_caches(self.call)
+            args, kwargs = own_caches(self.call)
             return self.forward(*args, **kwargs)
 
         return mapped(_stacked, "", *(once() for _ in range(self.n)))
 
     def _by_sharing(self, traits: Traits) -> Any:
         def run(size: int) -> Any:
-            return shared_forward(self.forward, size, *_own_caches(self.call), draws=traits.draws)
+            return shared_forward(self.forward, size, *own_caches(self.call), draws=traits.draws)
 
         return self._in_chunks(run)
 
@@ -180,16 +180,10 @@ def _stacked(_: str, first: Any, *others: Any) -> Any:
     return first if all(one is first or one == first for one in others) else every
 
 
-def _own_caches(call: Call) -> Call:
-    # A forward writes into its cache of keys and values: each pass gets one of its own.
-    args, kwargs = call
-    if not any(is_cache(value) for value in (*args, *kwargs.values())):
-        return call
-    return mapped(lambda _, leaf: copy.deepcopy(leaf) if is_cache(leaf) else leaf, "", call)  # type: ignore[no-any-return]
-
-
 def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Without a cache of keys and values among the outputs, which would have no meaning across passes."""
+    if torch.compiler.is_compiling():
+        return kwargs
     forward = inspect.unwrap(model.forward)
     code = getattr(forward, "__code__", None)
     wanted = code is not None and "use_cache" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]

@@ -12,18 +12,16 @@ from torch import nn
 
 from regraft.errors import LossError, ModelError, RateError
 from regraft.find.inspection import inspect as inspect_sites
-from regraft.find.original import RECORD, Graft
+from regraft.find.original import RECORD, Graft, grafts_of
 from regraft.find.walk import inner_model
 from regraft.graft.change import set_graft
 from regraft.graft.classes import Namespace, layer
 from regraft.training.labels import TASKS, check_options
-from regraft.training.objective import RDropOutput, rdrop_forward
+from regraft.training.objective import Objective, rdrop_forward
 from regraft.training.passes import check_strategy
 from regraft.training.passing import is_passing
 
 SLOT = "passes"
-
-__all__ = ["RDropOutput", "rdrop"]
 
 
 def rdrop(
@@ -37,6 +35,7 @@ def rdrop(
     reduction: str = "batchmean",
     shift: bool | None = None,
     label_smoothing: float = 0.0,
+    ignore_index: int = -100,
     strategy: str = "auto",
     chunk: int | None = None,
     inputs: Any = None,
@@ -62,6 +61,7 @@ def rdrop(
         shift: whether position t predicts label t + 1. By default found out from the model's own loss.
         label_smoothing: of the cross-entropy; Trainer's own `label_smoothing_factor` takes the labels away
             from the model.
+        ignore_index: positions with this label count in neither term.
         strategy: of the passes, see `regraft.stochastic_passes`.
         chunk: of the passes, likewise.
         inputs: for the look at which dropouts run, see `regraft.inspect`.
@@ -100,19 +100,20 @@ def rdrop(
     if criterion is None:
         _check_returns_loss(root)
     _warn_of_no_noise(model, inputs)
-    options = {
-        "alpha": alpha,
-        "passes": passes,
-        "criterion": criterion,
-        "task": task,
-        "ce": ce,
-        "reduction": reduction,
-        "shift": shift,
-        "label_smoothing": label_smoothing,
-        "strategy": strategy,
-        "chunk": passes if chunk is None else chunk,
-    }
-    set_graft(root, SLOT, Graft(SLOT, {}, options))
+    objective = Objective(
+        alpha,
+        passes,
+        criterion,
+        task,
+        ce,
+        reduction,
+        shift,
+        label_smoothing,
+        ignore_index,
+        strategy,
+        passes if chunk is None else chunk,
+    )
+    set_graft(root, SLOT, Graft(SLOT, {}, {"objective": objective}))
     return model
 
 
@@ -125,7 +126,7 @@ def _passes_layer(base: type[nn.Module], _: str) -> Namespace:
         graft: Graft | None = self.__dict__.get(RECORD, {}).get(SLOT)
         if graft is None or is_passing(self):
             return own(self, *args, **kwargs)
-        return rdrop_forward(self, functools.partial(own, self), graft.options, args, kwargs)
+        return rdrop_forward(self, functools.partial(own, self), graft.options["objective"], (args, kwargs))
 
     return {"forward": forward}
 
@@ -135,7 +136,7 @@ def _check_returns_loss(model: nn.Module) -> None:
     if "labels" in parameters:
         return
     name = type(model).__name__
-    several = [one for one in parameters if one.endswith("_positions") or one.endswith("_labels")]
+    several = [one for one in parameters if one.endswith(("_positions", "_labels"))]
     if several:
         raise ModelError(
             f"{name} has several outputs and losses ({', '.join(several)}): R-Drop is defined for one",
@@ -162,3 +163,9 @@ def _warn_of_no_noise(model: nn.Module, inputs: Any) -> None:
         "regraft.apply(model, {'Dropout': 'dropout(p=0.1)'})",
         stacklevel=3,
     )
+
+
+def objective_of(model: nn.Module) -> Objective | None:
+    """The objective of a model that `rdrop` grafted, with the terms of its last step; None for another."""
+    graft = grafts_of(inner_model(model)[0]).get(SLOT)
+    return None if graft is None else graft.options["objective"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from regraft.errors import InputsError
+from regraft.training.caches import is_cache, repeated
 from regraft.training.tree import CONSTANTS, leaves, mapped
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], main: str | None)
 
 def _repeat(name: str, value: Any, inputs: Repeated) -> Any:
     if is_cache(value):
-        return _repeat_cache(value, inputs)
+        return repeated(value, inputs.size, inputs.n)
     if isinstance(value, (list, tuple)) and len(value) == inputs.size and _holds_no_tensor(value):
         raise InputsError(
             f"{name!r} has {inputs.size} entries, as many as the batch: one for each sample, or not?",
@@ -134,19 +134,6 @@ def _unrepeatable(name: str, value: Any) -> InputsError:
 
 def _holds_no_tensor(value: Any) -> bool:
     return not any(isinstance(leaf, Tensor) or leaf is None for _, leaf in leaves("", value))
-
-
-def is_cache(value: Any) -> bool:
-    """Whether it is a cache of keys and values, as Transformers has them."""
-    return hasattr(value, "reorder_cache") and hasattr(value, "get_seq_length")
-
-
-def _repeat_cache(cache: Any, inputs: Repeated) -> Any:
-    # A forward writes into its cache, and the caller's own must not grow.
-    cache = copy.deepcopy(cache)
-    if cache.get_seq_length():
-        cache.reorder_cache(torch.arange(inputs.size).repeat(inputs.n))
-    return cache
 
 
 def _split(name: str, leaf: Any, inputs: Repeated) -> Any:

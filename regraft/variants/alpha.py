@@ -38,11 +38,10 @@ def alpha_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> 
         return x
     scale = math.sqrt(1 / ((1 - p) * (1 + p * _FLOOR**2)))
     kept = keep_mask(x, x.shape, p)
-    # (kept ? x : floor) * scale - scale * floor * p, with what does not depend on x made in place.
-    if x.dtype in HALVES:
+    if x.dtype in HALVES:  # whose digits the sum below would cost
         return x * kept * scale + ((1 - kept.float()) * (_FLOOR * scale) - _FLOOR * scale * p).to(x.dtype)
-    shifts = (1 - kept).mul_(_FLOOR * scale).sub_(_FLOOR * scale * p)
-    return x * kept.mul_(scale) + shifts
+    # (kept ? x : floor) * scale - scale * floor * p, with the floor taken out of both cases.
+    return ((x - _FLOOR) * kept.mul_(scale)).add_(_FLOOR * scale * (1 - p))
 
 
 class AlphaDropout(DropoutVariant):

@@ -68,9 +68,33 @@ def concrete_dropout(
         logit = torch.full((1,), p / (1 - p), dtype=draw.dtype, device=x.device).log()
     else:
         logit = concrete_logit.to(draw.dtype)
-    # -logit(u) is distributed as logit(u); a draw of 0 gives a mask of 0, and a slope of 0.
-    mask = torch.sigmoid((draw.logit_() - logit) / temperature)
-    return x * (mask * (1 + logit.exp())).to(x.dtype)
+    # logit(1 - u) is distributed as -logit(u); a draw of 0 gives a mask of 0, and a slope of 0.
+    mask: Tensor = _Mask.apply(draw.logit_(), logit, temperature)
+    del draw  # before the product: two tensors of x's size at a time are enough
+    return x * mask.to(x.dtype)
+
+
+class _Mask(torch.autograd.Function):
+    """sigmoid((draw - logit) / temperature) / (1 - p): written out, it keeps one mask and not three."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(draw: Tensor, logit: Tensor, temperature: float) -> Tensor:
+        return (draw - logit).div_(temperature).sigmoid_().mul_(1 + logit.exp())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, logit, ctx.temperature = inputs
+        ctx.save_for_backward(output, logit)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        mask, logit = ctx.saved_tensors
+        # With m = s(z) (1 + e^logit): dm/dlogit = m (p - (1 - s(z)) / temperature).
+        smooth = mask * torch.sigmoid(-logit)
+        slope = torch.sigmoid(logit) - (1 - smooth) / ctx.temperature
+        return None, (grad * mask * slope).sum().reshape(logit.shape), None
 
 
 def _check(options: Mapping[str, Any]) -> None:

@@ -20,14 +20,16 @@ SMALLEST_RATE = 2.0**-10
 _CHUNK = 1 << 20
 
 
-def keep_mask(x: Tensor, shape: Sequence[int], p: float) -> Tensor:
-    """1 with probability 1 - p, else 0, in x's dtype: exact, whatever that dtype is."""
+def keep_mask(x: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype | None = None) -> Tensor:
+    """1 with probability 1 - p, else 0, in x's dtype or the given: exact, whatever that dtype is."""
+    dtype = dtype or x.dtype
     if torch.compiler.is_compiling():
         # What a compiler makes of bernoulli; written so, a rate that changes is an input of the graph
         # and not a constant, which would compile it anew.
-        return (torch.rand(tuple(shape), device=x.device) < 1 - p).to(x.dtype)
+        return (torch.rand(tuple(shape), device=x.device) < 1 - p).to(dtype)
     # On an empty tensor: bernoulli has no derivative, so it must not see an x that requires one.
-    like = torch.empty_like(x) if tuple(shape) == x.shape else x.new_empty(tuple(shape))
+    whole = tuple(shape) == x.shape
+    like = torch.empty_like(x, dtype=dtype) if whole else x.new_empty(tuple(shape), dtype=dtype)
     return torch.bernoulli(like, 1 - p)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn import functional
 
 from regraft.variants.checks import check_count
 from regraft.variants.draws import channel_axis_of, keep_mask, times_mask
@@ -48,34 +49,25 @@ def dropblock(x: Tensor, p: float = DEFAULT_RATE, training: bool = True, *, bloc
     if not training or p == 0:
         return x
     channels = channel_axis_of(x)
-    axes = [axis for axis in range(1, x.dim()) if axis != channels]
-    order = [*dict.fromkeys([0, channels]), *axes]
-    kept = _kept(x, order, x.dim() - len(axes), block_size, p)
-    back = sorted(range(x.dim()), key=order.__getitem__)
-    return times_mask(x, kept.permute(back), 1 / (1 - p))
-
-
-def _kept(x: Tensor, order: list[int], fixed: int, block_size: int, p: float) -> Tensor:
-    """1 outside all blocks, 0 inside, in the axes' given order; blocks along those after `fixed`."""
-    sizes = [x.shape[axis] for axis in order]
-    blocks = [1 if at < fixed else min(block_size, size) for at, size in enumerate(sizes)]
-    volume = 1
-    for block in blocks:
-        volume *= block
-    # An element is dropped unless none of the `volume` places is drawn from which a block reaches it.
-    starts = [size + block - 1 for size, block in zip(sizes, blocks, strict=True)]
-    clear = keep_mask(x, starts, 1 - (1 - p) ** (1 / volume))
+    blocks = [1 if at in (0, channels) else min(block_size, size) for at, size in enumerate(x.shape)]
+    # A block reaches an element from as many places as it has elements; all of them are to be clear.
+    clear_rate = (1 - p) ** (1 / math.prod(blocks))
+    starts = [size + block - 1 for size, block in zip(x.shape, blocks, strict=True)]
+    clear = keep_mask(x, starts, 1 - clear_rate, torch.bool)
     for axis, block in enumerate(blocks):
-        if block > 1:
-            clear = _smallest_in_window(clear, axis, block)
+        clear = _clear_windows(clear, axis, block)
+    return times_mask(x, clear.to(x.dtype), 1 / (1 - p))
+
+
+def _clear_windows(clear: Tensor, axis: int, width: int) -> Tensor:
+    """Where all of `width` neighbours along `axis` are clear, found by doubling the window."""
+    reach = 1
+    while reach < width:
+        step = min(reach, width - reach)
+        size = clear.shape[axis] - step
+        clear = clear.narrow(axis, 0, size) & clear.narrow(axis, step, size)
+        reach += step
     return clear
-
-
-def _smallest_in_window(values: Tensor, axis: int, width: int) -> Tensor:
-    """The minimum of each `width` neighbours along `axis`; one axis after the other makes a square."""
-    moved = values.movedim(axis, -1)
-    rows = moved.reshape(1, -1, moved.shape[-1])
-    return -functional.max_pool1d(-rows, width, 1).reshape(*moved.shape[:-1], -1).movedim(-1, axis)
 
 
 def _check(options: Mapping[str, Any]) -> None:

@@ -173,9 +173,11 @@ def _stand_out(
     # In place throughout, on tensors made here: each pass over memory counts beside the draw.
     logits = x.detach().float() if x.dtype in HALVES else x.detach()
     keep = (logits * alpha).add_(shift).sigmoid_().clamp(min=min_keep)
-    mask = (torch.rand_like(keep) < keep).to(keep.dtype)
+    # A uniform draw less the probability lies in [-1, 0) where it is kept, so its floor is -1 or 0.
+    mask = torch.rand_like(keep).sub_(keep).floor_().neg_()
     if rescale:
-        mask = mask.div_(keep)
+        mask.div_(keep)
+    del keep  # before the product: two tensors of x's size at a time are enough
     return x * mask.to(x.dtype)
 
 

@@ -16,26 +16,46 @@ from regraft.variants.registry import complete_options, names, spec
 
 SHAPES = {"BC": (5, 6), "BTC": (3, 5, 6), "BCHW": (2, 6, 5, 4)}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-NEEDED = {
+OPTIONS = {
     "standout": [{}, {"rescale": False}, {"gate": "learned", "features": 6}],
     "dropconnect": [{}, {"mask": "example"}, {"exact": True}],
     "multisample": [{}, {"exact": True}, {"num_samples": 3}],
     "gaussian": [{}, {"sigma": 0.5}],
+    "spatial": [{}, {"channel_axis": -1}],
 }
 """Options with which a variant is tested; without an entry, its defaults."""
 UNRATED = tuple(name for name in names() if not spec(name).rated)
 
-CASES = [
-    pytest.param(
-        name, family, options, id="-".join([name, family, *(f"{k}={v}" for k, v in options.items())])
-    )
-    for name in names()
-    for family in spec(name).families
-    for options in NEEDED.get(name, [{}])
-]
-NOISY = [case for case in CASES if case.values[0] != "off"]
-cases = pytest.mark.parametrize(("name", "family", "options"), CASES)
-noisy = pytest.mark.parametrize(("name", "family", "options"), NOISY)
+
+def changes_eval(name: str, options: dict) -> bool:
+    found = spec(name)
+    return found.changes_eval is not None and found.changes_eval(complete_options(found, options))
+
+
+def needs_rate(name: str, options: dict) -> bool:
+    found = spec(name)
+    return found.needs_rate is None or found.needs_rate(complete_options(found, options))
+
+
+def reads_last_axis(family: str, options: dict) -> bool:
+    """Does the last axis hold the features: is it a linear layer, or has it a learned gate?"""
+    return family in ("Linear", "Embedding") or options.get("gate") == "learned"
+
+
+def over(holds=lambda name, family, options: True):
+    """A test over every variant, family and set of options for which `holds`."""
+    found = [
+        pytest.param(name, family, options, id="-".join([name, family, *map(str, options.items())]))
+        for name in names()
+        for family in spec(name).families
+        for options in OPTIONS.get(name, [{}])
+        if holds(name, family, options)
+    ]
+    return pytest.mark.parametrize(("name", "family", "options"), found)
+
+
+every = over()
+noisy = over(lambda name, family, options: name != "off")
 
 
 def build(name: str, family: str, options: dict, p: float = 0.3) -> nn.Module:
@@ -61,12 +81,11 @@ def sample(
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def last_axis_is_features(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """Shape for `module`: linear layers and learned gates read the last axis, so they get 6 there."""
-    reads_last = (
-        isinstance(module, (nn.Linear, nn.Embedding)) or getattr(module, "gate_weight", None) is not None
+def fitting(family: str, options: dict, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with its 6 features on the last axis, where that is what the variant reads."""
+    return (
+        (*shape[:1], *shape[2:], shape[1]) if reads_last_axis(family, options) and len(shape) == 4 else shape
     )
-    return (*shape[:1], *shape[2:], shape[1]) if reads_last and len(shape) == 4 else shape
 
 
 def plain(module: nn.Module, x: Tensor) -> Tensor:
@@ -89,22 +108,12 @@ def draws(run) -> bool:
     return not torch.equal(before, torch.get_rng_state())
 
 
-def changes_eval(name: str, options: dict) -> bool:
-    found = spec(name)
-    return found.changes_eval is not None and found.changes_eval(complete_options(found, options))
-
-
-def needs_rate(name: str, options: dict) -> bool:
-    found = spec(name)
-    return found.needs_rate is None or found.needs_rate(complete_options(found, options))
-
-
-@cases
+@every
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_eval_is_bit_for_bit_the_original(name, family, options, shape, dtype):
     module = build(name, family, options).eval().to(dtype)
-    x = sample(module, last_axis_is_features(module, shape), dtype)
+    x = sample(module, fitting(family, options, shape), dtype)
     if changes_eval(name, options):
         assert not torch.equal(module(x), plain(module, x))
     else:
@@ -112,23 +121,21 @@ def test_eval_is_bit_for_bit_the_original(name, family, options, shape, dtype):
         assert torch.equal(module(x), plain(module, x))
 
 
-@cases
+@over(lambda name, family, options: needs_rate(name, options))
 @pytest.mark.parametrize("training", [True, False])
 def test_a_rate_of_0_is_the_identity_and_draws_nothing(name, family, options, training):
-    if not needs_rate(name, options):
-        return
     module = build(name, family, options, p=0.0).train(training)
     x = sample(module)
     assert not draws(lambda: module(x))
     assert torch.equal(module(x), plain(module, x))
 
 
-@noisy
+@over(lambda name, family, options: spec(name).rated)
 @pytest.mark.parametrize("p", [1, 1.0, 1.5, -0.1, float("nan"), True, "0.5", None], ids=repr)
 def test_rates_outside_0_to_1_are_refused(name, family, options, p):
-    if name in UNRATED or family == "Embedding":
-        return
-    with pytest.raises(RateError, match=r"p=1 drops everything|not in \[0, 1\)|a rate is a number"):
+    known = {1: "p=1 drops everything", 1.5: "p=1.5 is not in", -0.1: "p=-0.1 is not in"}
+    message = "a rate is a number" if isinstance(p, bool) else known.get(p, "not in|a rate is a number")
+    with pytest.raises(RateError, match=message):
         build(name, family, options, p=p)
     module = build(name, family, options)
     module.p = p
@@ -142,7 +149,7 @@ def test_rates_outside_0_to_1_are_refused(name, family, options, p):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_training_changes_the_values_and_nothing_else(name, family, options, shape, dtype, p):
     module = build(name, family, options, p=p).to(dtype)
-    x = sample(module, last_axis_is_features(module, shape), dtype)
+    x = sample(module, fitting(family, options, shape), dtype)
     before = x.clone()
     if x.is_floating_point():
         x.requires_grad_()
@@ -158,12 +165,10 @@ def test_training_changes_the_values_and_nothing_else(name, family, options, sha
     assert torch.equal(x.detach(), before)
 
 
-@noisy
+@over(lambda name, family, options: name != "off" and not reads_last_axis(family, options))
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "expanded", "sliced"])
 def test_layouts_in_memory_are_kept_and_harmless(name, family, options, layout):
     module = build(name, family, options)
-    if family in ("Linear", "Embedding") or getattr(module, "gate_weight", None) is not None:
-        return
     whole = torch.randn(4, 6, 5, 3)
     x = {
         "channels_last": whole.contiguous(memory_format=torch.channels_last),
@@ -189,7 +194,7 @@ def test_meta_tensors_stay_meta(name, family, options):
     assert module(x).shape == plain(module, x).shape
 
 
-@cases
+@every
 def test_compiles_whole_forward_and_backward(name, family, options):
     module = build(name, family, options)
     x = sample(module)
@@ -208,18 +213,17 @@ def test_compiles_whole_forward_and_backward(name, family, options):
         assert not all(torch.equal(y, compiled_draws[0]) for y in compiled_draws)
 
 
-@noisy
-def test_compiled_rates_may_change_without_end(name, family, options):
-    if not needs_rate(name, options) or name in UNRATED:
-        return
+@over(lambda name, family, options: spec(name).rated and needs_rate(name, options))
+def test_a_rate_that_changes_at_every_step_is_compiled_once_or_twice(name, family, options):
     module = build(name, family, options)
     x = sample(module)
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        compiled = torch.compile(module, fullgraph=True, backend="eager")
-        for step in range(1, 16):
-            module.p = step / 20
-            assert compiled(x).isfinite().all()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for step in range(1, 16):
+        module.p = step / 20
+        assert compiled(x).isfinite().all()
+    assert counter.frame_count <= 3
 
 
 @noisy
@@ -234,11 +238,12 @@ def test_vmap_over_passes(name, family, options, randomness):
     assert all(torch.equal(one, passes[0]) for one in passes) == (randomness == "same")
 
 
-@noisy
+@over(lambda name, family, options: name not in ("off", "standout"))
 def test_gradients_are_right_for_a_fixed_draw(name, family, options):
-    """The slopes autograd gives are those of the function with its draw held fixed."""
-    if name in ("standout",):
-        return  # its probabilities are constants to the gradient: tests/variants/test_standout.py
+    """The slopes autograd gives are those of the function with its draw held fixed.
+
+    Not so standout: its probabilities are constants to the slope (tests/variants/test_standout.py).
+    """
     module = build(name, family, options).double()
     parameters = list(module.parameters())
     x = sample(module, (2, 2, 6), dtype=torch.float64)
@@ -248,28 +253,27 @@ def test_gradients_are_right_for_a_fixed_draw(name, family, options):
     assert torch.autograd.gradgradcheck(lambda *_: seeded(module, x), held)
 
 
-@noisy
-def test_half_precision_gradients_follow_float64(name, family, options):
-    """y and its gradient in bfloat16 are those in float64 wherever the two draw the same mask."""
-    if name != "multisample" and name != "dropconnect":
-        return
-    module = build(name, family, options | ({"exact": True} if "exact" in options else {}))
-    if options.get("mask") == "example":
-        return
-    x = sample(module).bfloat16()
+SAME_DRAW = ("dropout", "multisample", "dropconnect", "mixout", "spatial", "token", "droppath", "dropblock")
+"""Variants whose mask is drawn alike in every dtype."""
+
+
+@over(lambda name, family, options: name in SAME_DRAW and options.get("mask") != "example")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_values_and_gradients_are_those_of_float64_to_rounding(name, family, options, dtype):
+    module = build(name, family, options).to(dtype)
+    x = sample(module, dtype=dtype)
     results = []
-    for dtype in (torch.bfloat16, torch.float64):
-        one = copy.deepcopy(module).bfloat16().to(dtype)
-        given = x.to(dtype).requires_grad_()
+    for one, kind in ((module, dtype), (copy.deepcopy(module).double(), torch.float64)):
+        given = x.to(kind).requires_grad_()
         y = seeded(one, given)
         (slope,) = torch.autograd.grad(y.sum(), given)
         results.append((y.double(), slope.double()))
-    (y, slope), (y64, slope64) = results
-    torch.testing.assert_close(y, y64, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(slope, slope64, rtol=2e-2, atol=2e-2)
+    digits = 8 * torch.finfo(dtype).eps
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=digits, atol=digits)
 
 
-@cases
+@every
 def test_copies_and_pickles_behave_alike(name, family, options):
     module = build(name, family, options)
     x = sample(module)
@@ -302,33 +306,47 @@ def test_eval_and_training_take_turns(name, family, options):
 
 
 @noisy
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_replays_the_mask(name, family, options, reentrant):
+def test_checkpointing_replays_the_mask(name, family, options):
     module = build(name, family, options)
     x = sample(module)
     leaf = x.requires_grad_() if x.is_floating_point() else module.weight
-
-    def slope(run) -> Tensor:
-        torch.manual_seed(3)
-        return torch.autograd.grad((run() ** 2).sum(), leaf)[0] if not reentrant else _backward(run, leaf)
-
-    # An embedding has no input that requires a gradient, so the reentrant kind cannot hold it.
-    if reentrant and not x.is_floating_point():
-        return
-    expected = slope(lambda: module(x))
-    assert torch.equal(slope(lambda: checkpoint(module, x, use_reentrant=reentrant)), expected)
+    expected = _backward(lambda: module(x), leaf)
+    # A reentrant checkpoint wants an input that requires a gradient, which tokens cannot.
+    for reentrant in (True, False) if x.is_floating_point() else (False,):
+        again = _backward(lambda kind=reentrant: checkpoint(module, x, use_reentrant=kind), leaf)
+        assert torch.equal(again, expected)
 
 
 def _backward(run, leaf: Tensor) -> Tensor:
     leaf.grad = None
+    torch.manual_seed(3)
     (run() ** 2).sum().backward()
     return leaf.grad
 
 
-@cases
+@every
 def test_the_docstring_says_what_it_is(name, family, options):
     found = spec(name)
     for function in filter(None, (found.function, found.linear_function)):
         text = function.__doc__
         assert all(f"{section}:" in text for section in ("Shape", "Source", "Differs", "Example"))
     assert found.summary.endswith((".", ").", ":"))
+
+
+@pytest.mark.slow
+@every
+def test_inductor_draws_inside_the_fused_kernel(name, family, options):
+    from torch._inductor import metrics
+
+    module = build(name, family, options)
+    x = sample(module)
+    x = x.requires_grad_() if x.is_floating_point() else x
+    torch._dynamo.reset()
+    metrics.reset()
+    compiled = torch.compile(module, fullgraph=True)
+    seeded(compiled, x).sum().backward()
+    assert any(not torch.equal(seeded(compiled, x), seeded(compiled, x, 1)) for _ in range(2)) == (
+        name != "off"
+    )
+    if family == "Dropout":
+        assert metrics.generated_kernel_count <= 6  # forward, backward, and what a seed or a sum needs

@@ -86,10 +86,12 @@ def graft_row(entry: Entry, given: bool | None = None) -> Row:
         model, inputs = entry.build()
         reference = _eval(model, inputs)
         kept = _buffers(model)
-        before = record(model.train(), inputs)
+        fresh = snapshot(model.train())
+        before = record(model, inputs)
         _put_back(kept)
         _count(row, model, before)
         was = snapshot(model)
+        own_doing = differences(fresh, was)  # what a forward of this model changes by itself
         step = "apply"
         given = entry.library not in ("hf", "timm", "peft") if given is None else given
         report = _apply(row, model, inputs if given else None)
@@ -108,7 +110,7 @@ def graft_row(entry: Entry, given: bool | None = None) -> Row:
         import regraft
 
         regraft.revert(model)
-        row.revert_differs = differences(was, snapshot(model))
+        row.revert_differs = [name for name in differences(was, snapshot(model)) if name not in own_doing]
     except Exception as error:
         row.error = f"{step}: {_first_line(error)}"
     row.seconds = round(time.perf_counter() - start, 3)
@@ -136,6 +138,8 @@ def _apply(row: Row, model: nn.Module, inputs: Inputs | None) -> dict[str, Any] 
             if "match" not in str(error) or not missed:
                 raise
             row.unmatched += missed
+            counts = {"Dropout": row.plain, "DropPath": row.drop_path}
+            row.skipped |= {f"an error: the rule {name!r} matches nothing": counts[name] for name in missed}
             rules = {name: variant for name, variant in rules.items() if name not in missed}
         else:
             found: dict[str, Any] = report.to_dict()
@@ -149,21 +153,23 @@ def _compare(row: Row, before: list[Call], after: Any, report: dict[str, Any]) -
     row.reached_plain = row.plain - len(left_plain)
     row.reached_drop_path = row.drop_path - len(left_path)
     reasons: Counter[str] = Counter()
+    refused = {kind for name in row.unmatched for kind in (PLAIN if name == "Dropout" else DROP_PATH)}
     for call in [*left_plain, *left_path]:
+        if call.kind in refused:
+            continue
         reason = explained(call, report["skipped"])
         if reason is None:
             row.silent.append(f"{call.kind} in {call.path or '(the model)'} ({call.type}) at {call.source}")
         else:
             reasons[reason] += 1
-    row.skipped = dict(reasons)
+    row.skipped |= dict(reasons)
     row.lost = max(0, row.reached - after.own_draws)
 
 
 def explained(call: Call, skipped: list[dict[str, Any]]) -> str | None:
     """The reason the report gives for a call that it left, if it gives one for that place."""
     for skip in skipped:
-        paths = skip["paths"] or [skip["path"]]
-        if call.path in paths or call.path in [path.rpartition(".")[0] for path in paths]:
+        if call.path == skip["path"] or call.path in skip["paths"]:
             return str(skip["reason"])
     return None
 
@@ -208,8 +214,8 @@ def _put_back(kept: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """All that a revert must bring back, by name; objects by identity."""
     found: dict[str, Any] = {"state keys": tuple(model.state_dict(keep_vars=True))}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        found[f"identity of {name}"] = id(tensor)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found[f"identity of {name}"] = id(parameter)
     for path, module in model.named_modules(remove_duplicate=False):
         found[f"module at {path}"] = id(module)
         found[f"class of {path}"] = type(module)

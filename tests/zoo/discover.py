@@ -1,52 +1,95 @@
-import os, sys, time, warnings, json, traceback, signal
-os.environ["HF_HUB_OFFLINE"]="1"; os.environ["TRANSFORMERS_VERBOSITY"]="error"
-warnings.filterwarnings("ignore")
-import torch; torch.set_num_threads(1)
-import transformers, logging
-transformers.logging.set_verbosity_error(); logging.disable(logging.ERROR)
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from zoo.models_hf import classes, make
-from zoo.hf_configs import Shrink
-from zoo.entry import forward, tensors
-LEVELS=[("s32",True,32),("s64",True,64),("d64",False,64),("d224",False,224),("d0",False,None)]
-class Slow(Exception): pass
-def alarm(*a): raise Slow()
-signal.signal(signal.SIGALRM, alarm)
-def attempt(t,c,w,img):
-    t0=time.time()
-    torch.manual_seed(0)
-    signal.alarm(12)
-    try:
-        m,i=make(t,c,Shrink(w,img))
-        t1=time.time()
-        m.train(); o=forward(m,i)
-        t2=time.time()
-        m.eval()
-        with torch.no_grad(): forward(m,i)
-        return round(t1-t0,3), round(t2-t1,3), sum(p.numel() for p in m.parameters()), bool(tensors(o))
-    finally: signal.alarm(0)
-def find(t):
-    errs=[]
-    start=time.time()
-    for c in classes(t):
-        for name,w,img in LEVELS:
-            if time.time()-start>40: return None,errs
-            try:
-                return (c,name,*attempt(t,c,w,img)),errs
-            except BaseException as e:
-                if isinstance(e,KeyboardInterrupt): raise
-                tb=traceback.extract_tb(e.__traceback__)
-                where=[f for f in tb if 'zoo' not in f.filename]
-                f=(where or tb)[-1]
-                g=[x for x in tb if '/models/' in x.filename]
-                g=g[-1] if g else f
-                errs.append((c,name,type(e).__name__+": "+str(e)[:200], f"{os.path.basename(g.filename)}:{g.lineno}"))
-    return None,errs
-if __name__=="__main__":
+"""Writes `hf_names.txt`: which Hugging Face architectures build and run tiny, and how.
+
+    python -m tests.zoo.discover            # all of them, about half an hour
+    python -m tests.zoo.discover bert bart  # these, merged into the list; says why one fails
+
+Run it when transformers has new architectures. The list makes the tests fast and the same every time.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from . import hf_inputs
+from .check import quiet
+from .entry import forward, tensors
+from .hf_configs import Shrink
+from .models_hf import HEADS, NAMES, make
+
+LEVELS = ("tiny 32 2", "tiny 64 2", "tiny 32 4", "wide 64 2", "wide 224 2", "wide 0 2")
+"""Widths, image size (0: as it is) and layers; the first that runs is taken."""
+CAP = 3e7
+SECONDS = 20
+
+
+def main() -> None:
+    quiet()
+    known = {line.partition("\t")[0]: line for line in NAMES.read_text().splitlines()} if NAMES.exists() else {}
+    for model_type in sys.argv[1:] or sorted(_types()):
+        errors: list[str] = []
+        found = next(_attempts(model_type, errors), None)
+        if found is not None:
+            known[model_type] = found
+        print(found or f"{model_type}: {errors[0] if errors else 'no class'}", flush=True)
+        NAMES.write_text("".join(f"{known[name]}\n" for name in sorted(known)))
+
+
+def _types() -> set[str]:
     from transformers.models.auto import modeling_auto
-    out=sys.argv[1]; 
-    todo=sys.argv[2:] or sorted(set(modeling_auto.MODEL_MAPPING_NAMES)|set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-    with open(out,"a") as f:
-        for t in todo:
-            r,e=find(t)
-            f.write(json.dumps([t,r,e])+"\n"); f.flush()
+
+    return set(modeling_auto.MODEL_MAPPING_NAMES) | set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def classes(model_type: str) -> list[str]:
+    """The classes of a model type worth trying, those with a head first."""
+    from transformers.models.auto import modeling_auto
+
+    mappings = [f"MODEL_FOR_{head}_MAPPING_NAMES" for head in HEADS]
+    found = [getattr(modeling_auto, name, {}).get(model_type) for name in [*mappings, "MODEL_MAPPING_NAMES"]]
+    flat = [one for item in found if item for one in ([item] if isinstance(item, str) else item)]
+    return list(dict.fromkeys(flat))
+
+
+def _attempts(model_type: str, errors: list[str]) -> Iterator[str]:
+    signal.signal(signal.SIGALRM, _too_slow)
+    for class_name in classes(model_type):
+        for level in LEVELS:
+            widths, image, layers = level.split()
+            for way in hf_inputs.WAYS:
+                signal.alarm(SECONDS)
+                try:
+                    torch.manual_seed(0)
+                    shrink = Shrink(widths == "tiny", int(image) or None, int(layers))
+                    _run(*make(model_type, class_name, shrink, way, cap=CAP))
+                    yield "\t".join((model_type, class_name, widths, image, layers, way))
+                except Exception as error:
+                    errors.append(f"{class_name} {level} {way}: {type(error).__name__}: {error} ({_place(error)})")
+                finally:
+                    signal.alarm(0)
+
+
+def _run(model: torch.nn.Module, inputs: Any) -> None:
+    forward(model.train(), inputs)
+    with torch.no_grad():
+        if not tensors(forward(model.eval(), inputs)):
+            raise RuntimeError("the output holds no tensor")
+
+
+def _too_slow(*_: object) -> None:
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
+def _place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    last = next((frame for frame in reversed(frames) if "/models/" in frame.filename), frames[-1])
+    return f"{last.filename.rpartition('/')[2]}:{last.lineno}"
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-BATCH, TEXT = 2, 12
+BATCH, TEXT = 2, 16
 
 
 WAYS = ("main", "images", "transposed", "video", "patches", "audio-text")
@@ -36,6 +36,8 @@ def made(model: nn.Module, way: str = "main") -> dict[str, Any]:
         inputs["input_values"] = inputs["input_values"][:, None]
     if way == "video":
         inputs = {k: _video(config) if k == "pixel_values" else v for k, v in inputs.items()}
+    if model.config.model_type in _OWN:
+        inputs |= _OWN[model.config.model_type](config)
     if way == "patches":
         inputs |= _patches(config, main, parameters)
     return inputs
@@ -111,6 +113,55 @@ def _features(config: Any) -> torch.Tensor:
     bins = find(config, "num_mel_bins", find(config, "feature_projection_input_dim", 80))
     frames = 2 * find(config, "max_source_positions", 32)
     return torch.randn(BATCH, bins, frames)
+
+
+def _decisions(config: Any) -> dict[str, Any]:
+    steps, many = torch.arange(6).repeat(BATCH, 1), (BATCH, 6)
+    return {
+        "states": torch.randn(*many, config.state_dim),
+        "actions": torch.randn(*many, config.act_dim),
+        "rewards": torch.randn(*many, 1),
+        "returns_to_go": torch.randn(*many, 1),
+        "timesteps": steps,
+        "attention_mask": torch.ones(many, dtype=torch.long),
+    }
+
+
+def _regions(config: Any) -> dict[str, Any]:
+    return {
+        "visual_feats": torch.randn(BATCH, 6, config.visual_feat_dim),
+        "visual_pos": torch.rand(BATCH, 6, 4),
+    }
+
+
+def _naflex(config: Any) -> dict[str, Any]:
+    part = getattr(config, "vision_config", config)
+    width = part.num_channels * part.patch_size**2
+    return {
+        "pixel_values": torch.randn(BATCH, 16, width),
+        "pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4]] * BATCH),
+    }
+
+
+_OWN = {
+    "audio-spectrogram-transformer": lambda config: {"input_values": torch.randn(BATCH, 64, 32)},
+    "decision_transformer": _decisions,
+    "seggpt": lambda config: {
+        "pixel_values": torch.randn(BATCH, 3, 32, 32),
+        "prompt_pixel_values": torch.randn(BATCH, 3, 32, 32),
+        "prompt_masks": torch.randn(BATCH, 3, 32, 32),
+    },
+    "lxmert": _regions,
+    "siglip2": _naflex,
+    "siglip2_vision_model": _naflex,
+    "blip_2_qformer": lambda config: {"encoder_hidden_states": torch.randn(BATCH, 4, config.encoder_hidden_size)},
+    "dia": lambda config: {"decoder_input_ids": torch.randint(0, 9, (BATCH, 6, 9))},
+    "xclip": lambda config: {"pixel_values": torch.randn(BATCH, 8, 3, 32, 32)},
+    "tvp": lambda config: {"pixel_values": torch.randn(BATCH, 1, 3, 448, 448)},
+    "lightglue": lambda config: {"pixel_values": torch.randn(1, 2, 1, 64, 64)},
+}
+"""Models whose main input stands for several."""
 
 
 def _series(config: Any) -> torch.Tensor:

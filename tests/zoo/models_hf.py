@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +13,14 @@ from torch import nn
 from . import hf_inputs
 from .entry import Entry, Inputs
 from .hf_configs import Shrink
+from .hf_extra import EXTRA
 
 NAMES = Path(__file__).parent / "hf_names.txt"
-EXTRA: dict[str, dict[str, Any]] = {}
 HEADS = (
     "SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "SPEECH_SEQ_2_SEQ",
     "SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM", "MASKED_LM", "CTC", "VIDEO_CLASSIFICATION", "SEMANTIC_SEGMENTATION",
     "OBJECT_DETECTION", "DEPTH_ESTIMATION", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "PRETRAINING",
 )
-
-
-def classes(model_type: str) -> list[str]:
-    """The classes of a model type worth trying, those with a head first."""
-    from transformers.models.auto import modeling_auto
-
-    found: list[str] = []
-    for head in HEADS:
-        found.append(getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES", {}).get(model_type))
-    found.append(modeling_auto.MODEL_MAPPING_NAMES.get(model_type))
-    for name in sorted(vars(modeling_auto)):
-        if name.endswith("MAPPING_NAMES") and isinstance(vars(modeling_auto)[name], dict):
-            if "CONFIG" not in name and "PROCESS" not in name:
-                found.append(vars(modeling_auto)[name].get(model_type))
-    flat = [one for item in found if item for one in ([item] if isinstance(item, str) else item)]
-    return list(dict.fromkeys(flat))
 
 
 def make(model_type: str, class_name: str, shrink: Shrink, way: str = "main", cap: float = 2e7
@@ -56,13 +40,12 @@ def make(model_type: str, class_name: str, shrink: Shrink, way: str = "main", ca
 
 
 def entries() -> Iterator[Entry]:
-    """Every line of the list: a model type, its class, and how far its configuration is shrunk."""
+    """Every line of the list: a model type, its class, how far it is shrunk, what its forward needs."""
     for line in NAMES.read_text().splitlines():
-        model_type, class_name, size = line.split("\t")
-        widths, image, *way = size.split()
-        shrink = functools.partial(Shrink, widths == "tiny", int(image) or None)
-        yield Entry("hf", model_type, functools.partial(_made, model_type, class_name, shrink, *way))
+        model_type, class_name, widths, image, layers, way = line.split("\t")
+        shrink = functools.partial(Shrink, widths == "tiny", int(image) or None, int(layers))
+        yield Entry("hf", model_type, functools.partial(_made, model_type, class_name, shrink, way))
 
 
-def _made(model_type: str, class_name: str, shrink: Any, way: str = "main") -> tuple[nn.Module, Inputs]:
+def _made(model_type: str, class_name: str, shrink: Callable[[], Shrink], way: str) -> tuple[nn.Module, Inputs]:
     return make(model_type, class_name, shrink(), way, cap=float("inf"))

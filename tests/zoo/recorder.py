@@ -55,6 +55,8 @@ _IN_EVAL = frozenset({F.alpha_dropout, F.feature_alpha_dropout})
 _RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 _RANDOM = re.compile(r"aten::(bernoulli|rand|normal|uniform|native_dropout|exponential|geometric|multinomial|log_normal|cauchy)")
 _DROP_PATH_NAME = re.compile(r"drop_?path|stochastic_?depth|drop_?connect", re.IGNORECASE)
+_BLOCK_NAME = re.compile(r"drop_?block", re.IGNORECASE)
+_TOKEN_NAME = re.compile(r"(patch|token)_?dropout", re.IGNORECASE)
 _DROPOUT_NAME = re.compile(r"dropout", re.IGNORECASE)
 
 
@@ -128,11 +130,13 @@ class _Watch:
         self.calls.append(self._call(kind, p, sys._getframe(2)))
 
     def drawn(self, shape: tuple[int, ...]) -> None:
-        """A draw outside every named call."""
+        """A draw: the tested code's, part of a named call, or one whose frames say what it is."""
         start = sys._getframe(2)
         nearest = next((f for f in _frames(start) if not f.f_code.co_filename.startswith(_TORCH)), start)
         if nearest.f_code.co_filename.startswith(self.own):
             self.own_draws += 1
+            return
+        if self.inside:
             return
         kind, frame = self._kind(start, shape)
         if kind is None:
@@ -146,10 +150,14 @@ class _Watch:
             name = _function_name(frame)
             if _DROP_PATH_NAME.search(name):
                 return "drop_path", frame
+            if _BLOCK_NAME.search(name):
+                return "block dropout", frame
             if _DROPOUT_NAME.search(name):
-                return "private dropout" if "Patch" not in name and "Token" not in name else "token dropout", frame
-            if isinstance(frame.f_locals.get("self"), nn.Module):
-                return ("inline drop_path" if _is_row_mask(shape) else None), frame
+                return "token dropout" if _TOKEN_NAME.search(name) else "private dropout", frame
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module):
+                inline = _is_row_mask(shape) and _has_drop_rate(module)
+                return ("inline drop_path" if inline else None), frame
         return None, start
 
     def _call(self, kind: str, p: float | None, start: FrameType) -> Call:
@@ -178,6 +186,8 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         seen = _named_call(func, args, kwargs)
+        if func is torch.rand and _size(args, kwargs) == ():
+            return func(*args, **kwargs).fill_(1.0)  # LayerDrop: a layer left out would leave out its dropouts
         if seen is None:
             return func(*args, **kwargs)
         kind, p = seen
@@ -188,6 +198,11 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             self.watch.inside -= 1
+
+
+def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    size = args if args else kwargs.get("size", (1,))
+    return tuple(size[0]) if size and isinstance(size[0], (tuple, list)) else tuple(size)
 
 
 def _named_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, float] | None:
@@ -224,7 +239,7 @@ class _Draws(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self.watch.inside and _RANDOM.match(func._schema.name):
+        if _RANDOM.match(func._schema.name):
             one = result[0] if isinstance(result, tuple) else result
             self.watch.drawn(tuple(one.shape))
         return result
@@ -248,6 +263,10 @@ def _function_name(frame: FrameType) -> str:
 def _is_row_mask(shape: tuple[int, ...]) -> bool:
     """One number for each row: a DropPath written out."""
     return len(shape) > 1 and shape[0] > 1 and all(size == 1 for size in shape[1:])
+
+
+def _has_drop_rate(module: nn.Module) -> bool:
+    return any("drop" in name and isinstance(value, float) for name, value in vars(module).items())
 
 
 def _rate(frame: FrameType) -> float | None:

@@ -1,0 +1,280 @@
+"""What several stochastic passes cost: a training step of R-Drop, and Monte Carlo prediction.
+
+    python benchmarks/passes.py                     # a few minutes on two cores
+    python benchmarks/passes.py --device cuda
+
+Every method takes its turn in every round, in an order that rotates, and is divided by the single pass of
+the same round; shown are the medians of those ratios. Memory is the peak above the model and its inputs, of
+a process that does nothing else (on a GPU: of the allocator).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import regraft
+
+PLACES = ("head", "last third", "everywhere")
+RATE = 0.1
+SAMPLES = 32
+
+
+def vit(place):
+    """ViT-tiny on small images: 12 blocks of width 192."""
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=96, num_classes=10)
+    put(place, model.head_drop, model.blocks)
+    if place == "everywhere":
+        model.pos_drop.p = RATE
+    return model, {"x": torch.randn(16, 3, 96, 96)}, torch.randint(0, 10, (16,))
+
+
+def bert(place):
+    """BERT-mini: 4 layers of width 256."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=10,
+    )
+    model = BertForSequenceClassification(config)
+    put(place, model.dropout, model.bert.encoder.layer)
+    if place == "everywhere":
+        model.bert.embeddings.dropout.p = RATE
+    return model, {"input_ids": torch.randint(0, 30_000, (16, 64))}, torch.randint(0, 10, (16,))
+
+
+def put(place, head, blocks):
+    """Set the rates: in the head, in the last third of the blocks too, or in all of them."""
+    head.p = RATE
+    count = {"head": 0, "last third": -(-len(blocks) // 3), "everywhere": len(blocks)}[place]
+    for block in blocks[len(blocks) - count :]:
+        for module in block.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = RATE
+
+
+MODELS = {"ViT-tiny": vit, "BERT-mini": bert}
+
+
+def logits(outputs):
+    return outputs if isinstance(outputs, torch.Tensor) else outputs.logits
+
+
+def doubled(inputs, n):
+    return {name: torch.cat([value] * n) for name, value in inputs.items()}
+
+
+def training(model, inputs, labels):
+    """The methods of a training step, each up to its gradients."""
+
+    def step(loss):
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    def authors():
+        both = logits(model(**doubled(inputs, 2))).unflatten(0, (2, -1))
+        step(regraft.rdrop_loss(both, labels))
+
+    return {
+        "single pass": lambda: step(F.cross_entropy(logits(model(**inputs)), labels)),
+        "two forwards": lambda: step(
+            regraft.rdrop_loss(torch.stack([logits(model(**inputs)) for _ in range(2)]), labels)
+        ),
+        "doubled batch": authors,
+        "regraft": lambda: step(
+            regraft.rdrop_loss(logits(regraft.stochastic_passes(model, 2, **inputs)), labels)
+        ),
+    }
+
+
+def prediction(model, inputs, labels):
+    """The methods of Monte Carlo prediction, each up to its mean and variance; the model stays in training
+    mode for those that know no better, which is the same here: it has no BatchNorm."""
+    del labels
+
+    def moments(passes):
+        p = passes.softmax(-1)
+        return p.mean(0), p.var(0)
+
+    def looped():
+        return moments(torch.stack([logits(model(**inputs)) for _ in range(SAMPLES)]))
+
+    def repeated():
+        parts = [logits(model(**doubled(inputs, 8))).unflatten(0, (8, -1)) for _ in range(SAMPLES // 8)]
+        return moments(torch.cat(parts))
+
+    methods = {
+        "single pass": lambda: logits(model(**inputs)).softmax(-1),
+        f"{SAMPLES} forwards": looped,
+        "batch of 8 passes": repeated,
+        "regraft": lambda: regraft.mc_predict(model, SAMPLES, **inputs),
+    }
+    methods |= rivals(model, inputs)
+    return {name: no_gradient(method) for name, method in methods.items()}
+
+
+def rivals(model, inputs):
+    """Other packages' wrappers, where they are installed."""
+    found = {}
+    if find_spec("baal") is not None:
+        from baal.bayesian.dropout import patch_module
+
+        wrapped = patch_module(model, inplace=False).eval()
+        found["baal"] = lambda: torch.stack([logits(wrapped(**inputs)) for _ in range(SAMPLES)]).var(0)
+    if find_spec("torch_uncertainty") is not None:
+        from torch_uncertainty.models import mc_dropout
+
+        ensemble = mc_dropout(Logits(model, inputs), num_estimators=SAMPLES, on_batch=False).eval()
+        found["torch-uncertainty"] = lambda: ensemble(next(iter(inputs.values())))
+    return found
+
+
+class Logits(nn.Module):
+    """A model of one tensor, for packages that take no other."""
+
+    def __init__(self, model, inputs):
+        super().__init__()
+        self.model, self.name = model, next(iter(inputs))
+
+    def forward(self, x):
+        return logits(self.model(**{self.name: x}))
+
+
+def no_gradient(method):
+    @functools.wraps(method)
+    def run():
+        with torch.no_grad():
+            return method()
+
+    return run
+
+
+JOBS = {"R-Drop step": training, f"MC n={SAMPLES}": prediction}
+
+
+def built(job, name, place, device):
+    torch.manual_seed(0)
+    model, inputs, labels = MODELS[name](place)
+    model.train().to(device)
+    inputs = {key: value.to(device) for key, value in inputs.items()}
+    return JOBS[job](model, inputs, labels.to(device))
+
+
+def timed(methods, rounds, device):
+    """Median of each method's time over the single pass's of the same round."""
+    names = list(methods)
+    for _ in range(2):
+        for name in names:
+            methods[name]()
+    ratios = {name: [] for name in names}
+    singles = []
+    for i in range(rounds):
+        took = {}
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            wait(device)
+            began = time.perf_counter()
+            methods[name]()
+            wait(device)
+            took[name] = time.perf_counter() - began
+        singles.append(took["single pass"])
+        for name in names:
+            ratios[name].append(took[name] / took["single pass"])
+    medians = {name: statistics.median(values) for name, values in ratios.items()}
+    return medians, statistics.median(singles)
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak(job, name, place, method, device):
+    """MiB above the model and its inputs, in this process, which did nothing else."""
+    methods = built(job, name, place, device)
+    if device == "cuda":
+        methods[method]()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        methods[method]()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if method == "regraft":
+        methods["single pass"]()  # its look at the model is no part of a step
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        methods[method]()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+
+def peak_elsewhere(arguments, *what):
+    command = [sys.executable, "-W", "ignore", __file__, "--peak", json.dumps(what)]
+    command += ["--threads", str(arguments.threads), "--device", arguments.device]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.strip().split("\n")[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--only", default="", help="part of a line's name")
+    parser.add_argument("--output", type=Path, help="also as JSON")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(arguments.threads)
+    if arguments.peak:
+        print(peak(*json.loads(arguments.peak), arguments.device))
+        return
+    lines = []
+    for job in JOBS:
+        for name in MODELS:
+            for place in PLACES:
+                title = f"{job}, {name}, {place}"
+                if arguments.only not in title:
+                    continue
+                methods = built(job, name, place, arguments.device)
+                rounds = arguments.rounds if job.startswith("R-Drop") else max(3, arguments.rounds // 3)
+                ratios, single = timed(methods, rounds, arguments.device)
+                line = {"case": title, "single_ms": single * 1e3, "ratios": ratios}
+                if not arguments.no_memory:
+                    line["peak_mib"] = {m: peak_elsewhere(arguments, job, name, place, m) for m in methods}
+                lines.append(line)
+                show(line)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+
+
+def show(line):
+    print(f"{line['case']} (single pass {line['single_ms']:.0f} ms)")
+    for name, ratio in line["ratios"].items():
+        memory = f"{line['peak_mib'][name]:8.0f} MiB" if "peak_mib" in line else ""
+        print(f"    {name:20} {ratio:6.2f}x {memory}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

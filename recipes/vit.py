@@ -1,0 +1,231 @@
+"""Fine-tune a timm ViT on images with accelerate: plain, with R-Drop, and with grafted dropouts.
+
+    pip install -e ".[recipes]"
+    python recipes/vit.py                                             # offline, about 2 minutes on 2 cores
+    python recipes/vit.py --model vit_base_patch16_224 --data FOLDER  # pretrained weights from the hub
+
+The default is a small but real fine-tuning job on scikit-learn's scans of handwritten digits: a small ViT learns the
+digits 0 to 5, then is fine-tuned on a few labelled examples each of 6 to 9 and tested on all the others.
+FOLDER holds train/CLASS/*.jpg and val/CLASS/*.jpg, or the four files of MNIST or FashionMNIST (idx, also gzipped).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import regraft
+
+SHOTS = 6  # labelled examples of each new digit
+EPOCHS = 40  # passes over them; 0 of them are seen in the first training
+BATCH = 16  # images a step
+LEARNING_RATE = 1e-3  # of AdamW, decayed to 0 by a cosine; high, since the model is small
+WEIGHT_DECAY = 0.05  # the usual one for ViTs
+MOMENTUM = 0.9  # AdamW's first beta
+ALPHA = 1.0  # weight of R-Drop's KL
+RATE = 0.1  # of the ViT's own dropouts
+RULES = {"Dropout": "gaussian", "Linear@head": "dropconnect(p=0.2)"}
+SMALL = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
+RATES = {"drop_rate": RATE, "attn_drop_rate": RATE, "proj_drop_rate": RATE}
+
+METHODS = {
+    "baseline": lambda model: model,
+    "R-Drop": lambda model: regraft.rdrop(model, alpha=ALPHA, criterion=cross_entropy),
+    "grafted": lambda model: (console.print(regraft.apply(model, options.regularize)), model)[1],
+}
+
+console = Console(width=None if sys.stdout.isatty() else 100)
+
+
+def main() -> None:
+    options.output.mkdir(parents=True, exist_ok=True)
+    create, train, test = folder_job() if options.data else digits_job()
+    console.print(f"{len(train)} labelled images, {len(test)} held out")
+    curves: dict[str, list[list[tuple[int, float]]]] = {method: [] for method in METHODS}
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    for method, prepare in METHODS.items():
+        for seed in range(options.seeds):
+            set_seed(seed)
+            model = prepare(create())
+            began = time.perf_counter()
+            curves[method].append(fit(model, train, test, f"{method}, seed {seed}", options.epochs))
+            seconds[method].append(time.perf_counter() - began)
+    save_table(curves, seconds)
+    save_plot(curves)
+    regraft.save_plan(model, options.output)  # the grafts of the last model, as regraft.json
+    save_plain(model, create)
+
+
+def fit(model, train, test, title: str, epochs: int) -> list[tuple[int, float]]:
+    """Train `model` in place; its accuracy on `test` after each tenth of the epochs."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    optimizer = torch.optim.AdamW(
+        model.parameters(), options.lr, betas=(options.momentum, 0.999), weight_decay=options.weight_decay
+    )
+    loader = DataLoader(train, batch_size=BATCH, shuffle=True)
+    steps = epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    curve = []
+    with Progress(console=console) as progress:
+        task = progress.add_task(title, total=steps)
+        for epoch in range(1, epochs + 1):
+            wrapped.train()
+            for images, labels in loader:
+                optimizer.zero_grad()
+                if title.startswith("R-Drop"):  # the model's own loss, of two passes
+                    loss, _ = wrapped(images, labels=labels)
+                else:
+                    loss = cross_entropy(wrapped(images), labels)
+                accelerator.backward(loss)
+                optimizer.step()
+                schedule.step()
+                progress.advance(task)
+            if test and epoch % max(1, epochs // 10) == 0:
+                curve.append((epoch * len(loader), accuracy(wrapped, test, accelerator.device)))
+    return curve
+
+
+@torch.no_grad()
+def accuracy(model, test, device) -> float:
+    model.eval()
+    right = sum((model(x.to(device)).argmax(-1).cpu() == y).sum().item() for x, y in DataLoader(test, 256))
+    return right / len(test)
+
+
+def digits_job():
+    """A ViT pretrained on the digits 0 to 5; a few labelled images of 6 to 9; the rest of those."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    labels = torch.tensor(labels)
+    old, new = labels < 6, labels >= 6
+    set_seed(0)
+    pretrained = timm.create_model("vit_tiny_patch16_224", num_classes=6, **SMALL, **RATES)
+    fit(pretrained, TensorDataset(images[old], labels[old]), None, "pretraining on the digits 0 to 5", 10)
+    weights = {name: value for name, value in pretrained.state_dict().items() if not name.startswith("head.")}
+
+    def create():
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=4, **SMALL, **RATES)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        assert set(missing) == {"head.weight", "head.bias"}, "only the head is new"
+        assert not unexpected
+        return model
+
+    order = torch.randperm(int(new.sum()), generator=torch.Generator().manual_seed(0))
+    images, labels = images[new][order], labels[new][order] - 6
+    few = torch.cat([(labels == digit).nonzero()[: options.shots, 0] for digit in range(4)])
+    rest = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, few, value=False)
+    return create, TensorDataset(images[few], labels[few]), TensorDataset(images[rest], labels[rest])
+
+
+def folder_job():
+    """A pretrained model of timm on images in a folder."""
+    from torchvision.datasets import ImageFolder
+
+    probe = timm.create_model(options.model, pretrained=False)
+    settings = timm.data.resolve_model_data_config(probe)
+    if (options.data / "train").is_dir():
+        train = ImageFolder(options.data / "train", timm.data.create_transform(**settings, is_training=True))
+        test = ImageFolder(options.data / "val", timm.data.create_transform(**settings))
+        classes = len(train.classes)
+    else:
+        train, test = (idx_images(part, settings["input_size"][-1]) for part in ("train", "t10k"))
+        classes = int(train.tensors[1].max()) + 1
+    return (
+        lambda: timm.create_model(options.model, pretrained=True, num_classes=classes, **RATES),
+        train,
+        test,
+    )
+
+
+def idx_images(part: str, size: int) -> TensorDataset:
+    arrays = []
+    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
+        file = next(options.data.glob(f"{part}-{kind}-ubyte*"))
+        raw = (gzip.open if file.suffix == ".gz" else open)(file, "rb").read()
+        arrays.append(torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).copy()))
+    images = arrays[0].view(len(arrays[1]), 1, 28, 28).float() / 127.5 - 1
+    images = torch.nn.functional.interpolate(images[: options.most], size=size).expand(-1, 3, -1, -1)
+    return TensorDataset(images, arrays[1][: options.most].long())
+
+
+def save_table(curves, seconds) -> None:
+    table = Table(
+        "method", "accuracy", "std", "seconds a run", title=f"held-out accuracy, {options.seeds} seeds"
+    )
+    rows = []
+    for method, runs in curves.items():
+        last = [run[-1][1] for run in runs]
+        row = {
+            "method": method,
+            "accuracy": statistics.mean(last),
+            "std": statistics.pstdev(last),
+            "seeds": last,
+        }
+        rows.append(row | {"seconds": statistics.mean(seconds[method])})
+        table.add_row(method, f"{row['accuracy']:.3f}", f"{row['std']:.3f}", f"{rows[-1]['seconds']:.1f}")
+    console.print(table)
+    (options.output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def save_plot(curves) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for method, runs in curves.items():
+        values = np.array([[value for _, value in run] for run in runs])
+        axes.plot([step for step, _ in runs[0]], values.mean(0), marker="o", label=method)
+    axes.set(xlabel="step", ylabel="held-out accuracy", title="mean over the seeds")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(options.output / "curves.png", dpi=150)
+
+
+def save_plain(model, create) -> None:
+    """Revert, save, and load the weights strictly into a model that never saw regraft."""
+    file = options.output / "model.pt"
+    torch.save(regraft.revert(model).state_dict(), file)
+    create().load_state_dict(torch.load(file, weights_only=True), strict=True)
+    console.print(f"plain checkpoint in {file}: loads without regraft, no missing and no unexpected key")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="vit_base_patch16_224", help="a model of timm, for --data")
+    parser.add_argument("--data", type=Path, help="a folder of images; default: scikit-learn's digits")
+    parser.add_argument(
+        "--regularize", nargs="+", metavar="RULE", default=RULES, help="such as Dropout=gaussian"
+    )
+    for name, kind, value in (
+        ("shots", int, SHOTS), ("epochs", int, EPOCHS), ("lr", float, LEARNING_RATE), ("momentum", float, MOMENTUM),
+        ("weight-decay", float, WEIGHT_DECAY), ("seeds", int, 3), ("most", int, 2000), ("output", Path, Path("output/vit")),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")
+    made = parser.parse_args()
+    if isinstance(made.regularize, list):
+        made.regularize = [tuple(rule.split("=", 1)) for rule in made.regularize]
+    return made
+
+
+if __name__ == "__main__":
+    options = parse()
+    main()

@@ -1,0 +1,47 @@
+"""How the list of variants, and one variant, are printed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from typing import Any
+
+import typer
+
+_COLUMNS = ("variant", "takes the place of", "what it does")
+
+
+def print_variants(rows: list[dict[str, Any]], format: str) -> None:
+    """Print variants as a table, JSON or Markdown; a single one with its whole card."""
+    if format == "json":
+        typer.echo(json.dumps({"schema": 1, "variants": rows}, indent=2))
+    elif len(rows) == 1 and rows[0]["card"]:
+        _print_card(rows[0])
+    elif format in ("markdown", "html"):
+        typer.echo("\n".join(["| " + " | ".join(_COLUMNS) + " |", "|---|---|---|"]))
+        typer.echo("\n".join("| " + " | ".join(_cells(row)) + " |" for row in rows))
+    else:
+        _print_table(rows)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    marks = [word for word, on in (("changes eval", row["changes_eval"]), ("adds state", row["adds_state"])) if on]
+    summary = row["summary"] + (f" ({', '.join(marks)})" if marks else "")
+    return row["name"], ", ".join(row["replaces"]), summary
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*_COLUMNS, box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*_cells(row))
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def _print_card(row: dict[str, Any]) -> None:
+    options = ", ".join(f"{key}={value!r}" for key, value in row["options"].items()) or "none"
+    typer.echo(f"{row['name']}: takes the place of {', '.join(row['replaces'])}; options beside p: {options}")
+    typer.echo(f"\n{inspect.cleandoc(row['card'])}")

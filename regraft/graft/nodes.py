@@ -1,0 +1,170 @@
+"""The graft of a graph node: a module takes the place of the function that it calls.
+
+The node stays, with its name, its arguments and its users; only what it calls changes. So the way back is
+to call the function again, whatever has become of the graph since. The module follows `.training`, also
+where tracing had fixed the flag, and has no parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx, nn
+
+from regraft.errors import MisfitError
+from regraft.find.functions import ATTENTION
+from regraft.find.graphs import LINEAR, NODE, RATES, GraphNode, Replaced, graph_nodes
+from regraft.find.nodes import node_path
+from regraft.find.original import Graft, grafts_of, rebind_instance_forward
+from regraft.find.walk import Named
+from regraft.graft.calls import call_graft, call_rate
+from regraft.graft.change import set_graft
+from regraft.planning import Edit
+from regraft.variants.registry import spec
+
+SLOT = "node"
+"""The slot of a node in the module whose graph it is in: `node:NAME:OPERATION`."""
+
+
+class NodeFunction(nn.Module):
+    """A function that a graph node called, as a module that follows `.training` and can be grafted."""
+
+    def __init__(self, called: Replaced) -> None:
+        super().__init__()
+        self.__dict__[NODE] = called
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        called: Replaced = self.__dict__[NODE]
+        grafts = grafts_of(self)
+        if not grafts:
+            return called.function(*args, **kwargs)  # for a look at the model as it was
+        if called.op in _DIRECTLY:
+            graft = next(iter(grafts.values()))
+            if self.training or graft.in_eval:
+                return _DIRECTLY[called.op](self.training, graft, *args, **kwargs)
+        if called.switch is not None:
+            args, kwargs = _switched(called, args, kwargs, self.training)
+        return called.function(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        called: Replaced = self.__dict__[NODE]
+        name = getattr(called.function, "__name__", "function")
+        return ", ".join([name, *(graft.edit["after"] for graft in grafts_of(self).values())])
+
+
+def _switched(
+    called: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the training flag, or the rate of attention, as it is in this mode."""
+    where = called.switch
+    if called.op == ATTENTION and training:
+        return args, kwargs
+    value = 0.0 if called.op == ATTENTION else training
+    if isinstance(where, int):
+        return (*args[:where], value, *args[where + 1 :]), kwargs
+    return args, {**kwargs, str(where): value}
+
+
+def _linear(
+    training: bool, graft: Graft, input: Any, weight: Any, bias: Any = None, *_: Any, **__: Any
+) -> Any:
+    function = spec(graft.edit["variant"]).function_for("Linear")
+    return function(input, weight, bias, graft.edit["options"].get("p", 0.0), training, **graft.options)
+
+
+def _drop_path(training: bool, graft: Graft, *args: Any, **kwargs: Any) -> Any:
+    x = args[0] if args else next(iter(kwargs.values()))
+    rates = [*args[1:2], *(kwargs[name] for name in RATES if name in kwargs), 0.0]
+    function = spec(graft.edit["variant"]).function
+    return function(x, call_rate(graft, float(rates[0])), training, **graft.options)
+
+
+_DIRECTLY = {LINEAR: _linear, "DropPath": _drop_path}
+"""Operations that are no function of torch that drops, so that no mode sees them: the module calls the variant."""
+
+
+def node_slot(edit: Edit) -> tuple[str, Graft]:
+    """The slot and the graft that make the node of `edit` do what it says."""
+    _, graft = call_graft(edit)
+    if edit.op in _DIRECTLY:
+        graft.layer = ""
+    return f"{SLOT}:{edit.path.rpartition('.')[2]}:{edit.op}", graft
+
+
+def set_slot(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None:
+    """Put `graft` into a slot of a module or of one of its graph's nodes, or empty it; returns what was there."""
+    if not slot.startswith(f"{SLOT}:"):
+        return set_graft(module, slot, graft)
+    _, name, op = slot.split(":")
+    found = next((one for one in graph_nodes(module) if one.called.name == name), None)
+    if found is None and graft is None:
+        return None  # somebody erased the node, and the graft with it
+    if found is None or not isinstance(module, fx.GraphModule):
+        raise MisfitError(f"the graph has no node {name!r} that calls a function", where=type(module).__name__)
+    inside = f"calls:{op}"
+    if found.module is None:
+        if graft is not None:
+            made = NodeFunction(found.called).train(module.training)
+            set_graft(made, inside, graft)
+            _put_in(module, found.node, made)
+        return None
+    previous = set_graft(found.module, inside, graft)
+    if not grafts_of(found.module):
+        try:
+            _take_out(module, found)
+        except BaseException:
+            set_graft(found.module, inside, previous)
+            raise
+    return previous
+
+
+def placed_grafts(modules: list[Named]) -> Iterator[tuple[Named, str, Graft]]:
+    """Every graft, with the module and the slot by which it is set, and the paths of its site."""
+    nodes = {id(named.module): [one for one in graph_nodes(named.module) if one.module] for named in modules}
+    inside = {id(one.module) for found in nodes.values() for one in found}
+    for named in modules:
+        if id(named.module) not in inside:
+            for slot, graft in grafts_of(named.module).items():
+                yield named, slot, graft
+        for one in nodes[id(named.module)]:
+            assert one.module is not None
+            paths = [node_path(path, one.called.name) for path in named.paths]
+            for slot, graft in grafts_of(one.module).items():
+                yield Named(named.module, paths), f"{SLOT}:{one.called.name}:{slot.partition(':')[2]}", graft
+
+
+def _put_in(owner: fx.GraphModule, node: fx.Node, module: NodeFunction) -> None:
+    name, number = node.name, 0
+    while hasattr(owner, name):
+        number += 1
+        name = f"{node.name}_{number}"
+    owner.add_module(name, module)
+    try:
+        _call(owner, [node], "call_module", name)
+    except BaseException:
+        del owner._modules[name]
+        raise
+
+
+def _take_out(owner: fx.GraphModule, found: GraphNode) -> None:
+    target = str(found.node.target)
+    nodes = [one for one in owner.graph.nodes if (one.op, one.target) == ("call_module", target)]
+    _call(owner, nodes, "call_function", found.called.function)
+    path, _, name = target.rpartition(".")
+    del owner.get_submodule(path)._modules[name]
+
+
+def _call(owner: fx.GraphModule, nodes: list[fx.Node], op: str, target: Any) -> None:
+    """Make nodes call something else; afterwards, or after an error, the code is the graph's."""
+    before = [(node, node.op, node.target) for node in nodes]
+    try:
+        for node in nodes:
+            node.op, node.target = op, target
+        owner.recompile()
+        rebind_instance_forward(owner)
+    except BaseException:
+        for node, was, called in before:
+            node.op, node.target = was, called
+        owner.recompile()
+        raise

@@ -1,0 +1,48 @@
+"""Caches of keys and values, which a forward writes into: every pass gets one of its own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from regraft.training.tree import mapped
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def is_cache(value: Any) -> bool:
+    """Whether it is a cache of keys and values, as Transformers has them."""
+    return hasattr(value, "reorder_cache") and hasattr(value, "get_seq_length")
+
+
+def own_caches(call: Call) -> Call:
+    """The same arguments with copies of their caches."""
+    args, kwargs = call
+    if not any(is_cache(value) for value in (*args, *kwargs.values())):
+        return call
+    return cast("Call", mapped(lambda _, leaf: copied(leaf) if is_cache(leaf) else leaf, "", call))
+
+
+def copied(cache: Any) -> Any:
+    """A copy that a forward may write into."""
+    with _Clones():
+        return copy.deepcopy(cache)
+
+
+def repeated(cache: Any, size: int, n: int) -> Any:
+    """A copy for the batch of `size`, n times after itself."""
+    cache = copied(cache)
+    if cache.get_seq_length():
+        cache.reorder_cache(torch.arange(size).repeat(n))
+    return cache
+
+
+class _Clones(TorchFunctionMode):
+    """Clones where a deep copy is asked for: a tensor with a history has no deep copy."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0].clone() if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))

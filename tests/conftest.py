@@ -1,0 +1,53 @@
+"""What all tests share: one thread, a fixed seed, and nothing of regraft or torch left switched on."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_on():
+    """A mode or a global hook that outlives its test would change what the next ones see."""
+    yield
+    hooks = torch.nn.modules.module
+    assert not hooks._global_forward_pre_hooks
+    assert not hooks._global_forward_hooks
+    calls = sys.modules.get("regraft.graft.calls")
+    assert calls is None or not calls._running.modes
+    assert torch.overrides._get_current_function_mode() is None
+
+
+@pytest.fixture
+def registered():
+    """Variants registered in the test are gone after it: the contract suites list the registry."""
+    from regraft.variants import registry
+
+    registry.names()
+    before = dict(registry._specs)
+    yield registry
+    registry._specs.clear()
+    registry._specs.update(before)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many checks the contract suites made."""
+    passed = [one.nodeid for one in terminalreporter.stats.get("passed", []) if one.when == "call"]
+    suites = Counter(name.split("::")[0] for name in passed if "contracts/" in name)
+    for suite, count in sorted(suites.items()):
+        terminalreporter.write_line(f"{suite}: {count} checks passed")

@@ -1,0 +1,162 @@
+"""Promise 4: all problems before the first change, and an error on the way leaves the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from snapshots import assert_same, snapshot
+from torch import nn
+
+import regraft
+from regraft.errors import (
+    ModelError,
+    NoMatchError,
+    OptionError,
+    RulesError,
+    RuleSyntaxError,
+    UnknownVariantError,
+    WrongKindError,
+)
+from regraft.graft import apply as apply_module
+
+RULES = {"Dropout": "gaussian", "Linear": "standout(gate='learned')", "Embedding": "neftune"}
+
+
+def fails_at(monkeypatch, step):
+    """Make the change number `step` of an `apply` raise."""
+    original, done = apply_module.set_graft, []
+
+    def set_graft(module, slot, graft):
+        if len(done) == step and graft is not None and not fails_at.over:
+            fails_at.over = True
+            raise KeyboardInterrupt
+        done.append(slot)
+        return original(module, slot, graft)
+
+    fails_at.over = False
+    monkeypatch.setattr(apply_module, "set_graft", set_graft)
+
+
+@pytest.mark.parametrize("step", [0, 1, 5, 12, 20])
+@pytest.mark.parametrize("grafted_before", [False, True], ids=["plain", "grafted"])
+def test_an_error_in_the_middle_leaves_every_object_as_it_was(monkeypatch, step, grafted_before):
+    model = tiny.bert()
+    if grafted_before:
+        regraft.apply(model, {"Dropout": "multisample(p=0.3)", "Linear@classifier": "dropconnect(p=0.1)"})
+    before = snapshot(model)
+    fails_at(monkeypatch, step)
+    with pytest.raises(KeyboardInterrupt):
+        regraft.apply(model, RULES, tiny.tokens())
+    assert_same_but_for_the_record(before, model)
+    monkeypatch.undo()
+    regraft.revert(model)
+    assert type(model.dropout) is nn.Dropout
+
+
+def assert_same_but_for_the_record(before, model):
+    """The record is a new dictionary of the same grafts: what is in it must be the same objects."""
+    after = snapshot(model)
+    for name in [name for name in before if name.endswith("._regraft")]:
+        assert {slot: id(graft) for slot, graft in before[name].items()} == {
+            slot: id(graft) for slot, graft in after[name].items()
+        }
+        before[name] = after[name]
+    assert_same(before, model)
+
+
+@pytest.mark.parametrize("inside", ["_take_back", "_write", "rebind_instance_forward"])
+def test_one_change_is_done_completely_or_not_at_all(monkeypatch, inside):
+    from regraft.graft import change
+
+    net = tiny.mlp()
+    regraft.apply(net, {"Dropout": "multisample(p=0.3)"})
+    before = snapshot(net)
+    original, failed = getattr(change, inside), []
+
+    def fails_late(*args):
+        if not failed:
+            original(*args)
+            failed.append(1)
+            raise MemoryError
+        return original(*args)
+
+    monkeypatch.setattr(change, inside, fails_late)
+    with pytest.raises(MemoryError):
+        regraft.apply(net, {"Dropout": "gaussian(p=0.2)"})
+    assert failed
+    assert_same_but_for_the_record(before, net)
+
+
+class Taken(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.gate_weight = "mine"
+
+
+class Slotted(nn.Module):
+    __slots__ = ("place",)
+
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize(
+    ("last", "rules", "error"),
+    [
+        (Taken(), {"Dropout": "gaussian", "Linear": "standout(gate='learned')"}, ModelError),
+        (nn.Dropout(0.1), {"Dropout": "gaussian", "Dropout@1": "standout(gate='learned')"}, OptionError),
+    ],
+    ids=["a name that is taken", "an option that is missing"],
+)
+def test_a_site_that_cannot_be_grafted_stops_all_of_it(last, rules, error):
+    net = nn.Sequential(nn.Dropout(0.1), last)
+    before = snapshot(net)
+    with pytest.raises(error):
+        regraft.apply(net, rules)
+    assert_same(before, net)
+
+
+def test_a_module_with_slots_is_grafted_or_refused_whole():
+    net = nn.Sequential(nn.Dropout(0.1), Slotted())
+    before = snapshot(net)
+    try:
+        regraft.apply(net, {"Dropout": "gaussian"}, torch.ones(2, 3))
+    except TypeError:
+        assert_same(before, net)
+    else:
+        assert net(torch.ones(500)).unique().numel() > 100
+        regraft.revert(net)
+        assert_same(before, net)
+
+
+def test_all_problems_of_all_rules_are_raised_together():
+    model = tiny.bert()
+    before = snapshot(model)
+    rules = [
+        ("Dropot", "gaussian"),
+        ("Linear@clasifier", "dropconnect(p=0.2)"),
+        ("Embedding", "gaussian"),
+        ("Dropout", "multisample"),
+        ("Conv2d", None),
+    ]
+    with pytest.raises(RulesError) as caught:
+        regraft.apply(model, rules)
+    problems = caught.value.problems
+    assert [type(problem) for problem in problems] == [NoMatchError, NoMatchError, WrongKindError, NoMatchError]
+    text = str(caught.value)
+    assert "4 problems, nothing was changed" in text
+    assert "did you mean 'Dropout'" in text
+    assert "there are Linear sites, but none at that path; did you mean 'classifier'" in text
+    assert isinstance(caught.value, ValueError)
+    assert_same(before, model)
+
+
+def test_all_that_cannot_be_read_is_raised_together():
+    net = tiny.mlp()
+    before = snapshot(net)
+    with pytest.raises(RulesError) as caught:
+        regraft.apply(net, [("Dropout", "gausian"), ("Dropout", "gaussian(sgima=1)"), (3, "gaussian"), ("a..b", "off")])
+    kinds = [type(problem) for problem in caught.value.problems]
+    assert kinds == [UnknownVariantError, OptionError, RuleSyntaxError, RuleSyntaxError]
+    assert_same(before, net)

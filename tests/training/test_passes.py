@@ -1,0 +1,382 @@
+"""`stochastic_passes`: every strategy gives independent passes, in the model's own type of output."""
+
+import copy
+import dataclasses
+import logging
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import regraft
+from regraft.errors import InputsError, ModelError, RateError
+from regraft.training.choice import traits_of
+from tests.training.models import DropPath, FusedAttention, bert, headed_bert, images, tokens, vit
+
+STRATEGIES = ["shared", "batch", "loop"]
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+@dataclasses.dataclass
+class Held:
+    logits: torch.Tensor
+    name: str
+
+
+OUTPUTS = {
+    "tensor": lambda x: x,
+    "tuple": lambda x: (x, None),
+    "named tuple": lambda x: Pair(x, x + 1),
+    "dict": lambda x: {"logits": x, "count": 3},
+    "nested": lambda x: [{"a": (x, [x * 2])}, "text"],
+    "dataclass": lambda x: Held(x, "name"),
+}
+
+
+class Giving(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.linear, self.make = nn.Linear(6, 3), make
+
+    def forward(self, x):
+        return self.make(F.dropout(self.linear(x), 0.5, self.training))
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value):
+        return tensors(list(vars(value).values()))
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [one for part in parts for one in tensors(part)]
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "auto"])
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs_keep_their_type_with_a_new_first_axis(name, strategy):
+    model, x = Giving(OUTPUTS[name]), torch.randn(4, 6)
+    plain = model(x)
+    stacked = regraft.stochastic_passes(model, 3, x, strategy=strategy)
+    assert type(stacked) is type(plain)
+    assert [one.shape for one in tensors(stacked)] == [(3, *one.shape) for one in tensors(plain)]
+    if name == "dict":
+        assert stacked["count"] == 3
+    first = tensors(stacked)[0]
+    assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "auto"])
+def test_model_outputs_keep_their_type(strategy):
+    model = bert()
+    stacked = regraft.stochastic_passes(
+        model, 2, input_ids=tokens(), strategy=strategy, output_hidden_states=True
+    )
+    assert type(stacked).__name__ == "SequenceClassifierOutput"
+    assert stacked.logits.shape == (2, 4, 2)
+    assert [one.shape for one in stacked.hidden_states] == [(2, 4, 8, 32)] * 3
+    assert stacked.loss is None
+
+
+# Every way of drawing that vmap, a repeated batch or both could get wrong.
+NOISE = {
+    "dropout": nn.Dropout(0.5),
+    "dropout in place": nn.Dropout(0.5, inplace=True),
+    "dropout1d": nn.Dropout1d(0.5),
+    "dropout2d": nn.Dropout2d(0.5),
+    "dropout2d in place": nn.Dropout2d(0.5, inplace=True),
+    "alpha dropout": nn.AlphaDropout(0.5),
+    "feature alpha dropout": nn.FeatureAlphaDropout(0.5),
+    "drop path": DropPath(),
+    "fused attention": FusedAttention(),
+    "gaussian": regraft.nn.GaussianDropout(0.5),
+}
+SHAPES = {"dropout1d": (16, 8, 3), "gaussian": (16, 8, 3)}
+
+
+class Noisy(nn.Module):
+    def __init__(self, noise):
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, x):
+        return self.noise(x * 1)
+
+
+def correlation(a, b):
+    a, b = (one.flatten(1) - one.flatten(1).mean(1, keepdim=True) for one in (a, b))
+    return ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", NOISE)
+def test_passes_are_independent_and_distributed_as_single_passes(name, strategy):
+    model = Noisy(NOISE[name]).train()
+    x = torch.randn(SHAPES.get(name, (16, 8, 3, 3)))
+    n = 60
+    passes = regraft.stochastic_passes(model, n, x, strategy=strategy)
+    singles = torch.stack([model(x) for _ in range(n)])
+    noise, expected = passes - passes.mean(0), singles - singles.mean(0)
+    # Each element's mean and spread over the passes, to the precision that n passes allow.
+    spread = expected.square().mean()
+    assert (passes.mean(0) - singles.mean(0)).square().mean() < 4 * spread / n
+    assert noise.square().mean() / spread == pytest.approx(1, abs=0.15)
+    # Neighbouring passes have nothing in common: a mask that two of them share would correlate at 1.
+    assert abs(correlation(noise[1:], noise[:-1])) < 0.1
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "auto"])
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_draw_for_each_pass(cell, strategy):
+    # vmap alone lets these draw once for all passes, without a word.
+    model = cell(6, 6, 2, dropout=0.5, batch_first=True)
+    outputs, _ = regraft.stochastic_passes(model, 3, torch.randn(4, 5, 6), strategy=strategy)
+    assert outputs.shape == (3, 4, 5, 6)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
+    assert (outputs[1] - outputs[2]).abs().max() > 1e-3
+
+
+MODELS = {
+    "bert": (lambda p: bert(hidden_dropout_prob=p, attention_probs_dropout_prob=p), {"input_ids": tokens()}),
+    "vit": (lambda p: vit(proj_drop_rate=p, attn_drop_rate=p, drop_path_rate=p), {"x": images()}),
+    "encoder": (
+        lambda p: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, p, batch_first=True), 2),
+        {"src": torch.randn(3, 5, 16)},
+    ),
+    "lstm": (lambda p: nn.LSTM(6, 6, 2, dropout=p, batch_first=True), {"input": torch.randn(3, 5, 6)}),
+}
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "auto"])
+@pytest.mark.parametrize("name", MODELS)
+def test_at_rate_0_every_pass_is_the_plain_forward(name, strategy):
+    build, inputs = MODELS[name]
+    model = build(0.0).train()
+    plain = tensors(model(**inputs))[0]
+    stacked = tensors(regraft.stochastic_passes(model, 2, **inputs, strategy=strategy))[0]
+    torch.testing.assert_close(stacked, torch.stack([plain, plain]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_at_rate_0_are_the_plain_ones(name, strategy):
+    build, inputs = MODELS[name]
+    model = build(0.0).train()
+    weight = torch.randn(2, *tensors(model(**inputs))[0].shape)
+    (tensors(model(**inputs))[0] * weight.sum(0)).sum().backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    (tensors(regraft.stochastic_passes(model, 2, **inputs, strategy=strategy))[0] * weight).sum().backward()
+    for found, wanted in zip((p.grad for p in model.parameters()), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("noise", ["dropout", "drop path", "fused attention"])
+def test_gradients_of_shared_noise(noise):
+    model = nn.Sequential(nn.Linear(3, 3), Noisy(NOISE[noise]), nn.Linear(3, 2)).double().train()
+
+    def run(x):
+        torch.manual_seed(1)
+        return regraft.stochastic_passes(model, 2, x, strategy="shared")
+
+    x = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, x)
+
+
+def test_auto_shares_a_long_prefix_and_repeats_where_there_is_none(caplog):
+    ids = tokens()
+    head, everywhere = headed_bert(), bert()
+    assert traits_of(head, ((), {"input_ids": ids})).prefix > 0.9
+    assert traits_of(everywhere, ((), {"input_ids": ids})).prefix < 0.1
+    counts = {"head": 0, "everywhere": 0}
+
+    def count(name):
+        def hook(module, args):
+            counts[name] = len(args[0]) if args else 0
+
+        return hook
+
+    head.bert.embeddings.word_embeddings.register_forward_pre_hook(count("head"))
+    everywhere.bert.embeddings.word_embeddings.register_forward_pre_hook(count("everywhere"))
+    regraft.stochastic_passes(head, 3, input_ids=ids)
+    regraft.stochastic_passes(everywhere, 3, input_ids=ids)
+    assert counts == {"head": 4, "everywhere": 12}
+
+
+def test_the_look_leaves_no_trace():
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2))
+    model[1].register_buffer("mine", torch.zeros(1))
+    x = torch.randn(8, 6)
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    traits_of(model, ((x,), {}))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    first = regraft.stochastic_passes(model, 2, x)
+    torch.manual_seed(3)
+    model.load_state_dict(before)
+    assert torch.equal(regraft.stochastic_passes(model, 2, x), first)
+
+
+def test_a_rate_raised_later_is_seen():
+    model, x = headed_bert(p=0.0), tokens()
+    equal = regraft.stochastic_passes(model, 2, input_ids=x).logits
+    assert torch.equal(equal[0], equal[1])
+    model.dropout.p = 0.5
+    model.bert.embeddings.dropout.p = 0.5
+    apart = regraft.stochastic_passes(model, 2, input_ids=x).logits
+    assert not torch.equal(apart[0], apart[1])
+
+
+BATCH_NORM = {"loop": 3, "batch": 1, "shared": 1, "auto": 1}
+
+
+@pytest.mark.parametrize("strategy", BATCH_NORM)
+def test_running_statistics_before_the_fork(strategy):
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5))
+    regraft.stochastic_passes(model, 3, torch.randn(8, 6), strategy=strategy)
+    assert model[0].num_batches_tracked == BATCH_NORM[strategy]
+
+
+def test_batch_norm_behind_the_fork_is_refused_and_falls_back(caplog):
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.BatchNorm1d(6)), torch.randn(8, 6)
+    with pytest.raises(ModelError, match="Batch norm got a batched tensor"):
+        regraft.stochastic_passes(model, 3, x, strategy="shared")
+    model = copy.deepcopy(model)
+    with caplog.at_level(logging.INFO, "regraft"):
+        for _ in range(3):
+            regraft.stochastic_passes(model, 3, x)
+    assert model[2].num_batches_tracked == 3
+    assert len([one for one in caplog.messages if "Batch norm" in one]) == 1  # once, with the reason
+    model.eval()
+    assert regraft.stochastic_passes(model, 3, x, strategy="shared").shape == (3, 8, 6)
+
+
+def test_a_mask_of_weights_is_not_shared_by_passes():
+    model, x = nn.Sequential(nn.Linear(6, 3), nn.ReLU()), torch.randn(4, 6)
+    regraft.apply(model, {"Linear": "dropconnect(p=0.5)"}, inputs=x)
+    with pytest.raises(ModelError, match="it draws once for the whole batch"):
+        regraft.stochastic_passes(model, 2, x, strategy="batch")
+    for strategy in ("auto", "shared", "loop"):
+        passes = regraft.stochastic_passes(model, 2, x, strategy=strategy)
+        assert not torch.equal(passes[0], passes[1])
+
+
+class Leaking(nn.Module):
+    """Reads a tensor again that its dropout changed in place."""
+
+    def forward(self, x):
+        x = x * 1
+        F.dropout(x, 0.5, self.training, inplace=True)
+        return x.flatten(1) * 2
+
+
+def test_a_tensor_read_after_an_in_place_dropout_is_not_shared():
+    x = torch.ones(4, 30)
+    with pytest.raises(ModelError, match="used after an in-place dropout"):
+        regraft.stochastic_passes(Leaking(), 2, x, strategy="shared")
+    passes = regraft.stochastic_passes(Leaking(), 2, x)
+    assert set(passes.flatten().tolist()) == {0.0, 4.0}
+    assert not torch.equal(passes[0], passes[1])
+
+
+def test_labels_give_a_loss_for_each_pass_or_an_error():
+    model, y = bert(), torch.tensor([0, 1, 0, 1])
+    for strategy in ("auto", "shared", "loop"):
+        outputs = regraft.stochastic_passes(model, 3, input_ids=tokens(), labels=y, strategy=strategy)
+        each = [F.cross_entropy(one, y) for one in outputs.logits]
+        torch.testing.assert_close(outputs.loss, torch.stack(each))
+    with pytest.raises(InputsError, match="'loss' is one number for all 3 passes together"):
+        regraft.stochastic_passes(model, 3, input_ids=tokens(), labels=y, strategy="batch")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("chunk", [1, 2, 5, 9])
+def test_chunks(strategy, chunk):
+    model, rows = Giving(OUTPUTS["dict"]), []
+    model.linear.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    x = torch.randn(4, 6)
+    stacked = regraft.stochastic_passes(model, 5, x, strategy=strategy, chunk=chunk)
+    assert stacked["logits"].shape == (5, 4, 3)
+    assert len({tuple(one.flatten().tolist()) for one in stacked["logits"]}) == 5
+    real = rows[-{"loop": 5}.get(strategy, -(-5 // chunk)) :]
+    assert max(real) == (4 * min(chunk, 5) if strategy == "batch" else 4)
+
+
+@pytest.mark.parametrize("strategy", ["batch", "auto"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(strategy, reentrant):
+    model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    model.dropout.p = 0.3
+
+    def gradients(strategy):
+        torch.manual_seed(1)
+        model.zero_grad()
+        regraft.stochastic_passes(
+            model, 2, input_ids=tokens(), strategy=strategy
+        ).logits.square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = gradients("batch")
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    for found, wanted in zip(gradients(strategy), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    with pytest.raises(ModelError, match="gradient checkpointing"):
+        regraft.stochastic_passes(model, 2, input_ids=tokens(), strategy="shared")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_autocast(strategy):
+    model = vit(drop_rate=0.3, proj_drop_rate=0.1).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = regraft.stochastic_passes(model, 2, images(), strategy=strategy)
+    assert outputs.dtype == torch.bfloat16
+    outputs.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_compiled_model_is_repeated():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5), nn.Linear(4, 3))
+    compiled = torch.compile(model, backend="aot_eager")
+    passes = regraft.stochastic_passes(compiled, 2, torch.randn(4, 6))
+    assert passes.shape == (2, 4, 3)
+    assert not torch.equal(passes[0], passes[1])
+    with pytest.raises(ModelError, match="is wrapped or compiled"):
+        regraft.stochastic_passes(compiled, 2, torch.randn(4, 6), strategy="shared")
+
+
+def test_it_is_compiled_whole():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5), nn.Linear(4, 3))
+    step = torch.compile(lambda x: regraft.stochastic_passes(model, 2, x), backend="aot_eager")
+    passes = step(torch.randn(4, 6))
+    assert passes.shape == (2, 4, 3)
+    assert not torch.equal(passes[0], passes[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m, x: regraft.stochastic_passes(m, 0, x), RateError, "n=0"),
+        (lambda m, x: regraft.stochastic_passes(m, True, x), RateError, "n=True"),
+        (lambda m, x: regraft.stochastic_passes(m, 2, x, chunk=0), RateError, "chunk=0"),
+        (
+            lambda m, x: regraft.stochastic_passes(m, 2, x, strategy="share"),
+            InputsError,
+            "did you mean 'shared'",
+        ),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call(nn.Linear(6, 3), torch.randn(4, 6))

@@ -1,0 +1,85 @@
+"""Every dropout of real architectures is reached or reported, and the rest of the model stays as it was.
+
+The default run takes a model of each kind; `-m slow` takes all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from . import check
+from .entries import entries, entry
+
+CHOSEN = frozenset(
+    """
+    torch:Transformer torch:MultiheadAttention-weights torch:LSTM torch:functional torch:aliased torch:dead-twin
+    torch:private torchvision:densenet121 torchvision:maxvit torchvision:vit_b_32 timm:test_vit timm:test_convnext
+    timm:test_efficientnet timm:test_byobnet peft:lora-bert peft:lora-llama hf:bert hf:bart hf:llama hf:gpt2 hf:t5
+    hf:deberta-v2 hf:vit hf:swin hf:wav2vec2 hf:mixtral hf:whisper hf:beit
+    """.split()
+)
+IDS = [one.id for one in entries()]
+MODELS = [
+    pytest.param(name, id=name, marks=() if name in CHOSEN else pytest.mark.slow)
+    for name in sorted(IDS, key=lambda name: name not in CHOSEN)
+]
+
+
+@functools.cache
+def _row(name: str) -> check.Row:
+    check.quiet()
+    return check.graft_row(entry(name))
+
+
+@pytest.fixture
+def row(request: pytest.FixtureRequest) -> check.Row:
+    found = _row(request.param)
+    assert found.error is None
+    return found
+
+
+every_model = pytest.mark.parametrize("row", MODELS, indirect=True)
+
+
+@every_model
+def test_every_call_left_is_in_the_report(row):
+    assert row.silent == []
+
+
+@every_model
+def test_every_call_gone_has_a_variant_in_its_place(row):
+    assert row.lost == 0
+    assert row.reached + sum(row.skipped.values()) == row.calls
+
+
+@every_model
+def test_eval_is_the_same_to_the_bit(row):
+    assert not row.eval_differs
+
+
+@every_model
+def test_revert_brings_everything_back(row):
+    assert row.revert_differs == []
+
+
+def test_the_chosen_models_are_in_the_zoo():
+    assert set(IDS) >= CHOSEN
+
+
+def test_the_chosen_models_are_reached():
+    rows = [_row(name) for name in CHOSEN]
+    plain, calls = sum(row.plain for row in rows), sum(row.calls for row in rows)
+    assert plain > 100
+    assert sum(row.reached_plain for row in rows) >= 0.95 * plain
+    assert sum(row.reached for row in rows) >= 0.95 * calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["torchvision", "timm", "peft", "hf"])
+def test_a_library_is_reached(library):
+    rows = [_row(name) for name in IDS if name.startswith(f"{library}:")]
+    plain, calls = sum(row.plain for row in rows), sum(row.calls for row in rows)
+    assert sum(row.reached_plain for row in rows) >= 0.99 * plain
+    assert sum(row.reached for row in rows) >= 0.95 * calls
