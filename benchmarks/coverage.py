@@ -26,13 +26,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from zoo.check import Row, graft_row, quiet, walk_row  # noqa: E402
-from zoo.entries import LIBRARIES, entries, entry  # noqa: E402
+from zoo.check import Row, graft_row, quiet, walk_row
+from zoo.entries import LIBRARIES, entries, entry
 
 NAMES = {"hf": "transformers", "torch": "torch"}
 COLUMNS = (
-    "library", "models", "calls", "module walk", "regraft", "+ DropPath", "skipped", "silent", "broken", "eval", "revert"
-)  # fmt: skip
+    "library",
+    "models",
+    "calls + DropPath",
+    "module walk",
+    "regraft",
+    "with DropPath",
+    "skipped",
+    "silent",
+    "broken",
+    "eval differs",
+    "revert differs",
+)
 
 
 def main() -> None:
@@ -108,14 +118,10 @@ def _table_line(library: str, rows: list[Row], walk_only: bool) -> str:
     if walk_only:
         cells += ["-"] * 4
     else:
-        cells += [
-            _share(sum(row.reached_plain for row in good), plain),
-            _share(sum(row.reached for row in good), calls),
-        ]
-        cells += [
-            str(sum(sum(row.skipped.values()) for row in good)),
-            str(sum(len(row.silent) for row in good)),
-        ]
+        cells.append(_share(sum(row.reached_plain for row in good), plain))
+        cells.append(_share(sum(row.reached for row in good), calls))
+        cells.append(str(sum(sum(row.skipped.values()) for row in good)))
+        cells.append(str(sum(len(row.silent) for row in good)))
     cells.append(str(len(rows) - len(good)))
     cells += [str(sum(row.eval_differs for row in good)), str(sum(bool(row.revert_differs) for row in good))]
     return "| " + " | ".join(cells) + " |"
@@ -140,17 +146,16 @@ def reasons(rows: list[Row]) -> str:
 def _line(row: Row) -> str:
     text = f"{row.library}:{row.name} ({row.model}) plain {row.reached_plain}/{row.plain}"
     text += f" walked {row.walked} droppath {row.reached_drop_path}/{row.drop_path} {row.seconds:.2f}s"
-    problems = [
-        row.error,
-        row.probe and f"no probe: {row.probe}",
-        row.unmatched and f"no match: {row.unmatched}",
-    ]
-    problems += [f"silent: {row.silent[:3]}" if row.silent else "", f"lost {row.lost}" if row.lost else ""]
-    problems += [
-        "eval differs" if row.eval_differs else "",
-        f"revert: {row.revert_differs[:3]}" if row.revert_differs else "",
-    ]
-    return " | ".join([text, *(problem for problem in problems if problem)])
+    problems = {
+        row.error or "": row.error,
+        f"no probe: {row.probe}": row.probe,
+        f"no match: {row.unmatched}": row.unmatched,
+        f"silent: {row.silent[:3]}": row.silent,
+        f"lost {row.lost}": row.lost,
+        "eval differs": row.eval_differs,
+        f"revert: {row.revert_differs[:3]}": row.revert_differs,
+    }
+    return " | ".join([text, *(text for text, true in problems.items() if true)])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Fine-tune a timm ViT on images with accelerate: plain, with R-Drop, and with grafted dropouts.
 
     pip install -e ".[recipes]"
-    python recipes/vit.py                                             # offline, about 2 minutes on 2 cores
+    python recipes/vit.py                                             # offline, about 1 minute on 2 cores
     python recipes/vit.py --model vit_base_patch16_224 --data FOLDER  # pretrained weights from the hub
 
-The default is a small but real fine-tuning job on scikit-learn's scans of handwritten digits: a small ViT learns the
-digits 0 to 5, then is fine-tuned on a few labelled examples each of 6 to 9 and tested on all the others.
-FOLDER holds train/CLASS/*.jpg and val/CLASS/*.jpg, or the four files of MNIST or FashionMNIST (idx, also gzipped).
+The default is a small but real job on scikit-learn's scans of handwritten digits: a small ViT learns 0 to 5,
+then is fine-tuned on a few labelled examples each of 6 to 9 and tested on all the others. FOLDER holds
+train/CLASS/*.jpg and val/CLASS/*.jpg, or the four idx files of FashionMNIST, also gzipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import gzip
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,11 +33,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import regraft
 
 SHOTS = 6  # labelled examples of each new digit
-EPOCHS = 40  # passes over them; 0 of them are seen in the first training
+EPOCHS = 40  # passes over them
 BATCH = 16  # images a step
 LEARNING_RATE = 1e-3  # of AdamW, decayed to 0 by a cosine; high, since the model is small
 WEIGHT_DECAY = 0.05  # the usual one for ViTs
-MOMENTUM = 0.9  # AdamW's first beta
 ALPHA = 1.0  # weight of R-Drop's KL
 RATE = 0.1  # of the ViT's own dropouts
 RULES = {"Dropout": "gaussian", "Linear@head": "dropconnect(p=0.2)"}
@@ -59,15 +57,12 @@ def main() -> None:
     create, train, test = folder_job() if options.data else digits_job()
     console.print(f"{len(train)} labelled images, {len(test)} held out")
     curves: dict[str, list[list[tuple[int, float]]]] = {method: [] for method in METHODS}
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
     for method, prepare in METHODS.items():
         for seed in range(options.seeds):
             set_seed(seed)
             model = prepare(create())
-            began = time.perf_counter()
             curves[method].append(fit(model, train, test, f"{method}, seed {seed}", options.epochs))
-            seconds[method].append(time.perf_counter() - began)
-    save_table(curves, seconds)
+    save_table(curves)
     save_plot(curves)
     regraft.save_plan(model, options.output)  # the grafts of the last model, as regraft.json
     save_plain(model, create)
@@ -76,9 +71,7 @@ def main() -> None:
 def fit(model, train, test, title: str, epochs: int) -> list[tuple[int, float]]:
     """Train `model` in place; its accuracy on `test` after each tenth of the epochs."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    optimizer = torch.optim.AdamW(
-        model.parameters(), options.lr, betas=(options.momentum, 0.999), weight_decay=options.weight_decay
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=options.weight_decay)
     loader = DataLoader(train, batch_size=BATCH, shuffle=True)
     steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -90,11 +83,9 @@ def fit(model, train, test, title: str, epochs: int) -> list[tuple[int, float]]:
             wrapped.train()
             for images, labels in loader:
                 optimizer.zero_grad()
-                if title.startswith("R-Drop"):  # the model's own loss, of two passes
-                    loss, _ = wrapped(images, labels=labels)
-                else:
-                    loss = cross_entropy(wrapped(images), labels)
-                accelerator.backward(loss)
+                own = title.startswith("R-Drop")  # the model returns the loss, of two passes
+                made = wrapped(images, labels=labels)[0] if own else cross_entropy(wrapped(images), labels)
+                accelerator.backward(made)
                 optimizer.step()
                 schedule.step()
                 progress.advance(task)
@@ -125,9 +116,7 @@ def digits_job():
 
     def create():
         model = timm.create_model("vit_tiny_patch16_224", num_classes=4, **SMALL, **RATES)
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        assert set(missing) == {"head.weight", "head.bias"}, "only the head is new"
-        assert not unexpected
+        model.load_state_dict(weights, strict=False)  # only the head is new
         return model
 
     order = torch.randperm(int(new.sum()), generator=torch.Generator().manual_seed(0))
@@ -164,25 +153,15 @@ def idx_images(part: str, size: int) -> TensorDataset:
         raw = (gzip.open if file.suffix == ".gz" else open)(file, "rb").read()
         arrays.append(torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).copy()))
     images = arrays[0].view(len(arrays[1]), 1, 28, 28).float() / 127.5 - 1
-    images = torch.nn.functional.interpolate(images[: options.most], size=size).expand(-1, 3, -1, -1)
-    return TensorDataset(images, arrays[1][: options.most].long())
+    images = torch.nn.functional.interpolate(images, size=size).expand(-1, 3, -1, -1)
+    return TensorDataset(images, arrays[1].long())
 
 
-def save_table(curves, seconds) -> None:
-    table = Table(
-        "method", "accuracy", "std", "seconds a run", title=f"held-out accuracy, {options.seeds} seeds"
-    )
-    rows = []
-    for method, runs in curves.items():
-        last = [run[-1][1] for run in runs]
-        row = {
-            "method": method,
-            "accuracy": statistics.mean(last),
-            "std": statistics.pstdev(last),
-            "seeds": last,
-        }
-        rows.append(row | {"seconds": statistics.mean(seconds[method])})
-        table.add_row(method, f"{row['accuracy']:.3f}", f"{row['std']:.3f}", f"{rows[-1]['seconds']:.1f}")
+def save_table(curves) -> None:
+    table = Table("method", "accuracy", "std", title=f"held-out images, {options.seeds} seeds")
+    rows = {method: [run[-1][1] for run in runs] for method, runs in curves.items()}
+    for method, last in rows.items():
+        table.add_row(method, f"{statistics.mean(last):.3f}", f"{statistics.pstdev(last):.3f}")
     console.print(table)
     (options.output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -194,7 +173,6 @@ def save_plot(curves) -> None:
         axes.plot([step for step, _ in runs[0]], values.mean(0), marker="o", label=method)
     axes.set(xlabel="step", ylabel="held-out accuracy", title="mean over the seeds")
     axes.legend()
-    axes.grid(alpha=0.3)
     figure.savefig(options.output / "curves.png", dpi=150)
 
 
@@ -207,17 +185,14 @@ def save_plain(model, create) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="vit_base_patch16_224", help="a model of timm, for --data")
     parser.add_argument("--data", type=Path, help="a folder of images; default: scikit-learn's digits")
-    parser.add_argument(
-        "--regularize", nargs="+", metavar="RULE", default=RULES, help="such as Dropout=gaussian"
-    )
+    parser.add_argument("--regularize", nargs="+", default=RULES, help="such as Dropout=gaussian")
     for name, kind, value in (
-        ("shots", int, SHOTS), ("epochs", int, EPOCHS), ("lr", float, LEARNING_RATE), ("momentum", float, MOMENTUM),
-        ("weight-decay", float, WEIGHT_DECAY), ("seeds", int, 3), ("most", int, 2000), ("output", Path, Path("output/vit")),
+        ("shots", int, SHOTS), ("epochs", int, EPOCHS), ("lr", float, LEARNING_RATE),
+        ("weight-decay", float, WEIGHT_DECAY), ("seeds", int, 3),
+        ("output", Path, Path("output/vit")),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")
     made = parser.parse_args()

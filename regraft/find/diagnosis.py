@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from regraft.find.functions import ATTENTION
+from regraft.find.kinds import PLAIN
 from regraft.find.probe import Probe
 from regraft.find.site import Site
 from regraft.find.walk import Named
@@ -58,12 +59,13 @@ def _baked_in(noise: list[Site]) -> Iterator[Finding]:
     """Nodes of a graph that drop, or do not, whatever the mode, until a graft stands there."""
     for site in noise:
         if site.kind == "node" and site.variant is None and (site.draws_in_eval or site.baked is False):
+            selected = "Dropout" if site.op in PLAIN else site.op
             when = "in eval too" if site.draws_in_eval else "not in training either"
             yield Finding(
                 site.path,
                 f"{site.written} was fixed by tracing: it drops {when}",
                 site.source,
-                "apply {'Dropout': 'dropout'}: the graft follows .training",
+                f"apply {{'{selected}': 'dropout'}}: the graft follows .training",
             )
 
 

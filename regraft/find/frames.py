@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from types import FrameType
 
 import torch
@@ -14,6 +15,7 @@ _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 _LAYERS = os.path.join(_TORCH, "nn", "modules")
 _WATCH = os.path.join(_OWN, "find", "watch.py")
+_GENERATED = "<eval_with_key>"
 _TRACED = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -50,8 +52,8 @@ def caller_line() -> str:
 
 
 def line_of(frames: list[FrameType]) -> str:
-    """The line of the innermost frame; "" where there is none."""
-    if not frames:
+    """The line of the innermost frame; "" where there is none, or where torch.fx generated it."""
+    if not frames or frames[0].f_code.co_filename.startswith(_GENERATED):
         return ""
     return f"{short(frames[0].f_code.co_filename)}:{frames[0].f_lineno}"
 
@@ -59,9 +61,17 @@ def line_of(frames: list[FrameType]) -> str:
 def line_of_trace(trace: str | None) -> str | None:
     """The line of a written stack trace that made a graph node; None where none was kept."""
     for file, number in reversed(_TRACED.findall(trace or "")):
-        if not file.startswith((_TORCH, _OWN, "<eval_with_key>")):
+        if not file.startswith((_TORCH, _OWN, _GENERATED)):
             return f"{short(file)}:{number}"
     return None
+
+
+def own_line(stack: traceback.StackSummary) -> str:
+    """Of the frames of an error, the line of the innermost that is neither torch's nor regraft's."""
+    for frame in reversed(stack):
+        if not frame.filename.startswith((_TORCH, _OWN)):
+            return f"{short(frame.filename)}:{frame.lineno}"
+    return ""
 
 
 def short(filename: str) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from regraft.find.inspection import inspect, look
 from regraft.find.original import grafts_of
 from regraft.graft.change import RIVALS, Change, set_graft, stands
+from regraft.graft.nodes import set_slot
 from regraft.graft.steps import Step, steps_of
 from regraft.planning import Edit, Plan, Rules, Skip, plan_of
 from regraft.report.view import SCHEMA, View
@@ -19,7 +20,7 @@ from regraft.rules import read_rules
 
 _MENDED = (
     "{} dropped in eval too; the graft follows .training",
-    "tracing had fixed {}, in training and in eval; the graft follows .training",
+    "tracing had fixed {} for both modes; the graft follows .training",
 )
 
 

@@ -14,7 +14,8 @@ from regraft.find.site import Site
 from regraft.find.walk import Named, inner_model, named_modules
 from regraft.graft.apply import undo
 from regraft.graft.calls import BOUNDARY
-from regraft.graft.change import Change, set_graft
+from regraft.graft.change import Change
+from regraft.graft.nodes import placed_grafts, set_slot
 from regraft.variants.spec import Variant
 
 
@@ -45,8 +46,7 @@ def revert(model: nn.Module, selector: Any = None) -> nn.Module:
     wanted = None if selector is None else read_selector(selector)
     chosen = [
         (named.module, slot)
-        for named in named_modules(root)
-        for slot, graft in grafts_of(named.module).items()
+        for named, slot, graft in placed_grafts(named_modules(root))
         if wanted is None or (graft.edit and wanted.matches(_site(named, graft)))
     ]
     if wanted is not None:
@@ -56,7 +56,7 @@ def revert(model: nn.Module, selector: Any = None) -> nn.Module:
     changes: list[Change] = []
     try:
         for module, slot in chosen:
-            changes.append((module, slot, set_graft(module, slot, None)))
+            changes.append((module, slot, set_slot(module, slot, None)))
     except BaseException:
         undo(changes)
         raise
@@ -68,8 +68,7 @@ def _idle_boundaries(root: nn.Module, gone: set[tuple[int, str]]) -> list[tuple[
     named = named_modules(root)
     left = [
         (one, graft)
-        for one in named
-        for slot, graft in grafts_of(one.module).items()
+        for one, slot, graft in placed_grafts(named)
         if graft.edit and (id(one.module), slot) not in gone
     ]
     owners = [path for one, graft in left if graft.edit["kind"] == "call" for path in one.paths]
@@ -113,7 +112,7 @@ def _site(named: Named, graft: Graft) -> Site:
 
 
 def _nothing(root: nn.Module, selector: Selector) -> NoMatchError:
-    paths = [named.paths[0] for named in named_modules(root) if grafts_of(named.module)]
+    paths = list(dict.fromkeys(named.paths[0] for named, _, _ in placed_grafts(named_modules(root))))
     listed = ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
     return NoMatchError(
         "the selector matches no graft",

@@ -10,10 +10,9 @@ from torch import nn
 
 from regraft.errors import FileError
 from regraft.find.inspection import look
-from regraft.find.original import grafts_of
-from regraft.find.walk import named_modules
 from regraft.graft.apply import Report, apply
 from regraft.graft.calls import BOUNDARY
+from regraft.graft.nodes import placed_grafts
 from regraft.planning import Edit, Plan, fingerprint
 
 FILE_NAME = "regraft.json"
@@ -70,17 +69,16 @@ def plan_of_grafts(model: nn.Module) -> Plan:
     edits: list[Edit] = []
     rules: list[list[Any]] = []
     boundaries: list[str] = []
-    for named in named_modules(inspection.root):
-        for slot, graft in grafts_of(named.module).items():
-            if slot == BOUNDARY:
-                boundaries.append(named.paths[0])
-                continue
-            if not graft.edit:
-                continue  # passes of the whole model: no site is edited
-            edit = Edit(**{**graft.edit, "path": named.paths[0], "rule": len(rules)})
-            edits.append(edit)
-            inside = ", ".join(f"{key}={value!r}" for key, value in edit.options.items())
-            rules.append([f"{edit.op}@{edit.path}", f"{edit.variant}({inside})"])
+    for named, slot, graft in placed_grafts(inspection.modules):
+        if slot == BOUNDARY:
+            boundaries.append(named.paths[0])
+            continue
+        if not graft.edit:
+            continue  # passes of the whole model: no site is edited
+        edit = Edit(**{**graft.edit, "path": named.paths[0], "rule": len(rules)})
+        edits.append(edit)
+        inside = ", ".join(f"{key}={value!r}" for key, value in edit.options.items())
+        rules.append([f"{edit.op}@{edit.path}", f"{edit.variant}({inside})"])
     return Plan(
         model=type(inspection.root).__name__,
         rules=rules,

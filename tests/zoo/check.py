@@ -16,6 +16,7 @@ from .entry import Entry, Inputs, forward, tensors
 from .recorder import DROP_PATH, PLAIN, Call, record
 
 RULES = {"Dropout": "gaussian", "DropPath": "droppath"}
+_PLAIN_VALUES = (int, float, str, bool, type(None))
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
 
 
@@ -129,7 +130,8 @@ def _apply(row: Row, model: nn.Module, inputs: Inputs | None) -> dict[str, Any] 
     """The report as plain data; None if no rule matches."""
     import regraft
 
-    rules = {name: RULES[name] for name, seen in (("Dropout", row.plain), ("DropPath", row.drop_path)) if seen}
+    counts = {"Dropout": row.plain, "DropPath": row.drop_path}
+    rules = {name: RULES[name] for name, count in counts.items() if count}
     while rules:
         try:
             report = regraft.apply(model, dict(rules), inputs=inputs)
@@ -138,7 +140,6 @@ def _apply(row: Row, model: nn.Module, inputs: Inputs | None) -> dict[str, Any] 
             if "match" not in str(error) or not missed:
                 raise
             row.unmatched += missed
-            counts = {"Dropout": row.plain, "DropPath": row.drop_path}
             row.skipped |= {f"an error: the rule {name!r} matches nothing": counts[name] for name in missed}
             rules = {name: variant for name, variant in rules.items() if name not in missed}
         else:
@@ -196,7 +197,8 @@ def _equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 
 
 def _backward(output: Any) -> None:
-    losses = [found.float().mean() for found in tensors(output) if found.requires_grad and not found.is_complex()]
+    trained = [found for found in tensors(output) if found.requires_grad and not found.is_complex()]
+    losses = [found.float().mean() for found in trained]
     if losses:
         torch.stack(losses).sum().backward()
 
@@ -222,9 +224,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         found[f"attributes of {path}"] = tuple(module.__dict__)
         found[f"mode of {path}"] = module.training
         found[f"hooks of {path}"] = [tuple(module.__dict__.get(name, {}).items()) for name in _HOOKS]
-        found[f"values of {path}"] = {
-            key: value for key, value in vars(module).items() if isinstance(value, (int, float, str, bool, type(None)))
-        }
+        found[f"values of {path}"] = {k: v for k, v in vars(module).items() if isinstance(v, _PLAIN_VALUES)}
     return found
 
 

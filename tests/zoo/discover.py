@@ -8,6 +8,7 @@ Run it when transformers has new architectures. The list makes the tests fast an
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import traceback
@@ -20,17 +21,37 @@ from . import hf_inputs
 from .check import quiet
 from .entry import forward, tensors
 from .hf_configs import Shrink
-from .models_hf import HEADS, NAMES, make
+from .models_hf import NAMES, make
 
 LEVELS = ("tiny 32 2", "tiny 64 2", "tiny 32 4", "wide 64 2", "wide 224 2", "wide 0 2")
 """Widths, image size (0: as it is) and layers; the first that runs is taken."""
 CAP = 3e7
+_MAPPING = re.compile(r"MODEL_FOR_\w+_MAPPING_NAMES")
+HEADS = (
+    "SEQUENCE_CLASSIFICATION",
+    "IMAGE_CLASSIFICATION",
+    "AUDIO_CLASSIFICATION",
+    "SPEECH_SEQ_2_SEQ",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "CAUSAL_LM",
+    "MASKED_LM",
+    "CTC",
+    "VIDEO_CLASSIFICATION",
+    "SEMANTIC_SEGMENTATION",
+    "OBJECT_DETECTION",
+    "DEPTH_ESTIMATION",
+    "IMAGE_TEXT_TO_TEXT",
+    "MULTIMODAL_LM",
+    "PRETRAINING",
+)
+"""The heads tried first, in this order: those with dropout of their own."""
 SECONDS = 20
 
 
 def main() -> None:
     quiet()
-    known = {line.partition("\t")[0]: line for line in NAMES.read_text().splitlines()} if NAMES.exists() else {}
+    lines = NAMES.read_text().splitlines() if NAMES.exists() else []
+    known = {line.partition("\t")[0]: line for line in lines}
     for model_type in sys.argv[1:] or sorted(_types()):
         errors: list[str] = []
         found = next(_attempts(model_type, errors), None)
@@ -51,7 +72,8 @@ def classes(model_type: str) -> list[str]:
     from transformers.models.auto import modeling_auto
 
     mappings = [f"MODEL_FOR_{head}_MAPPING_NAMES" for head in HEADS]
-    found = [getattr(modeling_auto, name, {}).get(model_type) for name in [*mappings, "MODEL_MAPPING_NAMES"]]
+    mappings += ["MODEL_MAPPING_NAMES", *(name for name in vars(modeling_auto) if _MAPPING.fullmatch(name))]
+    found = [getattr(modeling_auto, name, {}).get(model_type) for name in mappings]
     flat = [one for item in found if item for one in ([item] if isinstance(item, str) else item)]
     return list(dict.fromkeys(flat))
 
@@ -69,7 +91,8 @@ def _attempts(model_type: str, errors: list[str]) -> Iterator[str]:
                     _run(*make(model_type, class_name, shrink, way, cap=CAP))
                     yield "\t".join((model_type, class_name, widths, image, layers, way))
                 except Exception as error:
-                    errors.append(f"{class_name} {level} {way}: {type(error).__name__}: {error} ({_place(error)})")
+                    what = f"{type(error).__name__}: {error} ({_place(error)})"
+                    errors.append(f"{class_name} {level} {way}: {what}")
                 finally:
                     signal.alarm(0)
 

@@ -22,7 +22,8 @@ _PER_LAYER = re.compile(r"layer|index|pattern|window|rope|idx")
 _TOKEN = re.compile(r".*(_token_id|_token_index|_index|_token_ids|_id)|(audio|image|video)_token")
 _ALWAYS: dict[str, int] = {
     r".*vocab_size": VOCABULARY,
-    r"(.*_)?(max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions|max_sequence_length)": POSITIONS,
+    r"(.*_)?(max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions)": POSITIONS,
+    r"(.*_)?max_sequence_length": POSITIONS,
     r"max_source_positions": 32,
     r"num_queries|num_query_tokens|.*num_latents|.*n_latents|two_stage_num_proposals|num_denoising": 8,
     r".*num_experts_per_tok|moe_topk|moe_k|top_k_experts": 2,
@@ -31,8 +32,8 @@ _ALWAYS: dict[str, int] = {
 }
 _WIDTHS: dict[str, int] = {
     r".*intermediate_size": 96,
-    r".*(ffn_dim|d_ff|mlp_dim|ffn_hidden_size|dim_feedforward|feedforward_dim|dff|dim_ff|n_inner|d_inner)": 96,
-    r".*(intermediate_dim)": 96,
+    r".*(ffn_dim|d_ff|mlp_dim|ffn_hidden_size|dim_feedforward|feedforward_dim)": 96,
+    r".*(dff|dim_ff|n_inner|d_inner|intermediate_dim)": 96,
     r".*(num_key_value_heads|n_kv_heads|num_kv_heads)": 2,
     r".*(attention_heads|num_heads|n_head|n_heads|_heads)": HEADS,
     r"(.*_)?(head_dim|d_kv|d_head|dim_head|key_value_channels)": HEAD_DIM,
@@ -123,7 +124,11 @@ class Shrink:
             return min(self.layers, value)
         if _TOKEN.fullmatch(name) and value >= VOCABULARY:
             return self.tokens.setdefault(name, VOCABULARY - 1 - len(self.tokens))
-        if self.widths and name.endswith("num_key_value_heads") and value == vars(default).get("num_attention_heads"):
+        if (
+            self.widths
+            and name.endswith("num_key_value_heads")
+            and value == vars(default).get("num_attention_heads")
+        ):
             return HEADS
         rules = _ALWAYS | (_WIDTHS if self.widths else {})
         small = next((size for pattern, size in rules.items() if re.fullmatch(pattern, name)), None)

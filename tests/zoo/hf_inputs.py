@@ -11,7 +11,7 @@ from torch import nn
 BATCH, TEXT = 2, 16
 
 
-WAYS = ("main", "images", "transposed", "video", "patches", "audio-text")
+WAYS = ("main", "images", "transposed", "video", "patches")
 """What a forward may need beyond its main input; which one a model needs is in the list of names."""
 
 
@@ -24,18 +24,18 @@ def made(model: nn.Module, way: str = "main") -> dict[str, Any]:
     names = [main] if main in parameters else []
     names += [n for n, one in parameters.items() if n not in names and _required(one)]
     if way == "images":
-        names += [n for n in ("input_ids", "pixel_values", "bbox", "input_features") if n in parameters and n not in names]
+        both = ("input_ids", "pixel_values", "bbox", "input_features")
+        names += [name for name in both if name in parameters and name not in names]
     inputs = {name: _MAKERS[name](config) for name in names if name in _MAKERS}
-    if "decoder_input_ids" in parameters and "decoder_input_ids" not in inputs and find(config, "is_encoder_decoder"):
-        inputs["decoder_input_ids"] = _ids(config)
+    if "decoder_input_ids" in parameters and find(config, "is_encoder_decoder"):
+        inputs.setdefault("decoder_input_ids", _ids(config))
     if "input_ids" in inputs and "attention_mask" in parameters:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if way == "transposed":
-        inputs = {k: v.transpose(1, 2) if k in ("input_features", "input_values") and v.dim() > 2 else v for k, v in inputs.items()}
-    if way == "transposed" and inputs.get("input_values", torch.zeros(1)).dim() == 2:
-        inputs["input_values"] = inputs["input_values"][:, None]
-    if way == "video":
-        inputs = {k: _video(config) if k == "pixel_values" else v for k, v in inputs.items()}
+    if way == "transposed" and main in inputs:
+        given = inputs[main]
+        inputs[main] = given.transpose(1, 2) if given.dim() > 2 else given[:, None]
+    if way == "video" and "pixel_values" in inputs:
+        inputs["pixel_values"] = _video(config)
     if model.config.model_type in _OWN:
         inputs |= _OWN[model.config.model_type](config)
     if way == "patches":
@@ -48,8 +48,8 @@ def _patches(config: Any, main: str, parameters: Any) -> dict[str, Any]:
     size = find(config, "patch_size", 14)
     depth = find(config, "in_channels", find(config, "in_chans", find(config, "num_channels", 3)))
     width = depth * find(config, "temporal_patch_size", 1) * size * size
-    grid = next((name for name in ("grid_thw", "image_grid_thw", "grid_hws") if name in parameters), "grid_thw")
-    first = "pixel_values" if "pixel_values" in parameters else "hidden_states" if "hidden_states" in parameters else main
+    grid = next((name for name in ("image_grid_thw", "grid_hws") if name in parameters), "grid_thw")
+    first = next((name for name in ("pixel_values", "hidden_states") if name in parameters), main)
     made = {first: torch.randn(32, width), grid: torch.tensor([[1, 4, 4], [1, 4, 4]])}
     if "merge_sizes" in parameters:
         made["merge_sizes"] = torch.tensor([1, 1])
@@ -63,8 +63,20 @@ def _required(parameter: inspect.Parameter) -> bool:
     )
 
 
-_PARTS = ("text_config", "vision_config", "audio_config", "encoder", "decoder", "text_encoder", "backbone_config",
-          "thinker_config", "audio_encoder_config", "encoder_config", "decoder_config", "speech_encoder")
+_PARTS = (
+    "text_config",
+    "vision_config",
+    "audio_config",
+    "encoder",
+    "decoder",
+    "text_encoder",
+    "backbone_config",
+    "thinker_config",
+    "audio_encoder_config",
+    "encoder_config",
+    "decoder_config",
+    "speech_encoder",
+)
 
 
 def find(config: Any, name: str, default: Any = None) -> Any:
@@ -82,9 +94,9 @@ def find(config: Any, name: str, default: Any = None) -> Any:
 def _ids(config: Any) -> torch.Tensor:
     vocabulary = min(find(config, "vocab_size", 100), 100)
     ids = torch.randint(min(5, vocabulary - 1), vocabulary, (BATCH, TEXT))
-    special = {v for k, v in vars(config).items() if k.endswith(("_token_id", "_token_index")) and isinstance(v, int)}
-    for token in special:
-        ids[ids == token] = min(4, vocabulary - 1)
+    for name, value in vars(config).items():
+        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
+            ids[ids == value] = min(4, vocabulary - 1)  # no placeholder of an image that is not there
     end = find(config, "eos_token_id")
     end = end[0] if isinstance(end, (list, tuple)) else end
     if isinstance(end, int) and 0 <= end < vocabulary:
@@ -155,7 +167,9 @@ _OWN = {
     "lxmert": _regions,
     "siglip2": _naflex,
     "siglip2_vision_model": _naflex,
-    "blip_2_qformer": lambda config: {"encoder_hidden_states": torch.randn(BATCH, 4, config.encoder_hidden_size)},
+    "blip_2_qformer": lambda config: {
+        "encoder_hidden_states": torch.randn(BATCH, 4, config.encoder_hidden_size)
+    },
     "dia": lambda config: {"decoder_input_ids": torch.randint(0, 9, (BATCH, 6, 9))},
     "xclip": lambda config: {"pixel_values": torch.randn(BATCH, 8, 3, 32, 32)},
     "tvp": lambda config: {"pixel_values": torch.randn(BATCH, 1, 3, 448, 448)},
@@ -167,7 +181,8 @@ _OWN = {
 def _series(config: Any) -> torch.Tensor:
     length = find(config, "context_length", 16) + max(find(config, "lags_sequence", [0]))
     channels = find(config, "num_input_channels", find(config, "input_size", 1))
-    return torch.randn(BATCH, length, channels) if channels > 1 or not find(config, "lags_sequence") else torch.randn(BATCH, length)
+    flat = channels == 1 and find(config, "lags_sequence")
+    return torch.randn(BATCH, length) if flat else torch.randn(BATCH, length, channels)
 
 
 _MAKERS = {
@@ -182,9 +197,11 @@ _MAKERS = {
     "qformer_input_ids": _ids,
     "query_embeds": lambda config: torch.randn(BATCH, 8, find(config, "hidden_size")),
     "task_inputs": lambda config: torch.randint(0, 99, (BATCH, find(config, "task_seq_len", 8))),
-    "past_values": lambda config: _series(config),
+    "past_values": _series,
     "past_observed_mask": lambda config: torch.ones_like(_series(config)),
-    "past_time_features": lambda config: torch.randn(*_series(config).shape[:2], find(config, "num_time_features", 1)),
+    "past_time_features": lambda config: torch.randn(
+        *_series(config).shape[:2], find(config, "num_time_features", 1)
+    ),
     "inputs_embeds": lambda config: torch.randn(BATCH, TEXT, find(config, "hidden_size")),
     "freq": lambda config: torch.zeros(BATCH, 1, dtype=torch.long),
     "attention_mask": lambda config: torch.ones(BATCH, TEXT, dtype=torch.long),

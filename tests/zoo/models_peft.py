@@ -48,7 +48,9 @@ def _llama() -> nn.Module:
 def _gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=2, n_positions=64, use_cache=False))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=2, n_positions=64, use_cache=False)
+    )
 
 
 def _t5() -> nn.Module:
@@ -70,20 +72,42 @@ def _config(name: str, **options: Any) -> Callable[[], Any]:
 
 
 _WAYS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "lora-bert": ("bert", _config("LoraConfig", **_LORA, target_modules=["query", "value"], task_type="SEQ_CLS")),
-    "lora-llama": ("llama", _config("LoraConfig", **_LORA, target_modules="all-linear", task_type="CAUSAL_LM")),
+    "lora-bert": (
+        "bert",
+        _config("LoraConfig", **_LORA, target_modules=["query", "value"], task_type="SEQ_CLS"),
+    ),
+    "lora-llama": (
+        "llama",
+        _config("LoraConfig", **_LORA, target_modules="all-linear", task_type="CAUSAL_LM"),
+    ),
     "lora-gpt2": ("gpt2", _config("LoraConfig", **_LORA, target_modules=["c_attn"], fan_in_fan_out=True)),
     "lora-t5": ("t5", _config("LoraConfig", **_LORA, target_modules=["q", "v"])),
-    "dora-llama": ("llama", _config("LoraConfig", **_LORA, use_dora=True, target_modules=["q_proj", "v_proj"])),
+    "dora-llama": (
+        "llama",
+        _config("LoraConfig", **_LORA, use_dora=True, target_modules=["q_proj", "v_proj"]),
+    ),
     "lora-embedding": ("bert", _config("LoraConfig", **_LORA, target_modules=["word_embeddings", "dense"])),
-    "ia3-bert": ("bert", _config("IA3Config", target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"])),
+    "ia3-bert": (
+        "bert",
+        _config(
+            "IA3Config", target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"]
+        ),
+    ),
     "adalora-llama": (
         "llama",
-        _config("AdaLoraConfig", init_r=4, target_r=2, total_step=10, lora_dropout=RATE, target_modules=["q_proj"]),
+        _config(
+            "AdaLoraConfig", init_r=4, target_r=2, total_step=10, lora_dropout=RATE, target_modules=["q_proj"]
+        ),
     ),
     "vera-bert": ("bert", _config("VeraConfig", r=4, vera_dropout=RATE, target_modules=["query", "value"])),
-    "loha-bert": ("bert", _config("LoHaConfig", r=4, alpha=4, rank_dropout=RATE, target_modules=["query", "value"])),
-    "oft-llama": ("llama", _config("OFTConfig", oft_block_size=8, module_dropout=RATE, target_modules=["q_proj"])),
+    "loha-bert": (
+        "bert",
+        _config("LoHaConfig", r=4, alpha=4, rank_dropout=RATE, target_modules=["query", "value"]),
+    ),
+    "oft-llama": (
+        "llama",
+        _config("OFTConfig", oft_block_size=8, module_dropout=RATE, target_modules=["q_proj"]),
+    ),
     "prefix-gpt2": ("gpt2", _config("PrefixTuningConfig", num_virtual_tokens=4, task_type="CAUSAL_LM")),
     "prompt-llama": ("llama", _config("PromptTuningConfig", num_virtual_tokens=4, task_type="CAUSAL_LM")),
 }

@@ -26,7 +26,9 @@ def _rows(*shape: int) -> Tensor:
 class Attends(nn.Module):
     """`nn.MultiheadAttention` as people call it."""
 
-    def __init__(self, attention: nn.MultiheadAttention, weights: bool, key: int = WIDTH, masked: bool = False) -> None:
+    def __init__(
+        self, attention: nn.MultiheadAttention, weights: bool, key: int = WIDTH, masked: bool = False
+    ) -> None:
         super().__init__()
         self.attention, self.weights, self.key, self.masked = attention, weights, key, masked
         self.head = nn.Linear(WIDTH, 2)
@@ -42,7 +44,9 @@ class Attends(nn.Module):
         return self.head(found)
 
 
-def _attention(weights: bool, masked: bool = False, key: int = WIDTH, first: bool = True) -> tuple[nn.Module, Inputs]:
+def _attention(
+    weights: bool, masked: bool = False, key: int = WIDTH, first: bool = True
+) -> tuple[nn.Module, Inputs]:
     made = nn.MultiheadAttention(WIDTH, 2, dropout=RATE, batch_first=first, kdim=key, vdim=key)
     return Attends(made, weights, key, masked), (_rows(2, 5, WIDTH),)
 
@@ -213,7 +217,10 @@ def _decoder() -> tuple[nn.Module, Inputs]:
 
 
 def _transformer() -> tuple[nn.Module, Inputs]:
-    return nn.Transformer(WIDTH, 2, 2, 2, 32, RATE, batch_first=True), (_rows(2, 5, WIDTH), _rows(2, 4, WIDTH))
+    return nn.Transformer(WIDTH, 2, 2, 2, 32, RATE, batch_first=True), (
+        _rows(2, 5, WIDTH),
+        _rows(2, 4, WIDTH),
+    )
 
 
 def _one_layer(**options: object) -> tuple[nn.Module, Inputs]:
@@ -221,7 +228,13 @@ def _one_layer(**options: object) -> tuple[nn.Module, Inputs]:
 
 
 def _sequential() -> tuple[nn.Module, Inputs]:
-    layers = (nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Dropout(RATE), nn.Dropout(RATE, inplace=True), nn.Linear(WIDTH, 2))
+    layers = (
+        nn.Linear(WIDTH, WIDTH),
+        nn.ReLU(),
+        nn.Dropout(RATE),
+        nn.Dropout(RATE, inplace=True),
+        nn.Linear(WIDTH, 2),
+    )
     return nn.Sequential(*layers), (_rows(3, WIDTH),)
 
 

@@ -42,7 +42,12 @@ CLASSIFIERS: dict[str, int] = {
     "vit_b_32": 64,
     "wide_resnet50_2": 32,
 }
-SEGMENTERS = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "fcn_resnet50", "lraspp_mobilenet_v3_large")
+SEGMENTERS = (
+    "deeplabv3_mobilenet_v3_large",
+    "deeplabv3_resnet50",
+    "fcn_resnet50",
+    "lraspp_mobilenet_v3_large",
+)
 VIDEO: dict[str, tuple[int, int]] = {
     "mc3_18": (4, 32),
     "r2plus1d_18": (4, 32),
@@ -50,7 +55,11 @@ VIDEO: dict[str, tuple[int, int]] = {
     "s3d": (16, 224),
     "swin3d_t": (4, 64),
 }
-DETECTORS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large")
+DETECTORS = (
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "retinanet_resnet50_fpn",
+    "ssdlite320_mobilenet_v3_large",
+)
 RATES = ("dropout", "attention_dropout", "stochastic_depth_prob", "drop_rate")
 
 
@@ -131,7 +140,17 @@ def _maxvit() -> tuple[nn.Module, Inputs]:
 
     rates = {"stochastic_depth_prob": RATE, "attention_dropout": RATE, "mlp_dropout": RATE}
     model = MaxVit(
-        (64, 64), 16, 4, [16, 32], [1, 1], 8, num_classes=10, squeeze_ratio=0.25, expansion_ratio=4, mlp_ratio=4, **rates
+        (64, 64),
+        16,
+        4,
+        [16, 32],
+        [1, 1],
+        8,
+        num_classes=10,
+        squeeze_ratio=0.25,
+        expansion_ratio=4,
+        mlp_ratio=4,
+        **rates,
     )
     return _set(model), (torch.randn(2, 3, 64, 64),)
 

@@ -12,48 +12,33 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .entry import Inputs, forward
+from .named import DROPOUTS, named_call, size_of
 
-PLAIN = frozenset({"dropout", "scaled_dot_product_attention", "multi_head_attention_forward", "rnn", "private dropout"})
+PLAIN = frozenset(
+    {"dropout", "scaled_dot_product_attention", "multi_head_attention_forward", "rnn", "private dropout"}
+)
 """What the selector "Dropout" means, however it is written."""
 DROP_PATH = frozenset({"drop_path", "inline drop_path"})
 
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_HERE = frozenset({os.path.abspath(__file__), os.path.abspath(forward.__code__.co_filename)})
-_DROPOUTS: dict[Callable[..., Any], str] = {
-    F.dropout: "dropout",
-    torch.dropout: "dropout",
-    torch.dropout_: "dropout",
-    torch.native_dropout: "dropout",
-    F.dropout1d: "dropout1d",
-    F.dropout2d: "dropout2d",
-    F.dropout3d: "dropout3d",
-    torch.feature_dropout: "dropout2d",
-    torch.feature_dropout_: "dropout2d",
-    F.alpha_dropout: "alpha_dropout",
-    torch.alpha_dropout: "alpha_dropout",
-    torch.alpha_dropout_: "alpha_dropout",
-    F.feature_alpha_dropout: "feature_alpha_dropout",
-    torch.feature_alpha_dropout: "feature_alpha_dropout",
-    torch.feature_alpha_dropout_: "feature_alpha_dropout",
-}
-"""Functions `f(input, p, training)`; the rate of those in F is 0.5 by default, and they train by default in
-the alpha kinds no more than the caller says."""
-_IN_EVAL = frozenset({F.alpha_dropout, F.feature_alpha_dropout})
-_RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
-_RANDOM = re.compile(r"aten::(bernoulli|rand|normal|uniform|native_dropout|exponential|geometric|multinomial|log_normal|cauchy)")
+_HERE = frozenset(
+    {os.path.abspath(__file__), os.path.abspath(forward.__code__.co_filename)}
+)  # not the zoo's models
+_RANDOM = re.compile(
+    r"aten::(bernoulli|rand|normal|uniform|native_dropout|exponential|geometric|multinomial|log_normal|cauchy)"
+)
 _DROP_PATH_NAME = re.compile(r"drop_?path|stochastic_?depth|drop_?connect", re.IGNORECASE)
 _BLOCK_NAME = re.compile(r"drop_?block", re.IGNORECASE)
 _TOKEN_NAME = re.compile(r"(patch|token)_?dropout", re.IGNORECASE)
@@ -167,7 +152,7 @@ class _Watch:
             if owner is None and isinstance(module, nn.Module) and id(module) in self.paths:
                 owner = module
                 # Only its own forward: a subclass with another forward is no nn.Dropout to a walk.
-                walked = isinstance(module, _DropoutNd) and kind in _DROPOUTS.values()
+                walked = isinstance(module, _DropoutNd) and kind in DROPOUTS.values()
             if not source and not frame.f_code.co_filename.startswith(_TORCH):
                 source = f"{'/'.join(frame.f_code.co_filename.split(os.sep)[-2:])}:{frame.f_lineno}"
             if owner is not None and source:
@@ -183,11 +168,14 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self.watch = watch
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
-        seen = _named_call(func, args, kwargs)
-        if func is torch.rand and _size(args, kwargs) == ():
-            return func(*args, **kwargs).fill_(1.0)  # LayerDrop: a layer left out would leave out its dropouts
+        seen = named_call(func, args, kwargs)
+        if func is torch.rand and size_of(args, kwargs) == ():
+            # LayerDrop: a layer left out would leave out its dropouts.
+            return func(*args, **kwargs).fill_(1.0)
         if seen is None:
             return func(*args, **kwargs)
         kind, p = seen
@@ -200,36 +188,6 @@ class _Functions(TorchFunctionMode):
             self.watch.inside -= 1
 
 
-def _size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    size = args if args else kwargs.get("size", (1,))
-    return tuple(size[0]) if size and isinstance(size[0], (tuple, list)) else tuple(size)
-
-
-def _named_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, float] | None:
-    """What a call is and at which rate it drops; rate 0 if it does not; None if it is no regularizer."""
-    kind = _DROPOUTS.get(func) if callable(func) else None
-    if kind is not None:
-        p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-        training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else func not in _IN_EVAL))
-        return kind, float(p) if training else 0.0
-    if func is F.scaled_dot_product_attention:
-        return func.__name__, float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
-    if func is F.multi_head_attention_forward:
-        p = kwargs.get("dropout_p", args[10] if len(args) > 10 else 0.0)
-        training = kwargs.get("training", args[13] if len(args) > 13 else True)
-        return func.__name__, float(p) if training else 0.0
-    if func in _RECURRENT:
-        return "rnn", _recurrent_rate(args)
-    return None
-
-
-def _recurrent_rate(args: tuple[Any, ...]) -> float:
-    # (..., has_biases, num_layers, dropout, train, bidirectional[, batch_first])
-    numbers = [arg for arg in args if isinstance(arg, (bool, int, float))]
-    _, layers, p, training = numbers[:4]
-    return float(p) if training and layers > 1 else 0.0
-
-
 class _Draws(TorchDispatchMode):
     """Sees every draw of random numbers."""
 
@@ -237,7 +195,9 @@ class _Draws(TorchDispatchMode):
         super().__init__()
         self.watch = watch
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if _RANDOM.match(func._schema.name):
             one = result[0] if isinstance(result, tuple) else result

@@ -88,7 +88,9 @@ def test_a_bert_has_a_call_for_each_of_its_sites():
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(vocab_size=50, hidden_size=24, intermediate_size=24, max_position_embeddings=16)
-    seen = record(BertForSequenceClassification(config).train(), {"input_ids": torch.ones(1, 4, dtype=torch.long)})
+    seen = record(
+        BertForSequenceClassification(config).train(), {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    )
     assert Counter(call.kind for call in seen.calls) == {"dropout": 26, "scaled_dot_product_attention": 12}
     assert sum(call.walked for call in seen.calls) == 26
 

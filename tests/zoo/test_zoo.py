@@ -13,12 +13,15 @@ from . import check
 from .entries import entries, entry
 
 CHOSEN = frozenset(
-    """
-    torch:Transformer torch:MultiheadAttention-weights torch:LSTM torch:functional torch:aliased torch:dead-twin
-    torch:private torchvision:densenet121 torchvision:maxvit torchvision:vit_b_32 timm:test_vit timm:test_convnext
-    timm:test_efficientnet timm:test_byobnet peft:lora-bert peft:lora-llama hf:bert hf:bart hf:llama hf:gpt2 hf:t5
-    hf:deberta-v2 hf:vit hf:swin hf:wav2vec2 hf:mixtral hf:whisper hf:beit
-    """.split()
+    f"{library}:{name}"
+    for library, names in {
+        "torch": "Transformer MultiheadAttention-weights LSTM functional aliased dead-twin private",
+        "torchvision": "densenet121 maxvit vit_b_32",
+        "timm": "test_vit test_convnext test_efficientnet test_byobnet",
+        "peft": "lora-bert lora-llama",
+        "hf": "bert bart llama gpt2 t5 deberta-v2 vit swin wav2vec2 mixtral whisper beit",
+    }.items()
+    for name in names.split()
 )
 IDS = [one.id for one in entries()]
 MODELS = [
