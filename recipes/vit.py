@@ -127,11 +127,9 @@ def digits_job():
 
 
 def folder_job():
-    """A pretrained model of timm on images in a folder."""
     from torchvision.datasets import ImageFolder
 
-    probe = timm.create_model(options.model, pretrained=False)
-    settings = timm.data.resolve_model_data_config(probe)
+    settings = timm.data.resolve_model_data_config(timm.create_model(options.model))
     if (options.data / "train").is_dir():
         train = ImageFolder(options.data / "train", timm.data.create_transform(**settings, is_training=True))
         test = ImageFolder(options.data / "val", timm.data.create_transform(**settings))
@@ -139,11 +137,8 @@ def folder_job():
     else:
         train, test = (idx_images(part, settings["input_size"][-1]) for part in ("train", "t10k"))
         classes = int(train.tensors[1].max()) + 1
-    return (
-        lambda: timm.create_model(options.model, pretrained=True, num_classes=classes, **RATES),
-        train,
-        test,
-    )
+    made = {"pretrained": not options.scratch, "num_classes": classes, **RATES}
+    return lambda: timm.create_model(options.model, **made), train, test
 
 
 def idx_images(part: str, size: int) -> TensorDataset:
@@ -171,15 +166,14 @@ def save_plot(curves) -> None:
     for method, runs in curves.items():
         values = np.array([[value for _, value in run] for run in runs])
         axes.plot([step for step, _ in runs[0]], values.mean(0), marker="o", label=method)
-    axes.set(xlabel="step", ylabel="held-out accuracy", title="mean over the seeds")
+    axes.set(xlabel="step", ylabel="held-out accuracy, mean of the seeds")
     axes.legend()
     figure.savefig(options.output / "curves.png", dpi=150)
 
 
 def save_plain(model, create) -> None:
     """Revert, save, and load the weights strictly into a model that never saw regraft."""
-    file = options.output / "model.pt"
-    torch.save(regraft.revert(model).state_dict(), file)
+    torch.save(regraft.revert(model).state_dict(), file := options.output / "model.pt")
     create().load_state_dict(torch.load(file, weights_only=True), strict=True)
     console.print(f"plain checkpoint in {file}: loads without regraft, no missing and no unexpected key")
 
@@ -187,17 +181,17 @@ def save_plain(model, create) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="vit_base_patch16_224", help="a model of timm, for --data")
+    parser.add_argument("--scratch", action="store_true", help="without pretrained weights")
     parser.add_argument("--data", type=Path, help="a folder of images; default: scikit-learn's digits")
     parser.add_argument("--regularize", nargs="+", default=RULES, help="such as Dropout=gaussian")
     for name, kind, value in (
         ("shots", int, SHOTS), ("epochs", int, EPOCHS), ("lr", float, LEARNING_RATE),
-        ("weight-decay", float, WEIGHT_DECAY), ("seeds", int, 3),
-        ("output", Path, Path("output/vit")),
+        ("weight-decay", float, WEIGHT_DECAY), ("seeds", int, 3), ("output", Path, Path("output/vit")),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")
     made = parser.parse_args()
     if isinstance(made.regularize, list):
-        made.regularize = [tuple(rule.split("=", 1)) for rule in made.regularize]
+        made.regularize = [rule.split("=", 1) for rule in made.regularize]
     return made
 
 

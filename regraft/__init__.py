@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from regraft.find.inspection import Inspection as Inspection
     from regraft.find.inspection import inspect as inspect
     from regraft.find.site import Site as Site
+    from regraft.find.trace import trace as trace
     from regraft.graft.apply import Report as Report
     from regraft.graft.apply import apply as apply
     from regraft.graft.apply import grafted as grafted
@@ -38,6 +39,7 @@ _HOMES = {
     "Inspection": "find.inspection",
     "inspect": "find.inspection",
     "Site": "find.site",
+    "trace": "find.trace",
     "Report": "graft.apply",
     "apply": "graft.apply",
     "grafted": "graft.apply",

@@ -7,6 +7,7 @@ or a graph that another tool rewrote can still be read, and reverted.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import linecache
 import re
@@ -23,6 +24,8 @@ from regraft.find.functions import ATTENTION, FUNCTIONS, MULTI_HEAD
 NODE = "_regraft_node"
 """The attribute of a module that stands in a function's place: what the node called before."""
 LINEAR = "linear"
+WRAPPED = "is_wrapped"
+"""torch.fx's own mark on a node: its function is to be declared as wrapped in the code."""
 
 _SPECIAL = {F.scaled_dot_product_attention: ATTENTION, F.multi_head_attention_forward: MULTI_HEAD}
 _OPERATIONS: dict[Any, str] = {
@@ -50,12 +53,14 @@ class Replaced:
         function: what it called.
         op: the operation, "" for a function that drops somewhere inside.
         switch: the argument that says whether it drops, by position or name, where tracing fixed it.
+        wrapped: is it a Python function that tracing is not to enter? A pickle is read by tracing again.
     """
 
     name: str
     function: Callable[..., Any]
     op: str
     switch: int | str | None = None
+    wrapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,17 @@ def graph_nodes(owner: nn.Module) -> Iterator[GraphNode]:
                 yield found
 
 
+def graph_node(owner: nn.Module, name: str) -> GraphNode | None:
+    """The node of that name, if it calls a function."""
+    if isinstance(owner, fx.GraphModule):
+        for node in owner.graph.nodes:
+            if node.op == "call_module" or node.name == name:
+                found = _read(owner, node)
+                if found is not None and found.called.name == name:
+                    return found
+    return None
+
+
 def standing_in(module: nn.Module) -> Replaced | None:
     """What a node called before a graft put `module` there; None for any other module."""
     return module.__dict__.get(NODE)
@@ -96,9 +112,10 @@ def _read(owner: fx.GraphModule, node: fx.Node) -> GraphNode | None:
         record = standing_in(module) if module is not None else None
         if record is None:
             return None
-        name, function = record.name, record.function
+        name, function, wrapped = record.name, record.function, record.wrapped
     elif node.op == "call_function" and callable(node.target):
         name, function, module = node.name, node.target, None
+        wrapped = bool(node.meta.get(WRAPPED))
     else:
         return None
     op = _operation(function)
@@ -112,7 +129,7 @@ def _read(owner: fx.GraphModule, node: fx.Node) -> GraphNode | None:
     if not isinstance(flag, (bool, int)):
         where, flag = None, None  # the graph computes it: there is nothing to mend
     baked = None if flag is None else bool(flag)
-    return GraphNode(node, Replaced(name, function, op, where), p, baked, module)
+    return GraphNode(node, Replaced(name, function, op, where, wrapped), p, baked, module)
 
 
 def _submodule(owner: nn.Module, target: str) -> nn.Module | None:
@@ -122,6 +139,7 @@ def _submodule(owner: nn.Module, target: str) -> nn.Module | None:
         return None
 
 
+@functools.lru_cache(maxsize=1024)
 def _operation(function: Callable[..., Any]) -> str:
     if function in _OPERATIONS:
         return _OPERATIONS[function]
@@ -131,6 +149,7 @@ def _operation(function: Callable[..., Any]) -> str:
     return ""
 
 
+@functools.lru_cache(maxsize=1024)
 def _parameters(function: Callable[..., Any], op: str) -> dict[str, Any]:
     """The parameters in their order, with their defaults."""
     if op in _BUILT_IN:

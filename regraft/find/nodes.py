@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from regraft.find.calls import Called
 from regraft.find.frames import line_of_trace
-from regraft.find.graphs import LINEAR, GraphNode, graph_nodes
+from regraft.find.graphs import LINEAR, GraphNode, graph_node, graph_nodes
 from regraft.find.kinds import FAMILIES
 from regraft.find.obstacles import owner_obstacle
 from regraft.find.original import Graft, grafts_of, original_class
@@ -42,7 +42,7 @@ def probed_nodes(sites: list[Site], modules: list[Named], probe: Probe) -> list[
     named = {id(one.module): one for one in modules}
     for key, called in seen.items():
         owner = named[id(called.owner)]
-        found = next((one for one in graph_nodes(owner.module) if one.called.name == called.node), None)
+        found = graph_node(owner.module, called.node)
         if found is not None and not found.called.op:
             made.append(_opaque(owner, found, called, drew=key in drawn))
     return made

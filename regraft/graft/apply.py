@@ -12,7 +12,7 @@ from torch import nn
 from regraft.find.inspection import inspect, look
 from regraft.find.original import grafts_of
 from regraft.graft.change import RIVALS, Change, set_graft, stands
-from regraft.graft.nodes import set_slot
+from regraft.graft.nodes import compiled_once, set_slot
 from regraft.graft.steps import Step, steps_of
 from regraft.planning import Edit, Plan, Rules, Skip, plan_of
 from regraft.report.view import SCHEMA, View
@@ -152,13 +152,14 @@ def graft_rules(
 def _carry_out(steps: list[Step]) -> list[Change]:
     changes: list[Change] = []
     try:
-        for module, slot, graft in steps:
-            if stands(module, slot, graft):
-                continue
-            rival = RIVALS.get(slot)
-            if rival in grafts_of(module):
-                changes.append((module, rival, set_graft(module, rival, None)))
-            changes.append((module, slot, set_slot(module, slot, graft)))
+        with compiled_once():
+            for module, slot, graft in steps:
+                if stands(module, slot, graft):
+                    continue
+                rival = RIVALS.get(slot)
+                if rival in grafts_of(module):
+                    changes.append((module, rival, set_graft(module, rival, None)))
+                changes.append((module, slot, set_slot(module, slot, graft)))
     except BaseException:
         undo(changes)
         raise
@@ -167,8 +168,9 @@ def _carry_out(steps: list[Step]) -> list[Change]:
 
 def undo(changes: list[Change]) -> None:
     """Put back what was in each slot before, the last change first."""
-    for module, slot, previous in reversed(changes):
-        set_slot(module, slot, previous)
+    with compiled_once():
+        for module, slot, previous in reversed(changes):
+            set_slot(module, slot, previous)
 
 
 def _state_keys(steps: list[Step]) -> list[str]:

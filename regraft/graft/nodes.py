@@ -7,14 +7,16 @@ where tracing had fixed the flag, and has no parameters.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import fx, nn
 
 from regraft.errors import MisfitError
 from regraft.find.functions import ATTENTION
-from regraft.find.graphs import LINEAR, NODE, RATES, GraphNode, Replaced, graph_nodes
+from regraft.find.graphs import LINEAR, NODE, RATES, WRAPPED, GraphNode, Replaced, graph_node, graph_nodes
 from regraft.find.nodes import node_path
 from regraft.find.original import Graft, grafts_of, rebind_instance_forward
 from regraft.find.walk import Named
@@ -97,7 +99,7 @@ def set_slot(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None:
     if not slot.startswith(f"{SLOT}:"):
         return set_graft(module, slot, graft)
     _, name, op = slot.split(":")
-    found = next((one for one in graph_nodes(module) if one.called.name == name), None)
+    found = graph_node(module, name)
     if found is None and graft is None:
         return None  # somebody erased the node, and the graft with it
     if found is None or not isinstance(module, fx.GraphModule):
@@ -111,11 +113,7 @@ def set_slot(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None:
         return None
     previous = set_graft(found.module, inside, graft)
     if not grafts_of(found.module):
-        try:
-            _take_out(module, found)
-        except BaseException:
-            set_graft(found.module, inside, previous)
-            raise
+        _take_out(module, found)
     return previous
 
 
@@ -140,31 +138,50 @@ def _put_in(owner: fx.GraphModule, node: fx.Node, module: NodeFunction) -> None:
         number += 1
         name = f"{node.name}_{number}"
     owner.add_module(name, module)
-    try:
-        _call(owner, [node], "call_module", name)
-    except BaseException:
-        del owner._modules[name]
-        raise
+    node.op, node.target = "call_module", name
+    _compile(owner)
 
 
 def _take_out(owner: fx.GraphModule, found: GraphNode) -> None:
     target = str(found.node.target)
-    nodes = [one for one in owner.graph.nodes if (one.op, one.target) == ("call_module", target)]
-    _call(owner, nodes, "call_function", found.called.function)
+    for node in owner.graph.nodes:
+        if (node.op, node.target) == ("call_module", target):
+            node.op, node.target = "call_function", found.called.function
+            if found.called.wrapped:
+                node.meta[WRAPPED] = True  # a pickle has lost it
     path, _, name = target.rpartition(".")
     del owner.get_submodule(path)._modules[name]
+    _compile(owner)
 
 
-def _call(owner: fx.GraphModule, nodes: list[fx.Node], op: str, target: Any) -> None:
-    """Make nodes call something else; afterwards, or after an error, the code is the graph's."""
-    before = [(node, node.op, node.target) for node in nodes]
+class _Waiting(threading.local):
+    """The graphs that are to be compiled when all of their nodes are done."""
+
+    owners: dict[int, fx.GraphModule] | None = None
+
+
+_waiting = _Waiting()
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """On leaving, the code of each graph that was changed inside is made anew: once, not for every node."""
+    if _waiting.owners is not None:
+        yield
+        return
+    changed: dict[int, fx.GraphModule] = {}
+    _waiting.owners = changed
     try:
-        for node in nodes:
-            node.op, node.target = op, target
-        owner.recompile()
-        rebind_instance_forward(owner)
-    except BaseException:
-        for node, was, called in before:
-            node.op, node.target = was, called
-        owner.recompile()
-        raise
+        yield
+    finally:
+        _waiting.owners = None
+        for owner in changed.values():
+            _compile(owner)
+
+
+def _compile(owner: fx.GraphModule) -> None:
+    if _waiting.owners is not None:
+        _waiting.owners[id(owner)] = owner
+        return
+    owner.recompile()
+    rebind_instance_forward(owner)

@@ -15,7 +15,7 @@ from regraft.find.walk import Named, inner_model, named_modules
 from regraft.graft.apply import undo
 from regraft.graft.calls import BOUNDARY
 from regraft.graft.change import Change
-from regraft.graft.nodes import placed_grafts, set_slot
+from regraft.graft.nodes import compiled_once, placed_grafts, set_slot
 from regraft.variants.spec import Variant
 
 
@@ -55,8 +55,9 @@ def revert(model: nn.Module, selector: Any = None) -> nn.Module:
         chosen += _idle_boundaries(root, {(id(module), slot) for module, slot in chosen})
     changes: list[Change] = []
     try:
-        for module, slot in chosen:
-            changes.append((module, slot, set_slot(module, slot, None)))
+        with compiled_once():
+            for module, slot in chosen:
+                changes.append((module, slot, set_slot(module, slot, None)))
     except BaseException:
         undo(changes)
         raise

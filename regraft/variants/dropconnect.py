@@ -14,7 +14,7 @@ from regraft.variants.draws import fast_keep_mask, times_mask
 from regraft.variants.module import LinearVariant, check_rate
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
-# Its root is exact too, and under no variance that is not itself lost to rounding.
+# Its root is a float too, and no variance that counts is below it.
 _TINY = 2.0**-126
 _TINY_ROOT = 2.0**-63
 
@@ -75,22 +75,56 @@ def dropconnect(
 
 def _per_example(x: Tensor, weight: Tensor, bias: Tensor | None, p: float) -> Tensor:
     mean = linear(x, weight, bias)
-    # The root of 0 has no finite slope; shifted by a tiny number it has one, and is still 0 at 0.
-    deviation = (_variance(x, weight) + _TINY).sqrt() - _TINY_ROOT
     noise = torch.randn_like(mean, requires_grad=False).mul_((p / (1 - p)) ** 0.5)
-    return mean + (deviation * noise).to(mean.dtype)
+    return mean + (_deviation(x, weight) * noise).to(mean.dtype)
 
 
-def _variance(x: Tensor, weight: Tensor) -> Tensor:
-    """(W*W)(x*x), in float32 where it would be computed in float16: squares overflow there from 256 on."""
-    device = x.device.type
+def _deviation(x: Tensor, weight: Tensor) -> Tensor:
+    """The root of (W*W)(x*x), in float32 instead of float16, where squares overflow from 256 on."""
+    device, dtype = x.device.type, x.dtype
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and torch.get_autocast_dtype(device) is torch.float16:
+    if autocast and dtype is not torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(device)
+    if dtype is torch.float16:
+        dtype = torch.float32
+    if autocast:
         with torch.autocast(device, enabled=False):
-            return linear(x.float().square(), weight.float().square())
-    if x.dtype is torch.float16 and not autocast:
-        return linear(x.float().square(), weight.float().square())
-    return linear(x.square(), weight.square())
+            return _shifted_root(x.to(dtype), weight.to(dtype))
+    return _shifted_root(x.to(dtype), weight.to(dtype))
+
+
+def _shifted_root(x: Tensor, weight: Tensor) -> Tensor:
+    deviation: Tensor = _Deviation.apply(x, weight)
+    return deviation - _TINY_ROOT
+
+
+class _Deviation(torch.autograd.Function):
+    """sqrt((W*W)(x*x) + tiny); by hand, because each pass over the weights counts in a small batch.
+
+    The root of 0 has no finite slope; shifted by a tiny number it has one, and less the root of that
+    number it is still 0 at 0.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return linear(x * x, weight * weight).add_(_TINY).sqrt_()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight, deviation = ctx.saved_tensors
+        upstream = grad / deviation  # half the slope of the root; the squares' give the other 2
+        for_x, for_weight = ctx.needs_input_grad
+        rows = upstream.reshape(-1, upstream.shape[-1])
+        return (
+            (upstream @ (weight * weight)) * x if for_x else None,
+            (rows.T @ (x * x).reshape(-1, x.shape[-1])) * weight if for_weight else None,
+        )
 
 
 def _check(options: Mapping[str, Any]) -> None:

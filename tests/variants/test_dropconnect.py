@@ -85,6 +85,22 @@ def test_squares_do_not_overflow_in_float16(autocast):
     assert y.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("own", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_runs_forward_and_backward(dtype, own, compiled):
+    module = nn.DropConnectLinear(6, 4, p=0.5, mask="example").to(own)
+    torch._dynamo.reset()
+    run = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
+    x = torch.randn(3, 5, 6, dtype=own, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y, plain = run(x), linear(x, module.weight, module.bias)
+    assert y.dtype is plain.dtype
+    y.float().sum().backward()
+    assert x.grad.dtype is module.weight.grad.dtype is own
+    assert module.weight.grad.isfinite().all()
+
+
 def test_a_schedule_to_0_ends_in_the_plain_layer():
     module = nn.DropConnectLinear(3, 2, p=0.3)
     module.p = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import warnings
@@ -115,6 +116,7 @@ def graft_row(entry: Entry, given: bool | None = None) -> Row:
     except Exception as error:
         row.error = f"{step}: {_first_line(error)}"
     row.seconds = round(time.perf_counter() - start, 3)
+    gc.collect()  # modules and frames refer to one another, and the models are large
     return row
 
 
