@@ -169,7 +169,9 @@ def _kept_rate(site: Site, found: Spec, variant: Variant, p: float | None) -> fl
 def _after(site: Site, found: Spec, p: float | None, options: dict[str, Any]) -> str:
     if found.name == "off":
         return "nothing"
-    if found.name == "dropout" and (site.kind in ("call", "node") or site.op in _RECURRENT or "ttention" in site.op):
+    if found.name == "dropout" and (
+        site.kind in ("call", "node") or site.op in _RECURRENT or "ttention" in site.op
+    ):
         return f"{site.op}(p={p:g})"
     if site.kind in ("call", "node"):
         name = found.function_for(site.family or "").__name__

@@ -36,9 +36,13 @@ class Format(str, Enum):
     html = "html"
 
 
-_MODEL_HELP = "timm:NAME, torchvision:NAME, hf:FOLDER, a Hugging Face folder, package.module:factory, or a .pt file."
+_MODEL_HELP = (
+    "timm:NAME, torchvision:NAME, hf:FOLDER, a Hugging Face folder, package.module:factory, or a .pt file."
+)
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
-Rules = Annotated[list[str], typer.Option("--rule", "-r", help="SELECTOR=VARIANT, in order; later rules win.")]
+Rules = Annotated[
+    list[str], typer.Option("--rule", "-r", help="SELECTOR=VARIANT, in order; later rules win.")
+]
 Arch = Annotated[str, typer.Option(help="The architecture of a file that holds weights alone: timm:NAME, …")]
 As = Annotated[Format, typer.Option("--format", "-f", help="How to print the result.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -73,9 +77,7 @@ def inspect(model: Model, arch: Arch = "", format: As = Format.table, debug: Deb
 
 
 @app.command()
-def plan(
-    model: Model, rule: Rules, arch: Arch = "", format: As = Format.table, debug: Debug = False
-) -> None:
+def plan(model: Model, rule: Rules, arch: Arch = "", format: As = Format.table, debug: Debug = False) -> None:
     """Show what a set of rules would change in a model, and what it would not."""
 
     def run() -> View:
@@ -124,7 +126,8 @@ def _pair(text: str) -> tuple[str, str | None]:
     selector, equals, variant = text.partition("=")
     if not equals or not selector or not variant:
         raise RuleSyntaxError(
-            f"the rule {text!r} is not SELECTOR=VARIANT", remedy="for example --rule 'Dropout@encoder.**=gaussian'"
+            f"the rule {text!r} is not SELECTOR=VARIANT",
+            remedy="for example --rule 'Dropout@encoder.**=gaussian'",
         )
     return selector.strip(), None if variant.strip() == "None" else variant.strip()
 

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 _FILES = (".pt", ".pth", ".bin")
-_HARMLESS = ("torch", "collections", "transformers", "timm", "torchvision", "numpy", "builtins set", "__builtin__ set")
+_HARMLESS = (
+    "torch",
+    "collections",
+    "transformers",
+    "timm",
+    "torchvision",
+    "numpy",
+    "builtins set",
+    "__builtin__ set",
+)
 _MOST_PICKLE = 64 * 2**20
 
 
@@ -74,7 +83,9 @@ def _open_hf(folder: str) -> nn.Module:
     transformers, torch = _need("transformers"), _need("torch")
     file = Path(folder) / "config.json"
     if Path(folder).is_dir() and not file.is_file():
-        raise FileError("the folder has no config.json", where=folder, remedy="give a Hugging Face model folder")
+        raise FileError(
+            "the folder has no config.json", where=folder, remedy="give a Hugging Face model folder"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, json.JSONDecodeError) as error:
@@ -96,7 +107,9 @@ def _open_factory(module: str, factory: str) -> nn.Module:
     except (ImportError, AttributeError) as error:
         raise FileError(f"the factory cannot be found: {error}", where=f"{module}:{factory}") from None
     if not isinstance(made, nn.Module):
-        raise ModelError(f"the factory returned a {type(made).__name__}, no module", where=f"{module}:{factory}")
+        raise ModelError(
+            f"the factory returned a {type(made).__name__}, no module", where=f"{module}:{factory}"
+        )
     return made
 
 
@@ -128,25 +141,45 @@ def _refuse_code(path: Path) -> None:
         raise FileError(f"the file is damaged, or no PyTorch file: {why}", where=str(path)) from None
     strange = sorted(name for name in names if not name.startswith(_HARMLESS))
     if any(name.split(" ")[0].split(".")[0] in _DANGEROUS for name in strange):
-        error = FileError(
+        suspicious = FileError(
             f"suspicious content: the file names {', '.join(repr(name) for name in strange[:5])}",
             where=str(path),
             remedy="nothing was run; do not load this file with torch.load(weights_only=False)",
         )
-        error.suspicious = True
-        raise error
+        suspicious.suspicious = True
+        raise suspicious
     if any(" " in name and name.split(" ")[0].startswith("torch.nn.modules") for name in names) or strange:
         raise FileError(
             "the file is a pickled module, which loading would run as code; it was not run",
             where=str(path),
-            remedy="save a state dict (torch.save(model.state_dict(), …)) and give --arch, or inspect the model "
-            "in Python: regraft.inspect(model)",
+            remedy="save a state dict, torch.save(model.state_dict(), …), and give --arch; or inspect the "
+            "model in Python: regraft.inspect(model)",
         )
 
 
 _DANGEROUS = frozenset(
-    "os posix nt subprocess sys shutil socket runpy pty importlib ctypes webbrowser builtins __builtin__ "
-    "commands pickle code codeop pdb timeit".split()
+    [
+        "os",
+        "posix",
+        "nt",
+        "subprocess",
+        "sys",
+        "shutil",
+        "socket",
+        "runpy",
+        "pty",
+        "importlib",
+        "ctypes",
+        "webbrowser",
+        "builtins",
+        "__builtin__",
+        "commands",
+        "pickle",
+        "code",
+        "codeop",
+        "pdb",
+        "timeit",
+    ]
 )
 
 

@@ -26,7 +26,9 @@ def print_variants(rows: list[dict[str, Any]], format: str) -> None:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
-    marks = [word for word, on in (("changes eval", row["changes_eval"]), ("adds state", row["adds_state"])) if on]
+    marks = [
+        word for word, on in (("changes eval", row["changes_eval"]), ("adds state", row["adds_state"])) if on
+    ]
     summary = row["summary"] + (f" ({', '.join(marks)})" if marks else "")
     return row["name"], ", ".join(row["replaces"]), summary
 

@@ -82,7 +82,8 @@ def _other_rate(noise: list[Site]) -> Iterator[Finding]:
                     dead.path,
                     f"declares a rate of {dead.p:g}, but {call.op} beside it applies {call.p:g}",
                     call.source,
-                    f"set the rate where it is used: {{'{call.op}@{call.path or '**'}': 'dropout(p={dead.p:g})'}}",
+                    "set the rate where it is used: "
+                    f"{{'{call.op}@{call.path or '**'}': 'dropout(p={dead.p:g})'}}",
                 )
 
 

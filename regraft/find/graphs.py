@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import inspect
 import linecache
+import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -24,6 +26,7 @@ from regraft.find.functions import ATTENTION, FUNCTIONS, MULTI_HEAD
 NODE = "_regraft_node"
 """The attribute of a module that stands in a function's place: what the node called before."""
 LINEAR = "linear"
+DROP_PATH = "DropPath"
 WRAPPED = "is_wrapped"
 """torch.fx's own mark on a node: its function is to be declared as wrapped in the code."""
 
@@ -33,14 +36,15 @@ _OPERATIONS: dict[Any, str] = {
     **{one: _SPECIAL.get(one) or read(None).op for one, read in FUNCTIONS.items() if one not in _SPECIAL},
     **_SPECIAL,
 }
-_DROP_PATH = re.compile(r"(drop_path|stochastic_depth)$")
+_DROP_PATHS = re.compile(r"(drop_path|stochastic_depth)$")
 RATES = ("p", "dropout_p", "drop_prob", "drop_rate")
 _FLAGS = ("training", "train")
-_BUILT_IN = {
+_BUILT_IN: dict[str, dict[str, Any]] = {
     # Functions in C do not tell their parameters.
     ATTENTION: {"query": None, "key": None, "value": None, "attn_mask": None, "dropout_p": 0.0},
     LINEAR: {"input": None, "weight": None, "bias": None},
 }
+_PRODUCTS = (operator.mul, torch.mul)
 _ASSIGNED = re.compile(r"\s*(\w+)\b[^=(]*=")
 
 
@@ -53,6 +57,7 @@ class Replaced:
         function: what it called.
         op: the operation, "" for a function that drops somewhere inside.
         switch: the argument that says whether it drops, by position or name, where tracing fixed it.
+        p: the rate, or None where there is none, or where the graph computes it.
         wrapped: is it a Python function that tracing is not to enter? A pickle is read by tracing again.
     """
 
@@ -60,6 +65,7 @@ class Replaced:
     function: Callable[..., Any]
     op: str
     switch: int | str | None = None
+    p: float | None = None
     wrapped: bool = False
 
 
@@ -69,14 +75,12 @@ class GraphNode:
 
     Attributes:
         called: the function, and what it means.
-        p: the rate, or None where there is none, or where the graph computes it.
         baked: the training flag, where tracing fixed it.
         module: what a graft put in the function's place.
     """
 
     node: fx.Node
     called: Replaced
-    p: float | None = None
     baked: bool | None = None
     module: nn.Module | None = None
 
@@ -107,6 +111,7 @@ def standing_in(module: nn.Module) -> Replaced | None:
 
 
 def _read(owner: fx.GraphModule, node: fx.Node) -> GraphNode | None:
+    module: nn.Module | None = None
     if node.op == "call_module":
         module = _submodule(owner, str(node.target))
         record = standing_in(module) if module is not None else None
@@ -114,14 +119,15 @@ def _read(owner: fx.GraphModule, node: fx.Node) -> GraphNode | None:
             return None
         name, function, wrapped = record.name, record.function, record.wrapped
     elif node.op == "call_function" and callable(node.target):
-        name, function, module = node.name, node.target, None
-        wrapped = bool(node.meta.get(WRAPPED))
+        name, function, wrapped = node.name, node.target, bool(node.meta.get(WRAPPED))
     else:
         return None
+    if function in _PRODUCTS and (rate := _inline_rate(node)) is not None:
+        return GraphNode(node, Replaced(name, function, DROP_PATH, p=rate), baked=True, module=module)
     op = _operation(function)
     parameters = _parameters(function, op)
-    rate = _argument(node, parameters, RATES)[1] if op not in ("", LINEAR) else None
-    p = float(rate) if isinstance(rate, (int, float)) else None
+    found = _argument(node, parameters, RATES)[1] if op not in ("", LINEAR) else None
+    p = float(found) if isinstance(found, (int, float)) else None
     where, flag = _argument(node, parameters, _FLAGS)
     if op == ATTENTION and p:
         # It has no training flag: a rate above 0 is all there is to say that it drops.
@@ -129,7 +135,27 @@ def _read(owner: fx.GraphModule, node: fx.Node) -> GraphNode | None:
     if not isinstance(flag, (bool, int)):
         where, flag = None, None  # the graph computes it: there is nothing to mend
     baked = None if flag is None else bool(flag)
-    return GraphNode(node, Replaced(name, function, op, where, wrapped), p, baked, module)
+    return GraphNode(node, Replaced(name, function, op, where, p, wrapped), baked, module)
+
+
+def _inline_rate(node: fx.Node) -> float | None:
+    """The rate of a drop-path written out, at its last node; None for any other product.
+
+    `x * mask`, where the mask is `x.new_empty(...).bernoulli_(keep)`, divided in place by `keep`.
+    """
+    args: Any = node.args
+    if len(args) != 2 or not isinstance(args[1], fx.Node):
+        return None
+    x, mask = args
+    if (mask.op, mask.target, len(mask.args)) != ("call_method", "bernoulli_", 2):
+        return None
+    mask_args: Any = mask.args
+    empty, keep = mask_args
+    made = isinstance(empty, fx.Node) and (empty.op, empty.target) == ("call_method", "new_empty")
+    scaled = any((user.target, user.args) == ("div_", (mask, keep)) for user in mask.users)
+    if not made or not scaled or not isinstance(keep, float) or empty.args[0] is not x:
+        return None
+    return round(1 - keep, 12)
 
 
 def _submodule(owner: nn.Module, target: str) -> nn.Module | None:
@@ -144,8 +170,8 @@ def _operation(function: Callable[..., Any]) -> str:
     if function in _OPERATIONS:
         return _OPERATIONS[function]
     name = getattr(function, "__name__", "")
-    if inspect.isfunction(function) and _DROP_PATH.search(name):
-        return "DropPath" if set(RATES) & set(_parameters(function, "")) else ""
+    if inspect.isfunction(function) and _DROP_PATHS.search(name):
+        return DROP_PATH if set(RATES) & set(_parameters(function, "")) else ""
     return ""
 
 
@@ -159,7 +185,9 @@ def _parameters(function: Callable[..., Any], op: str) -> dict[str, Any]:
     return {one.name: one.default for one in inspect.signature(function).parameters.values()}
 
 
-def _argument(node: fx.Node, parameters: dict[str, Any], names: tuple[str, ...]) -> tuple[int | str | None, Any]:
+def _argument(
+    node: fx.Node, parameters: dict[str, Any], names: tuple[str, ...]
+) -> tuple[int | str | None, Any]:
     """Where a node passes one of the parameters `names`, and what; the default where it passes none."""
     for position, name in enumerate(parameters):
         if name in names:

@@ -74,7 +74,7 @@ def _site(owner: Named, found: GraphNode, op: str) -> Site:
         kind="node",
         op=op,
         type=original_class(module).__name__,
-        p=found.p,
+        p=found.called.p,
         calls=None,
         source=line_of_trace(found.node.stack_trace),
         family=FAMILIES[op],
@@ -84,7 +84,7 @@ def _site(owner: Named, found: GraphNode, op: str) -> Site:
         dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
         training=module.training,
         variant=None if graft is None else graft.edit["after"],
-        draws_in_eval=bool(found.baked) and found.p != 0,
+        draws_in_eval=bool(found.baked) and found.called.p != 0,
         baked=found.baked,
         obstacle=_obstacle(module, found),
     )

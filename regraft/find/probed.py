@@ -55,7 +55,9 @@ def probed_sites(sites: list[Site], modules: list[Named], probe: Probe) -> list[
 def _with_calls(site: Site, probe: Probe) -> Site:
     key = id(site.module)
     drew = any(called.owner is site.module for called in probe.eval_called)
-    return replace(site, calls=probe.counts.get(key, 0), source=probe.lines.get(key) or None, draws_in_eval=drew)
+    return replace(
+        site, calls=probe.counts.get(key, 0), source=probe.lines.get(key) or None, draws_in_eval=drew
+    )
 
 
 def _call_site(owner: Named, called: Called, twins: list[Named], drew: bool) -> Site:

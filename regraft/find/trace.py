@@ -98,8 +98,8 @@ def _left_whole() -> tuple[tuple[type[nn.Module], ...], tuple[Callable[..., Any]
         return (), ()
     from timm import layers
 
-    modules = getattr(layers, "get_notrace_modules", list)()
-    functions = getattr(layers, "get_notrace_functions", list)()
+    modules: list[type[nn.Module]] = getattr(layers, "get_notrace_modules", list)()
+    functions: list[Any] = getattr(layers, "get_notrace_functions", list)()
     return tuple(modules), tuple(one for one in functions if callable(one))
 
 
@@ -121,7 +121,8 @@ def _like(traced: fx.GraphModule, root: nn.Module) -> None:
     if getattr(root, "pretrained_cfg", None) is not None:
         inputs = made_inputs(root)
         if inputs is not None:
-            traced.pretrained_cfg = {"input_size": tuple(inputs.args[0].shape[1:])}
+            settings: Any = traced
+            settings.pretrained_cfg = {"input_size": tuple(inputs.args[0].shape[1:])}
 
 
 def _explained(root: nn.Module, tracer: _Tracer, error: Exception) -> ModelError:

@@ -18,6 +18,7 @@ from torch import nn
 
 from regraft.errors import RevertError
 from regraft.find.original import BASE, LAYER, foreign_base, is_foreign, is_generated
+from regraft.graft.graphs import graph_methods, steady
 
 Namespace = dict[str, Any]
 LayerBuilder = Callable[[type[nn.Module], str], Namespace]
@@ -55,12 +56,13 @@ def derive(base: Class, name: str) -> Class:
         kind, _, argument = name.partition(":")
         if kind not in _builders:
             importlib.import_module(_HOMES[kind])
-        namespace = dict(_builders[kind](base, argument))
+        namespace = dict(_builders[kind](steady(base), argument))
         title = namespace.pop("__name__", base.__name__)
         namespace.setdefault("__module__", base.__module__)
         namespace.setdefault("__qualname__", base.__qualname__)
         namespace.setdefault("__doc__", base.__doc__)
         namespace |= {BASE: base, LAYER: name, "__reduce_ex__": _reduce_ex}
+        namespace |= graph_methods(base, lambda cls, other: layered(cls, layers_of(other)))
         made = _new_class(base, title, (base,), namespace)
         _derived[key] = made
     return _derived[key]

@@ -16,12 +16,13 @@ from torch import fx, nn
 
 from regraft.errors import MisfitError
 from regraft.find.functions import ATTENTION
-from regraft.find.graphs import LINEAR, NODE, RATES, WRAPPED, GraphNode, Replaced, graph_node, graph_nodes
+from regraft.find.graphs import DROP_PATH, LINEAR, NODE, WRAPPED, GraphNode, Replaced, graph_node, graph_nodes
 from regraft.find.nodes import node_path
-from regraft.find.original import Graft, grafts_of, rebind_instance_forward
+from regraft.find.original import Graft, grafts_of
 from regraft.find.walk import Named
 from regraft.graft.calls import call_graft, call_rate
 from regraft.graft.change import set_graft
+from regraft.graft.graphs import compile_graph
 from regraft.planning import Edit
 from regraft.variants.registry import spec
 
@@ -41,10 +42,10 @@ class NodeFunction(nn.Module):
         grafts = grafts_of(self)
         if not grafts:
             return called.function(*args, **kwargs)  # for a look at the model as it was
-        if called.op in _DIRECTLY:
+        if called.op in (LINEAR, DROP_PATH):
+            # No functions of torch that drop, which a mode would see: the variant is called here.
             graft = next(iter(grafts.values()))
-            if self.training or graft.in_eval:
-                return _DIRECTLY[called.op](self.training, graft, *args, **kwargs)
+            return _DIRECTLY[called.op](called, graft, self.training, args, kwargs)
         if called.switch is not None:
             args, kwargs = _switched(called, args, kwargs, self.training)
         return called.function(*args, **kwargs)
@@ -68,22 +69,24 @@ def _switched(
     return args, {**kwargs, str(where): value}
 
 
-def _linear(
-    training: bool, graft: Graft, input: Any, weight: Any, bias: Any = None, *_: Any, **__: Any
-) -> Any:
+def _linear(called: Replaced, graft: Graft, training: bool, args: Any, kwargs: Any) -> Any:
+    if not training and not graft.in_eval:
+        return called.function(*args, **kwargs)
+    call = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
     function = spec(graft.edit["variant"]).function_for("Linear")
-    return function(input, weight, bias, graft.edit["options"].get("p", 0.0), training, **graft.options)
+    rate = graft.edit["options"].get("p", 0.0)
+    return function(call["input"], call["weight"], call.get("bias"), rate, training, **graft.options)
 
 
-def _drop_path(training: bool, graft: Graft, *args: Any, **kwargs: Any) -> Any:
+def _drop_path(called: Replaced, graft: Graft, training: bool, args: Any, kwargs: Any) -> Any:
     x = args[0] if args else next(iter(kwargs.values()))
-    rates = [*args[1:2], *(kwargs[name] for name in RATES if name in kwargs), 0.0]
+    if not training and not graft.in_eval:
+        return x
     function = spec(graft.edit["variant"]).function
-    return function(x, call_rate(graft, float(rates[0])), training, **graft.options)
+    return function(x, call_rate(graft, called.p or 0.0), training, **graft.options)
 
 
-_DIRECTLY = {LINEAR: _linear, "DropPath": _drop_path}
-"""Operations that are no function of torch that drops, so that no mode sees them: the module calls the variant."""
+_DIRECTLY = {LINEAR: _linear, DROP_PATH: _drop_path}
 
 
 def node_slot(edit: Edit) -> tuple[str, Graft]:
@@ -95,7 +98,7 @@ def node_slot(edit: Edit) -> tuple[str, Graft]:
 
 
 def set_slot(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None:
-    """Put `graft` into a slot of a module or of one of its graph's nodes, or empty it; returns what was there."""
+    """Put `graft` into a slot of a module, or of a node of its graph, or empty it; returns what was there."""
     if not slot.startswith(f"{SLOT}:"):
         return set_graft(module, slot, graft)
     _, name, op = slot.split(":")
@@ -103,7 +106,7 @@ def set_slot(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None:
     if found is None and graft is None:
         return None  # somebody erased the node, and the graft with it
     if found is None or not isinstance(module, fx.GraphModule):
-        raise MisfitError(f"the graph has no node {name!r} that calls a function", where=type(module).__name__)
+        raise MisfitError(f"the graph has no node {name!r} that can be grafted", where=type(module).__name__)
     inside = f"calls:{op}"
     if found.module is None:
         if graft is not None:
@@ -183,5 +186,4 @@ def _compile(owner: fx.GraphModule) -> None:
     if _waiting.owners is not None:
         _waiting.owners[id(owner)] = owner
         return
-    owner.recompile()
-    rebind_instance_forward(owner)
+    compile_graph(owner)

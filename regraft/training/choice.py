@@ -75,10 +75,10 @@ def traits_of(model: nn.Module, call: Call) -> Traits:
     return known[key]
 
 
-def shares_most(model: nn.Module, call: Call) -> bool:
-    """Whether more of a pass comes before its first draw than behind it."""
+def prefix_of(model: nn.Module, call: Call) -> float:
+    """The part of one pass that passes can share, in [0, 1]."""
     traits = traits_of(model, call)
-    return traits.no_sharing is None and traits.prefix > 0.5
+    return 0.0 if traits.no_sharing is not None else traits.prefix
 
 
 def no_batch(traits: Traits, model: nn.Module, call: Call, options: dict[str, Any]) -> str | None:

@@ -18,13 +18,12 @@ from regraft.errors import LossError, nearest
 from regraft.find.walk import inner_model
 from regraft.graft.apply import grafted
 from regraft.planning import Plan, plan
-from regraft.training.choice import shares_most
+from regraft.training.choice import prefix_of
 from regraft.training.labels import TASKS
 from regraft.training.outputs import logits_of
 from regraft.training.passes import stochastic_passes
 from regraft.training.terms import wide
 
-_AT_ONCE = 8
 _plans: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
 
 
@@ -96,7 +95,7 @@ def mc_predict(
     kwargs = {name: value for name, value in kwargs.items() if name != "labels"}
     sums = _Sums(task)
     with _in_eval(model), _grafted(model, rules, args, kwargs), torch.no_grad():
-        at_once = chunk or (n if shares_most(model, (args, kwargs)) else _AT_ONCE)
+        at_once = chunk or _at_once(n, prefix_of(model, (args, kwargs)))
         for passes in _bar(_sizes(n, at_once), progress):
             outputs = stochastic_passes(model, passes, *args, strategy=strategy, **kwargs)
             sums.add(logits_of(outputs, labelled=False, where=type(model).__name__))
@@ -189,6 +188,14 @@ def _inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return args
     names = list(inspect.signature(inner_model(model)[0].forward).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _at_once(n: int, prefix: float) -> int:
+    # With little behind the first draw all passes are cheap together; with more, a chunk costs its prefix
+    # again, but stays small enough for the caches.
+    if prefix > 0.9:
+        return n
+    return 16 if prefix > 0.5 else 8
 
 
 def _sizes(n: int, at_once: int) -> list[int]:

@@ -40,7 +40,7 @@ class _Outside(torch.autograd.Function):
         return call(info.batch_size, moved, forked)
 
 
-def attention(  # noqa: PLR0917  (the arguments of fused attention, in its order)
+def attention(
     axis: Tensor,
     query: Tensor,
     key: Tensor,

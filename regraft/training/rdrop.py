@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from regraft.errors import LossError, ModelError, RateError
@@ -20,6 +21,7 @@ from regraft.training.labels import TASKS, check_options
 from regraft.training.objective import Objective, rdrop_forward
 from regraft.training.passes import check_strategy
 from regraft.training.passing import is_passing
+from regraft.training.rdrop_loss import RDropTerms
 
 SLOT = "passes"
 
@@ -113,7 +115,14 @@ def rdrop(
         strategy,
         passes if chunk is None else chunk,
     )
-    set_graft(root, SLOT, Graft(SLOT, {}, {"objective": objective}))
+    previous = set_graft(root, SLOT, Graft(SLOT, {}, {"objective": objective}))
+    if _is_bypassed(root):
+        set_graft(root, SLOT, previous)
+        raise ModelError(
+            f"{type(root).__name__}'s forward was replaced on the model itself, and would never reach R-Drop",
+            where="accelerate does so in mixed precision",
+            remedy="call regraft.rdrop before accelerator.prepare, or before the Trainer is made",
+        )
     return model
 
 
@@ -129,6 +138,56 @@ def _passes_layer(base: type[nn.Module], _: str) -> Namespace:
         return rdrop_forward(self, functools.partial(own, self), graft.options["objective"], (args, kwargs))
 
     return {"forward": forward}
+
+
+def _is_bypassed(model: nn.Module) -> bool:
+    """Whether a forward on the instance was made of one that is not the grafted class's."""
+    function: Any = model.__dict__.get("forward")
+    if function is None or "_old_forward" in model.__dict__:
+        return False  # accelerate's hooks call `_old_forward`, which every graft binds anew
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        if function is type(model).forward:
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def without_rdrop(model: nn.Module) -> nn.Module:
+    """The model without R-Drop; its other grafts stay."""
+    root, _ = inner_model(model)
+    if SLOT in grafts_of(root):
+        set_graft(root, SLOT, None)
+    return model
+
+
+class RDropLog:
+    """Means of R-Drop's two terms over steps, which cost no wait for a GPU before they are asked for."""
+
+    def __init__(self) -> None:
+        self.objective: Objective | None = None
+        self._steps: list[RDropTerms] = []
+
+    def watch(self, model: nn.Module) -> None:
+        """From here on it is this model's steps."""
+        self.objective = objective_of(model)
+        self._steps = []
+
+    def step(self) -> None:
+        """A step was made."""
+        if self.objective is not None and self.objective.terms is not None:
+            self._steps.append(self.objective.terms)
+
+    def means(self) -> dict[str, float]:
+        """`task_loss` and `kl` since the last call; nothing if no step was made."""
+        steps, self._steps = self._steps, []
+        if not steps:
+            return {}
+        names = ("task_loss", "kl")
+        return {
+            name: float(torch.stack(each).mean())
+            for name, each in zip(names, zip(*steps, strict=True), strict=True)
+        }
 
 
 def _check_returns_loss(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ def concrete_dropout(
     training: bool = True,
     *,
     temperature: float = 0.1,
-    entropy: float = 1e-5,  # noqa: ARG001
+    entropy: float = 1e-5,
     concrete_logit: Tensor | None = None,
     concrete_features: Tensor | None = None,
 ) -> Tensor:

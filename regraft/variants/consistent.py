@@ -82,7 +82,7 @@ def _seed() -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
 
 
-def _state(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Tensor]:  # noqa: ARG001
+def _state(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"consistent_seed": _seed()}
 
 

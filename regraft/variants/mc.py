@@ -9,7 +9,7 @@ from regraft.variants.module import DropoutVariant
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
-def mc_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor:  # noqa: ARG001
+def mc_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor:
     """Dropout that stays on in eval: each evaluation is a sample of the model's prediction.
 
     The mean of several evaluations is the prediction, their spread its uncertainty; take them with

@@ -70,7 +70,7 @@ def _check(options: Mapping[str, Any]) -> None:
     check_switch("exact", options["exact"])
 
 
-def _state(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Tensor]:  # noqa: ARG001
+def _state(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"mixout_weight": linear_weight(module).detach().clone()}
 
 

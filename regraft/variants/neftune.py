@@ -12,7 +12,7 @@ from regraft.variants.draws import uniform_like
 from regraft.variants.spec import Spec
 
 
-def neftune(x: Tensor, p: float = 0.0, training: bool = True, *, alpha: float = 5.0) -> Tensor:  # noqa: ARG001
+def neftune(x: Tensor, p: float = 0.0, training: bool = True, *, alpha: float = 5.0) -> Tensor:
     """Noise added to embeddings: uniform on +-alpha / sqrt(T * C), for T tokens of C features.
 
     Args:

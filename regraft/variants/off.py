@@ -9,7 +9,7 @@ from regraft.variants.module import DropoutVariant
 from regraft.variants.spec import Spec
 
 
-def off(x: Tensor, p: float = 0.0, training: bool = True) -> Tensor:  # noqa: ARG001
+def off(x: Tensor, p: float = 0.0, training: bool = True) -> Tensor:
     """The identity: takes a regularizer out.
 
     As a rule's value it is an edit, which the report lists; `None` leaves the site alone instead.
@@ -36,8 +36,8 @@ def off_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    p: float = 0.0,  # noqa: ARG001
-    training: bool = True,  # noqa: ARG001
+    p: float = 0.0,
+    training: bool = True,
 ) -> Tensor:
     """The plain linear layer: takes a regularizer of its weights or outputs out.
 

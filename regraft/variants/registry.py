@@ -172,7 +172,7 @@ def _spec_of(name: str, function: Callable[..., Any], family: str, changes_eval:
         (family,),
         module,
         defaults,
-        changes_eval=(lambda options: True) if changes_eval else None,
+        changes_eval=(lambda _: True) if changes_eval else None,
     )
 
 

@@ -35,8 +35,8 @@ def standout(
     beta: float | None = None,
     rescale: bool = True,
     min_keep: float = 0.05,
-    gate: str = "tied",  # noqa: ARG001
-    features: int | None = None,  # noqa: ARG001
+    gate: str = "tied",
+    features: int | None = None,
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
 ) -> Tensor:
@@ -94,8 +94,8 @@ def standout_linear(
     beta: float | None = None,
     rescale: bool = True,
     min_keep: float = 0.05,
-    gate: str = "tied",  # noqa: ARG001
-    features: int | None = None,  # noqa: ARG001
+    gate: str = "tied",
+    features: int | None = None,
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
 ) -> Tensor:

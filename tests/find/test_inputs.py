@@ -1,6 +1,7 @@
 """Inputs for the probe: which the user may give, and what is said of those that do not fit."""
 
-from __future__ import annotations
+from __future__ # ruff: noqa: E501 (messages stand whole in the table)
+import annotations
 
 import pytest
 import tiny
@@ -56,7 +57,10 @@ def test_a_tensor_a_tuple_or_a_dict(model, inputs):
 def test_inputs_that_do_not_fit_name_the_signature_and_what_was_tried(inputs, message):
     model = Two()
     before = snapshot(model)
-    for verb in (lambda: regraft.inspect(model, inputs), lambda: regraft.apply(model, {"Dropout": "off"}, inputs)):
+    for verb in (
+        lambda: regraft.inspect(model, inputs),
+        lambda: regraft.apply(model, {"Dropout": "off"}, inputs),
+    ):
         with pytest.raises(InputsError, match=message) as caught:
             verb()
         assert isinstance(caught.value, ValueError)

@@ -11,9 +11,17 @@ from regraft.find.paths import compile_path
 
 MATCHES = [
     # a plain path is anchored at both ends
-    ("encoder.layer.1", ["encoder.layer.1"], ["encoder.layer.10", "encoder.layer.1.x", "bert.encoder.layer.1", ""]),
+    (
+        "encoder.layer.1",
+        ["encoder.layer.1"],
+        ["encoder.layer.10", "encoder.layer.1.x", "bert.encoder.layer.1", ""],
+    ),
     # "*" is one part, or a piece of one
-    ("encoder.layer.1.*", ["encoder.layer.1.out"], ["encoder.layer.10.out", "encoder.layer.1", "encoder.layer.1.a.b"]),
+    (
+        "encoder.layer.1.*",
+        ["encoder.layer.1.out"],
+        ["encoder.layer.10.out", "encoder.layer.1", "encoder.layer.1.a.b"],
+    ),
     ("*", ["head", "0"], ["a.b"]),
     ("layer*.drop", ["layer1.drop", "layer.drop", "layer10.drop"], ["layer1.x.drop", "xlayer1.drop"]),
     ("*_drop", ["attn_drop", "_drop"], ["attn_drop.x", "attn_dropout"]),
@@ -62,7 +70,10 @@ def test_trap_20_a_rule_for_layer_1_does_not_match_layer_10():
         (".a", "one of its parts is empty"),
         ("a.", "one of its parts is empty"),
         ("", "one of its parts is empty"),
-        ("h.{5..0}", r"the range \{5..0\} in 'h.\{5..0\}' has no numbers in it\n  help: write it upwards: \{0..5\}"),
+        (
+            "h.{5..0}",
+            r"the range \{5..0\} in 'h.\{5..0\}' has no numbers in it\n  help: write it upwards: \{0..5\}",
+        ),
         ("h.{0..999999999}", "has no numbers in it"),
     ],
 )

@@ -134,7 +134,10 @@ SELECTED = [
     (DropPath, {"path", "depth"}),
     # a predicate
     (lambda site: site.family == "DropPath", {"path", "depth"}),
-    (lambda site: site.kind == "call" and site.p == 0.1 and "alpha" in site.op, {":alpha_dropout", ":feature_alpha_dropout"}),
+    (
+        lambda site: site.kind == "call" and site.p == 0.1 and "alpha" in site.op,
+        {":alpha_dropout", ":feature_alpha_dropout"},
+    ),
     (lambda site: site.path == "linear" and site.shape == (4, 4), {"linear"}),
     # nothing
     ("Conv2d", set()),
@@ -169,11 +172,15 @@ def test_any_alias_of_a_shared_module_counts(path):
     assert not read_selector("Dropout@third").matches(site)
 
 
-@pytest.mark.parametrize("key", ["bert.encoder.layer.0.attention.self", "bert.encoder.layer.0.attention.self.dropout"])
+@pytest.mark.parametrize(
+    "key", ["bert.encoder.layer.0.attention.self", "bert.encoder.layer.0.attention.self.dropout"]
+)
 def test_a_dead_twin_and_its_call_are_one_site_with_two_paths(key):
     sites = regraft.inspect(tiny.bert()).sites
     selected = [site for site in sites if read_selector(f"Dropout@{key}").matches(site)]
-    assert [(site.kind, site.op, site.p) for site in selected] == [("call", "scaled_dot_product_attention", 0.1)]
+    assert [(site.kind, site.op, site.p) for site in selected] == [
+        ("call", "scaled_dot_product_attention", 0.1)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,9 @@ def test_source_lines_are_the_models_own():
 
 
 def test_in_a_model_of_torchs_own_layers_the_line_is_torchs():
-    sources = {site.source for site in regraft.inspect(tiny.encoder(), torch.ones(2, 4, 16)).sites if site.calls}
+    sources = {
+        site.source for site in regraft.inspect(tiny.encoder(), torch.ones(2, 4, 16)).sites if site.calls
+    }
     assert all(source.startswith("modules/transformer.py:") for source in sources)
     assert {site.source for site in regraft.inspect(tiny.mlp(), torch.ones(2, 6)).sites} == {None}
 
@@ -99,12 +101,18 @@ def test_a_grafted_model_is_shown_as_it_was_and_with_what_it_has():
         expected = site.family == "Dropout" or site.path == "classifier"
         assert (site.variant is not None) == expected
     assert after["dropout", "Dropout"].variant == "GaussianDropout(p=0.3)"
-    assert after["bert.encoder.layer.1.attention.self", "scaled_dot_product_attention"].variant == "gaussian_dropout(p=0.3)"
+    assert (
+        after["bert.encoder.layer.1.attention.self", "scaled_dot_product_attention"].variant
+        == "gaussian_dropout(p=0.3)"
+    )
 
 
 @pytest.mark.parametrize(
     ("module", "variant"),
-    [(nn.MultiheadAttention(4, 2, dropout=0.1), "dropout(p=0.3)"), (nn.LSTM(4, 4, 2, dropout=0.1), "dropout(p=0.3)")],
+    [
+        (nn.MultiheadAttention(4, 2, dropout=0.1), "dropout(p=0.3)"),
+        (nn.LSTM(4, 4, 2, dropout=0.1), "dropout(p=0.3)"),
+    ],
 )
 def test_a_rate_that_was_set_is_shown_too(module, variant):
     regraft.apply(module, {"Dropout": variant})

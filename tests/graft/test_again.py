@@ -20,7 +20,9 @@ BUILDS = [
     (tiny.Attention, X, {"Dropout": "gaussian(p=0.2)", "Linear": "mixout(p=0.1)"}),
     (lambda: tiny.Calls(tiny.Calls()), X, {"Dropout": "mc", "*@child": "off"}),
 ]
-builds = pytest.mark.parametrize(("build", "inputs", "rules"), BUILDS, ids=["bert", "encoder", "attention", "calls"])
+builds = pytest.mark.parametrize(
+    ("build", "inputs", "rules"), BUILDS, ids=["bert", "encoder", "attention", "calls"]
+)
 
 
 @builds
@@ -88,7 +90,9 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-@pytest.mark.parametrize(("build", "inputs"), [(tiny.encoder, X), (tiny.bert, None), (lambda: nn.Sequential(nn.Dropout(0.1)), X)])
+@pytest.mark.parametrize(
+    ("build", "inputs"), [(tiny.encoder, X), (tiny.bert, None), (lambda: nn.Sequential(nn.Dropout(0.1)), X)]
+)
 def test_the_later_graft_takes_the_earlier_ones_place(build, inputs, first, second):
     model, alone = build(), build()
     original = snapshot(model)
@@ -100,7 +104,11 @@ def test_the_later_graft_takes_the_earlier_ones_place(build, inputs, first, seco
         if grafts(other):
             assert type(one).__name__ == type(other).__name__
         assert getattr(one, "p", None) == getattr(other, "p", None)
-        assert getattr(one, "dropout", None) is None or not isinstance(one.dropout, float) or one.dropout == other.dropout
+        assert (
+            getattr(one, "dropout", None) is None
+            or not isinstance(one.dropout, float)
+            or one.dropout == other.dropout
+        )
     assert list(model.state_dict()) == list(alone.state_dict())
     regraft.revert(model)
     assert_same(original, model)
@@ -109,7 +117,9 @@ def test_the_later_graft_takes_the_earlier_ones_place(build, inputs, first, seco
 def grafts(module):
     """What acts at a module; boundaries may stay from an earlier graft."""
     record = module.__dict__.get("_regraft", {})
-    return {slot: (graft.edit["variant"], graft.edit["options"]) for slot, graft in record.items() if graft.edit}
+    return {
+        slot: (graft.edit["variant"], graft.edit["options"]) for slot, graft in record.items() if graft.edit
+    }
 
 
 def test_grafts_at_other_sites_add_up():

@@ -139,7 +139,12 @@ def test_all_problems_of_all_rules_are_raised_together():
     with pytest.raises(RulesError) as caught:
         regraft.apply(model, rules)
     problems = caught.value.problems
-    assert [type(problem) for problem in problems] == [NoMatchError, NoMatchError, WrongKindError, NoMatchError]
+    assert [type(problem) for problem in problems] == [
+        NoMatchError,
+        NoMatchError,
+        WrongKindError,
+        NoMatchError,
+    ]
     text = str(caught.value)
     assert "4 problems, nothing was changed" in text
     assert "did you mean 'Dropout'" in text
@@ -152,7 +157,9 @@ def test_all_that_cannot_be_read_is_raised_together():
     net = tiny.mlp()
     before = snapshot(net)
     with pytest.raises(RulesError) as caught:
-        regraft.apply(net, [("Dropout", "gausian"), ("Dropout", "gaussian(sgima=1)"), (3, "gaussian"), ("a..b", "off")])
+        regraft.apply(
+            net, [("Dropout", "gausian"), ("Dropout", "gaussian(sgima=1)"), (3, "gaussian"), ("a..b", "off")]
+        )
     kinds = [type(problem) for problem in caught.value.problems]
     assert kinds == [UnknownVariantError, OptionError, RuleSyntaxError, RuleSyntaxError]
     assert_same(before, net)

@@ -43,33 +43,28 @@ def run(model, inputs, seed=7):
 
 @cases
 @pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved], ids=["deepcopy", "pickle", "save"]
+    "duplicate",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved],
+    ids=["deepcopy", "pickle", "save"],
 )
 def test_a_copy_does_the_same_and_goes_its_own_way(build, inputs, rules, duplicate):
     model = build()
     plain = snapshot(model)
     regraft.apply(model, rules, inputs)
-    grafted = snapshot(model)
+    classes = [type(m) for m in model.modules()]
     other = duplicate(model)
     assert torch.equal(run(model, inputs), run(other, inputs))
     for one, two in zip(model.modules(), other.modules(), strict=True):
         assert type(one) is type(two)
         assert one is not two
     assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in other.parameters()}
-    regraft.apply(other, {key: "off" if key == "Dropout" else None for key in rules if key == "Dropout"}, inputs)
+    regraft.apply(other, {"Dropout": "off"}, inputs)
     regraft.revert(other)
     assert [type(m) for m in other.modules()] == [type(m) for m in build().modules()]
     assert list(other.state_dict()) == list(build().state_dict())
-    if model.state_dict().keys() == grafted.keys():
-        assert_same(grafted, model)
-    assert any(vars(module).get("_regraft") for module in model.modules())
+    assert [type(m) for m in model.modules()] == classes
     regraft.revert(model)
-    assert_same_classes_and_attributes(plain, model)
-
-
-def assert_same_classes_and_attributes(before, model):
-    """As `assert_same`, but a training forward may have counted batches."""
-    assert_same({k: v for k, v in before.items() if k in snapshot(model)}, model)
+    assert_same(plain, model)
 
 
 def test_a_deepcopy_of_a_call_site_runs_its_own_module():

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import tiny
 import torch
-from snapshots import assert_same, snapshot
+from snapshots import differences, snapshot
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -52,25 +52,18 @@ def test_trap_16_reparametrized_before_the_graft(wrap):
     first.sum().backward()
     assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
     regraft.revert(net)
-    assert_same(settled(before), net, settled)
+    assert moved(before, net) == []
     assert torch.equal(net.eval()(X), net(X))
 
 
-def settled(seen):
-    """Without what these tools compute anew at each forward."""
-    moving = ("weight", ":version", "_u", "_v")
-    return {k: v for k, v in seen.items() if not k.partition(".")[2].rstrip(":entries").endswith(moving) and ":version" not in k}
-
-
-def assert_same(before, model, view=lambda seen: seen):  # noqa: F811
-    from snapshots import differences
-
-    assert [name for name in differences(before, view(snapshot(model))) if "_buffers" not in name] == []
+def moved(before, model):
+    """What differs, but for the tensors that these tools compute anew at each forward."""
+    anew = (".weight", ":version", "_buffers:entries")
+    return [name for name in differences(before, snapshot(model)) if not name.endswith(anew)]
 
 
 @wraps
-@pytest.mark.parametrize("undo", ["revert first", "keep"])
-def test_trap_16_reparametrized_after_the_graft(wrap, undo):
+def test_trap_16_reparametrized_after_the_graft(wrap):
     net = linear()
     kept = type(net[0])
     regraft.apply(net, {"Linear": "dropconnect(p=0.5)", "Dropout": "gaussian"})
@@ -105,7 +98,7 @@ def test_a_parametrization_taken_off_a_grafted_layer_leaves_the_graft(wrap):
     assert not torch.equal(net[0](X), net[0](X))
     regraft.revert(net)
     assert type(net[0]) is nn.Linear
-    assert list(net.state_dict()) == ["0.weight", "0.bias"]
+    assert set(net.state_dict()) == {"0.weight", "0.bias"}
 
 
 def test_parametrized_and_grafted_in_turns():
@@ -141,8 +134,7 @@ def test_a_parametrized_model_is_deep_copied_with_its_grafts():
 def dispatched(model):
     from accelerate import dispatch_model
 
-    names = {name: "cpu" for name, _ in model.named_children()}
-    return dispatch_model(model, names or {"": "cpu"}, force_hooks=True)
+    return dispatch_model(model, {"": "cpu"}, force_hooks=True)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -159,10 +151,8 @@ def test_trap_5_accelerates_hooks_and_grafts(order, build):
         dispatched(model)
     else:
         regraft.revert(model)
-        from snapshots import differences
-
-        moved = [name for name in differences(before, snapshot(model)) if not name.endswith("._old_forward")]
-        assert moved == []  # a bound method is a new object each time it is read
+        names = [name for name in differences(before, snapshot(model)) if not name.endswith("._old_forward")]
+        assert names == []  # a bound method is a new object each time it is read
         assert all(
             module._old_forward.__func__ is type(module).forward
             for module in model.modules()
@@ -172,9 +162,7 @@ def test_trap_5_accelerates_hooks_and_grafts(order, build):
     assert len(report.grafted) > 5
     assert any("_hf_hook" in module.__dict__ for module in model.modules())
     drawn = {id(m) for m in runs_variants(model, batch)}
-    expected = {
-        id(model.get_submodule(edit.path)) for edit in report.grafted if edit.kind == "module"
-    }
+    expected = {id(model.get_submodule(edit.path)) for edit in report.grafted if edit.kind == "module"}
     assert expected <= drawn
     regraft.revert(model)
     assert runs_variants(model, batch) == []
@@ -210,10 +198,6 @@ def test_dispatch_model_after_a_graft_of_calls_keeps_the_calls_grafted():
     assert torch.equal(model(**batch).logits, model(**batch).logits)
     regraft.revert(model)
     assert not torch.equal(model(**batch).logits, model(**batch).logits)
-
-
-class Old(nn.Module):
-    """A pattern of some wrappers: the bound forward is kept and called later."""
 
 
 def test_accelerate_prepare_in_mixed_precision_then_revert():

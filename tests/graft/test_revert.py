@@ -149,7 +149,9 @@ def test_a_class_that_nobody_knows_on_top_is_refused_with_the_remedy():
     below = type(model[2])
     model[2].__class__ = type("Strange", (below,), {})
     before = snapshot(model)
-    with pytest.raises(RevertError, match="made from a grafted class[\\s\\S]*help: undo that first") as caught:
+    with pytest.raises(
+        RevertError, match="made from a grafted class[\\s\\S]*help: undo that first"
+    ) as caught:
         regraft.revert(model)
     assert isinstance(caught.value, RuntimeError)
     assert_same(before, model)

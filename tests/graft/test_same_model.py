@@ -42,7 +42,9 @@ def test_promise_1_the_same_weights(build, args, kwargs):
     model = build()
     before = dict(model.named_parameters(remove_duplicate=False))
     buffers, keys = dict(model.named_buffers(remove_duplicate=False)), list(model.state_dict())
-    report = regraft.apply(model, {"Dropout": "gaussian", "Linear": "dropconnect(p=0.1)"}, given(args, kwargs))
+    report = regraft.apply(
+        model, {"Dropout": "gaussian", "Linear": "dropconnect(p=0.1)"}, given(args, kwargs)
+    )
     assert len(report.grafted) > 2
     after = dict(model.named_parameters(remove_duplicate=False))
     assert list(before) == list(after)
@@ -71,7 +73,9 @@ def test_trap_13_an_optimizer_built_before_keeps_working():
     model = tiny.bert()
     decay = [p for name, p in model.named_parameters() if p.dim() > 1]
     rest = [p for name, p in model.named_parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], 0.01)
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], 0.01
+    )
     regraft.apply(model, {"Dropout": "multisample", "Linear@classifier": "dropconnect(p=0.2)"})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(**TOKENS, labels=torch.tensor([0, 1])).loss.backward()
@@ -79,13 +83,17 @@ def test_trap_13_an_optimizer_built_before_keeps_working():
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert "classifier.weight" in moved
     assert len(moved) > 0.9 * len(before)
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+        id(p) for p in model.parameters()
+    }
 
 
 def test_tied_weights_stay_tied():
     model = tiny.llama()
     model.lm_head.weight = model.model.embed_tokens.weight
-    regraft.apply(model, {"Linear@lm_head": "dropconnect(p=0.1)", "Embedding": "neftune", "Dropout": "gaussian"})
+    regraft.apply(
+        model, {"Linear@lm_head": "dropconnect(p=0.1)", "Embedding": "neftune", "Dropout": "gaussian"}
+    )
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert len(list(model.parameters())) == len(list(tiny.llama().parameters())) - 1
 
@@ -94,7 +102,9 @@ def test_tied_weights_stay_tied():
 def test_promise_2_owners_and_roots_keep_their_names_and_signatures(build, args, kwargs):
     model, other = build(), build()
     report = regraft.apply(model, {"Dropout": "gaussian"}, given(args, kwargs))
-    leaves = {edit.path for edit in report.grafted if edit.kind == "module" and edit.op != "MultiheadAttention"}
+    leaves = {
+        edit.path for edit in report.grafted if edit.kind == "module" and edit.op != "MultiheadAttention"
+    }
     for (name, module), original in zip(model.named_modules(), other.modules(), strict=True):
         assert isinstance(module, type(original))
         assert inspect.signature(module.forward) == inspect.signature(original.forward)
@@ -118,8 +128,9 @@ def test_promise_2_everything_but_classes_rates_and_the_record_is_the_same_objec
     before = snapshot(net)
     regraft.apply(net, {"Dropout": "gaussian(p=0.2)", "Linear": "dropconnect(p=0.1)"})
     after = snapshot(net)
-    changed = {name.rpartition(".")[2].partition(":")[0] for name in before.keys() | after.keys()
-               if before.get(name) is not after.get(name) and before.get(name) != after.get(name)}  # fmt: skip
+    differ = {n for n in before.keys() | after.keys() if before.get(n) is not after.get(n)}
+    differ = {n for n in differ if before.get(n) != after.get(n)}
+    changed = {name.rpartition(".")[2].partition(":")[0] for name in differ}
     assert changed <= {"_regraft", "p", "0", "1", "3"} | {":class"}
     assert [module.training for module in net] == [True, True, False, True]
     assert [p.requires_grad for p in net.parameters()] == [False, False, True, True, True, True]
