@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from regraft.errors import ModelError
 from regraft.find.functions import ATTENTION, FUNCTIONS, MULTI_HEAD
 from regraft.find.original import RECORD, Graft
 from regraft.graft.attention import attend, written_out_mha
+from regraft.graft.checkpoints import checkpoint_marks, inside_checkpoint
 from regraft.graft.classes import Namespace, layer
 from regraft.planning import Edit
 from regraft.variants.registry import complete_options, spec
@@ -118,7 +118,7 @@ class CallMode(TorchFunctionMode):
         self.grafts = {slot.partition(":")[2]: graft for slot, graft in grafts.items()}
         self.on = True
         self.pause = _Pause()
-        self.entered = _checkpoint_marks()
+        self.entered = checkpoint_marks()
 
     def __enter__(self) -> CallMode:
         self.pause.__enter__()
@@ -155,10 +155,10 @@ class CallMode(TorchFunctionMode):
         return made
 
     def _refuse_recompute(self, op: str) -> None:
-        if self.module.training and torch.is_grad_enabled() and self.entered != _checkpoint_marks():
-            raise _inside_checkpoint(self.module, op)
+        if self.module.training and torch.is_grad_enabled() and self.entered != checkpoint_marks():
+            raise inside_checkpoint(self.module, op)
         if self.entered[0] and not torch.is_grad_enabled() and self.module.training:
-            raise _inside_checkpoint(self.module, op)
+            raise inside_checkpoint(self.module, op)
 
 
 class _CompiledMode(CallMode):
@@ -196,22 +196,6 @@ def call_rate(graft: Graft, carried: float) -> float:
     if isinstance(p, str):
         return min(carried * float(p[1:]), 1 - 2**-24)
     return float(p)
-
-
-def _checkpoint_marks() -> tuple[bool, Any]:
-    """What a checkpoint changes around what it runs: gradients are off, or saved tensors are hooked."""
-    if torch.compiler.is_compiling():
-        return (False, None)
-    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def _inside_checkpoint(module: nn.Module, op: str) -> ModelError:
-    return ModelError(
-        f"{type(module).__name__} checkpoints a function of its own that calls {op}: the recomputation "
-        "would run without the graft, and the gradients would be wrong",
-        where=type(module).__qualname__,
-        remedy="switch gradient checkpointing off for this module, or leave the site alone: a rule with None",
-    )
 
 
 def _handle_dropout(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

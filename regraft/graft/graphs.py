@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from torch import fx, nn
 
@@ -25,7 +25,7 @@ _COMPILED = "_wrapped_call"
 def compile_graph(owner: fx.GraphModule) -> Any:
     """Make the code of a graph module anew, on the class that has it; classes made above it stay."""
     cls = type(owner)
-    holder = next((one for one in cls.__mro__ if _COMPILED in vars(one)), cls)
+    holder: Any = next((one for one in cls.__mro__ if _COMPILED in vars(one)), cls)
     owner.__class__ = holder
     try:
         code = holder.recompile(owner)
@@ -60,8 +60,9 @@ def graph_methods(base: type[nn.Module], layered_like: Callable[[Class, Class], 
 
     def deepcopy(self: fx.GraphModule, memo: dict[int, Any]) -> Any:
         # A copy is built from the graph, which knows nothing of classes above it, nor of grafts.
-        cls, holder = type(self), next(one for one in type(self).__mro__ if _COMPILED in vars(one))
-        self.__class__ = cast("Any", holder)
+        cls = type(self)
+        holder: Any = next(one for one in cls.__mro__ if _COMPILED in vars(one))
+        self.__class__ = holder
         try:
             copied = holder.__deepcopy__(self, memo)
         finally:

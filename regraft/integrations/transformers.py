@@ -48,7 +48,7 @@ class RDropCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Note the terms of a step."""
         self.log.step()
 
-    def on_log(self, _: Any, state: Any, *__: Any, logs: Any = None, **___: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         """Add the terms to the entry of a training loss."""
         if logs is not None and "loss" in logs:
             terms = self.log.means()

@@ -1,7 +1,7 @@
 """Inputs for the probe: which the user may give, and what is said of those that do not fit."""
 
-from __future__ # ruff: noqa: E501 (messages stand whole in the table)
-import annotations
+# ruff: noqa: E501
+from __future__ import annotations
 
 import pytest
 import tiny
