@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
+from regraft.errors import InputsError
 from regraft.find.calls import Called
 from regraft.find.inputs import Inputs
 from regraft.find.modes import MarkedRate, marked, set_training
@@ -72,6 +73,9 @@ def run_probe(model: nn.Module, modules: list[Named], inputs: Inputs, sites: set
     began = time.perf_counter()
     every = [named.module for named in modules]
     try:
+        if any(hasattr(module, "reshard") for module in every):
+            # Fake tensors would stay behind in the state that FSDP keeps of its shards.
+            raise InputsError("its parameters are sharded by FSDP")
         probe = _on_fake_tensors(model, every, inputs, sites)
         probe.how = "fake tensors"
     except Exception as error:

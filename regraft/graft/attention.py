@@ -59,27 +59,43 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     return wide.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0).to(scores.dtype)
 
 
-def written_out_mha(drop: Drop) -> Callable[..., Any]:
-    """`F.multi_head_attention_forward` with `drop` in the place of its dropout.
+def multi_head_attention(drop: Drop, **call: Any) -> Any:
+    """`F.multi_head_attention_forward` with `drop` in the place of its dropout."""
+    _drops.append(drop)
+    try:
+        return _multi_head_attention(**call)
+    finally:
+        _drops.pop()
 
-    The function is torch's own, run with three of the names it looks up bound to ours: its many options
-    need not be written again.
+
+_drops: list[Drop] = []
+"""What takes the place of dropout in the call that is running; the innermost last."""
+
+
+def _dropout(weights: Tensor, p: float = 0.5, **_: Any) -> Tensor:
+    made = _drops[-1](weights)
+    return weights if made is None else made
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, is_causal: bool) -> Tensor:
+    return attend(q, k, v, mask, is_causal, drop=_drops[-1])
+
+
+def _rebound() -> Callable[..., Any]:
+    """torch's own function, with three of the names it looks up bound to ours.
+
+    Its many options need not be written again. Made once, on import: a compiler cannot trace the making.
     """
-
-    def dropout(weights: Tensor, p: float = 0.5, **_: Any) -> Tensor:
-        made = drop(weights)
-        return weights if made is None else made
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, is_causal: bool) -> Tensor:
-        return attend(q, k, v, mask, is_causal, drop=drop)
-
     original = F.multi_head_attention_forward
     names = {
         **original.__globals__,
-        "dropout": dropout,
-        "scaled_dot_product_attention": attention,
+        "dropout": _dropout,
+        "scaled_dot_product_attention": _attention,
         "has_torch_function": lambda *_: False,
     }
     made = types.FunctionType(original.__code__, names, original.__name__, original.__defaults__)
     made.__kwdefaults__ = original.__kwdefaults__
     return made
+
+
+_multi_head_attention = _rebound()

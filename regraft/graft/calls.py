@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from regraft.find.functions import ATTENTION, FUNCTIONS, MULTI_HEAD
 from regraft.find.original import RECORD, Graft
-from regraft.graft.attention import attend, written_out_mha
+from regraft.graft.attention import attend, multi_head_attention
 from regraft.graft.checkpoints import checkpoint_marks, inside_checkpoint
 from regraft.graft.classes import Namespace, layer
 from regraft.planning import Edit
@@ -233,7 +233,7 @@ def _handle_mha(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: dict[s
 
     # A rate above 0 makes the function call its dropout; which rate, our dropout knows.
     call = dict(zip(_MHA_NAMES, args, strict=False)) | kwargs
-    return written_out_mha(drop)(**{**call, "dropout_p": 0.5, "training": True})
+    return multi_head_attention(drop, **{**call, "dropout_p": 0.5, "training": True})
 
 
 _MHA_NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)

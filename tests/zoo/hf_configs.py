@@ -124,11 +124,8 @@ class Shrink:
             return min(self.layers, value)
         if _TOKEN.fullmatch(name) and value >= VOCABULARY:
             return self.tokens.setdefault(name, VOCABULARY - 1 - len(self.tokens))
-        if (
-            self.widths
-            and name.endswith("num_key_value_heads")
-            and value == vars(default).get("num_attention_heads")
-        ):
+        heads = type(default).attribute_map.get("num_attention_heads", "num_attention_heads")
+        if self.widths and name.endswith("num_key_value_heads") and value == vars(default).get(heads):
             return HEADS
         rules = _ALWAYS | (_WIDTHS if self.widths else {})
         small = next((size for pattern, size in rules.items() if re.fullmatch(pattern, name)), None)

@@ -31,9 +31,9 @@ def made(model: nn.Module, way: str = "main") -> dict[str, Any]:
         inputs.setdefault("decoder_input_ids", _ids(config))
     if "input_ids" in inputs and "attention_mask" in parameters:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if way == "transposed" and main in inputs:
-        given = inputs[main]
-        inputs[main] = given.transpose(1, 2) if given.dim() > 2 else given[:, None]
+    if way == "transposed":
+        for name in inputs.keys() & {"input_features", "input_values"}:
+            inputs[name] = inputs[name].transpose(1, 2) if inputs[name].dim() > 2 else inputs[name][:, None]
     if way == "video" and "pixel_values" in inputs:
         inputs["pixel_values"] = _video(config)
     if model.config.model_type in _OWN:
