@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -126,6 +127,21 @@ def rdrop(
     return model
 
 
+@contextmanager
+def _entered_once(model: nn.Module) -> Iterator[None]:
+    """Take accelerate's wrapped forward off the instance while it runs.
+
+    It enters one and the same autocast object each time: entered again inside itself, for a pass or a
+    look at the model, the object forgets that autocast was off before, and leaves it on for good.
+    """
+    wrapped = model.__dict__.pop("forward", None) if "_original_forward" in model.__dict__ else None
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.__dict__["forward"] = wrapped
+
+
 @layer(SLOT)
 def _passes_layer(base: type[nn.Module], _: str) -> Namespace:
     own = base.forward
@@ -135,7 +151,8 @@ def _passes_layer(base: type[nn.Module], _: str) -> Namespace:
         graft: Graft | None = self.__dict__.get(RECORD, {}).get(SLOT)
         if graft is None or is_passing(self):
             return own(self, *args, **kwargs)
-        return rdrop_forward(self, functools.partial(own, self), graft.options["objective"], (args, kwargs))
+        with _entered_once(self):
+            return rdrop_forward(self, functools.partial(own, self), graft.options["objective"], (args, kwargs))
 
     return {"forward": forward}
 
