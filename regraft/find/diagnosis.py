@@ -10,6 +10,7 @@ from torch import nn
 
 from regraft.find.functions import ATTENTION
 from regraft.find.kinds import PLAIN
+from regraft.find.nodes import nodes_fixed_by_tracing
 from regraft.find.probe import Probe
 from regraft.find.site import Site
 from regraft.find.walk import Named
@@ -32,6 +33,7 @@ def diagnose(sites: list[Site], modules: list[Named], probe: Probe) -> list[Find
     return [
         *_draws_in_eval(modules, probe),
         *_baked_in(noise),
+        *_fixed_nodes(sites, modules),
         *other_rates,
         *_never_used(noise, {finding.path for finding in other_rates}),
         *_frozen(noise, modules),
@@ -65,8 +67,15 @@ def _baked_in(noise: list[Site]) -> Iterator[Finding]:
                 site.path,
                 f"{site.written} was fixed by tracing: it drops {when}",
                 site.source,
-                f"apply {{'{selected}': 'dropout'}}: the graft follows .training",
+                f"apply {{'{selected}': '{'droppath' if site.op == 'DropPath' else 'dropout'}'}}: "
+                "the graft follows .training",
             )
+
+
+def _fixed_nodes(sites: list[Site], modules: list[Named]) -> Iterator[Finding]:
+    """Nodes that no rule can mend."""
+    for path, what, source in nodes_fixed_by_tracing(modules, {site.path for site in sites}):
+        yield Finding(path, what, source, "trace with regraft.trace, which keeps more modules whole")
 
 
 def _other_rate(noise: list[Site]) -> Iterator[Finding]:

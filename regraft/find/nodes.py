@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from regraft.find.calls import Called
 from regraft.find.frames import line_of_trace
-from regraft.find.graphs import LINEAR, GraphNode, graph_node, graph_nodes
+from regraft.find.graphs import DROP_PATH, LINEAR, GraphNode, graph_node, graph_nodes
 from regraft.find.kinds import FAMILIES
 from regraft.find.obstacles import owner_obstacle
 from regraft.find.original import Graft, grafts_of, original_class
@@ -127,6 +128,27 @@ def node_marks(modules: list[Named]) -> dict[str, str]:
                 name = getattr(found.called.function, "__name__", "function")
                 marks[node_path(path, found.called.name)] = f"node {name}{shape}"
     return marks
+
+
+def nodes_fixed_by_tracing(
+    modules: list[Named], known: set[str]
+) -> Iterator[tuple[str, str, str | None]]:
+    """Path, fault and line of the nodes, but for the `known`, that do in eval what they do in training."""
+    for named in modules:
+        if not isinstance(named.module, fx.GraphModule):
+            continue
+        calls = {one.node: one for one in graph_nodes(named.module)}
+        masks = {one.node.args[1] for one in calls.values() if one.called.op == DROP_PATH and one.node.args[1:]}
+        for node in named.module.graph.nodes:
+            path = node_path(named.paths[0], node.name)
+            found = calls.get(node)
+            if path in known or node in masks:
+                continue
+            name = getattr(node.target, "__name__", str(node.target))
+            if name in ("bernoulli", "bernoulli_") and node.op != "call_module":
+                yield path, f"{name} draws in eval as in training", line_of_trace(node.stack_trace)
+            elif found is not None and found.baked and found.module is None:
+                yield path, f"{name} has training=True in eval too", line_of_trace(node.stack_trace)
 
 
 def owner_path(site: Site) -> str:

@@ -82,7 +82,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, is_causal: 
 
 
 def _rebound() -> Callable[..., Any]:
-    """torch's own function, with three of the names it looks up bound to ours.
+    """Torch's own function, with three of the names it looks up bound to ours.
 
     Its many options need not be written again. Made once, on import: a compiler cannot trace the making.
     """

@@ -152,7 +152,9 @@ def _passes_layer(base: type[nn.Module], _: str) -> Namespace:
         if graft is None or is_passing(self):
             return own(self, *args, **kwargs)
         with _entered_once(self):
-            return rdrop_forward(self, functools.partial(own, self), graft.options["objective"], (args, kwargs))
+            return rdrop_forward(
+                self, functools.partial(own, self), graft.options["objective"], (args, kwargs)
+            )
 
     return {"forward": forward}
 

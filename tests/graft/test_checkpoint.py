@@ -62,7 +62,11 @@ def test_a_checkpointed_block_recomputes_the_same_masks(build, rules, reentrant)
 
 
 @kinds
-@pytest.mark.parametrize("build", [lambda: tiny.bert(), tiny.llama, lambda: tiny.bert(attention="eager")], ids=["bert", "llama", "bert-eager"])
+@pytest.mark.parametrize(
+    "build",
+    [lambda: tiny.bert(), tiny.llama, lambda: tiny.bert(attention="eager")],
+    ids=["bert", "llama", "bert-eager"],
+)
 def test_hugging_faces_checkpointing(build, reentrant):
     model = build()
     regraft.apply(model, {"Dropout": "gaussian(p=0.3)"})
@@ -138,7 +142,9 @@ def test_an_owner_that_checkpoints_a_function_raises_and_does_not_give_wrong_gra
     model = build(reentrant)
     x = torch.randn(3, 16, requires_grad=True)
     regraft.apply(model, {"Dropout": "gaussian"}, x.detach())
-    with pytest.raises(ModelError, match="checkpoints a function of its own that calls dropout[\\s\\S]*help: "):
+    with pytest.raises(
+        ModelError, match="checkpoints a function of its own that calls dropout[\\s\\S]*help: "
+    ):
         model(x).sum().backward()
     model.eval()
     model(x).sum().backward()

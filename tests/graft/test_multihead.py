@@ -96,7 +96,9 @@ def test_its_rate_is_set_and_reverted(nested):
     assert {edit.after for edit in report.grafted} == {"MultiheadAttention(p=0.4)"}
     found = [one.dropout for one in module.modules() if isinstance(one, nn.MultiheadAttention)]
     assert found == [0.4] * (2 if nested else 1)
-    assert all(type(one) is nn.MultiheadAttention for one in module.modules() if hasattr(one, "in_proj_weight"))
+    assert all(
+        type(one) is nn.MultiheadAttention for one in module.modules() if hasattr(one, "in_proj_weight")
+    )
     regraft.apply(module, {"MultiheadAttention": "off"}, x)
     assert {one.dropout for one in module.modules() if isinstance(one, nn.MultiheadAttention)} == {0.0}
     regraft.revert(module)
