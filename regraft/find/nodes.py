@@ -130,15 +130,15 @@ def node_marks(modules: list[Named]) -> dict[str, str]:
     return marks
 
 
-def nodes_fixed_by_tracing(
-    modules: list[Named], known: set[str]
-) -> Iterator[tuple[str, str, str | None]]:
+def nodes_fixed_by_tracing(modules: list[Named], known: set[str]) -> Iterator[tuple[str, str, str | None]]:
     """Path, fault and line of the nodes, but for the `known`, that do in eval what they do in training."""
     for named in modules:
         if not isinstance(named.module, fx.GraphModule):
             continue
         calls = {one.node: one for one in graph_nodes(named.module)}
-        masks = {one.node.args[1] for one in calls.values() if one.called.op == DROP_PATH and one.node.args[1:]}
+        masks = {
+            one.node.args[1] for one in calls.values() if one.called.op == DROP_PATH and one.node.args[1:]
+        }
         for node in named.module.graph.nodes:
             path = node_path(named.paths[0], node.name)
             found = calls.get(node)

@@ -1,6 +1,5 @@
 """Inputs for the probe: which the user may give, and what is said of those that do not fit."""
 
-# ruff: noqa: E501
 from __future__ import annotations
 
 import pytest
