@@ -136,9 +136,8 @@ def nodes_fixed_by_tracing(modules: list[Named], known: set[str]) -> Iterator[tu
         if not isinstance(named.module, fx.GraphModule):
             continue
         calls = {one.node: one for one in graph_nodes(named.module)}
-        masks = {
-            one.node.args[1] for one in calls.values() if one.called.op == DROP_PATH and one.node.args[1:]
-        }
+        drawn = [one.node.args[1:2] for one in calls.values() if one.called.op == DROP_PATH]
+        masks = {argument for args in drawn for argument in args if isinstance(argument, fx.Node)}
         for node in named.module.graph.nodes:
             path = node_path(named.paths[0], node.name)
             found = calls.get(node)
