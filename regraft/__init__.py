@@ -62,7 +62,7 @@ _HOMES = {
 }
 _MODULES = ("errors", "nn")
 
-__all__ = [*_HOMES, *_MODULES, "__version__"]  # noqa: PLE0604
+__all__ = sorted([*_HOMES, *_MODULES, "__version__"])  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:

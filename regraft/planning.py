@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from regraft.choices import Choice, acts_in_eval
+from regraft.choices import Choice
+from regraft.edits import Edit, Skip, edit_of, skip_of
 from regraft.errors import FileError, MisfitError, OptionError, raise_all
 from regraft.find.inspection import Inspection, inspect
 from regraft.find.nodes import node_marks, owner_path
@@ -22,46 +23,6 @@ from regraft.rules import Rule, read_rules, resolve
 
 Rules = Mapping[Any, Any] | Sequence[tuple[Any, Any]]
 """Selector -> variant, in order; a mapping or a list of pairs."""
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One site that gets a variant. The attributes are the keys of the JSON."""
-
-    path: str
-    paths: list[str]
-    kind: str
-    op: str
-    type: str
-    before: str
-    after: str
-    variant: str
-    options: dict[str, Any]
-    rule: int
-    calls: int | None
-    source: str | None
-    methods: list[str] = field(default_factory=list)
-    """Of a call site: the owner's methods that run it."""
-    mends: bool = False
-    """Did the call drop in eval too, and does the graft end that?"""
-    cost: str | None = None
-    """What the graft costs beyond the variant itself."""
-
-
-@dataclass(frozen=True)
-class Skip:
-    """One selected site that gets none, why, and what would help."""
-
-    path: str
-    paths: list[str]
-    kind: str
-    op: str
-    type: str
-    calls: int | None
-    source: str | None
-    reason: str
-    remedy: str
-    rule: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -189,8 +150,8 @@ def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> P
         raise OptionError(f"fused={fused!r}", remedy="'auto', 'write' or 'keep'")
     choices, problems = resolve(inspection, rules, fused)
     raise_all(problems)
-    edits = [_edit(choice) for choice in choices if choice.reason is None]
-    skips = [_skip(choice) for choice in choices if choice.reason is not None]
+    edits = [edit_of(choice) for choice in choices if choice.reason is None]
+    skips = [skip_of(choice) for choice in choices if choice.reason is not None]
     selected = [*(edit.path for edit in edits), *(skip.path for skip in skips)]
     return Plan(
         model=type(inspection.root).__name__,
@@ -227,41 +188,3 @@ def _notes(edits: list[Edit], skips: list[Skip], choices: list[Choice]) -> list[
             "or build the model with rates above 0"
         ]
     return []
-
-
-def _edit(choice: Choice) -> Edit:
-    site = choice.site
-    assert choice.variant is not None
-    return Edit(
-        path=site.path,
-        paths=list(site.paths),
-        kind=site.kind,
-        op=site.op,
-        type=site.type,
-        before=site.written,
-        after=choice.after,
-        variant=choice.variant.name,
-        options=dict(choice.variant.options),
-        rule=choice.rule,
-        calls=site.calls,
-        source=site.source,
-        methods=sorted(site.call.methods) if site.call else [],
-        mends=(site.draws_in_eval or site.baked is not None) and not acts_in_eval(choice.variant),
-        cost=choice.cost,
-    )
-
-
-def _skip(choice: Choice) -> Skip:
-    site = choice.site
-    return Skip(
-        path=site.path,
-        paths=list(site.paths),
-        kind=site.kind,
-        op=site.op,
-        type=site.type,
-        calls=site.calls,
-        source=site.source,
-        reason=choice.reason or "",
-        remedy=choice.remedy,
-        rule=choice.rule,
-    )

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from regraft.edits import Edit, Skip
 from regraft.find.inspection import inspect, look
 from regraft.find.original import grafts_of
 from regraft.graft.change import RIVALS, Change, set_graft, stands
 from regraft.graft.nodes import compiled_once, set_slot
 from regraft.graft.steps import Step, steps_of
-from regraft.planning import Edit, Plan, Rules, Skip, plan_of
+from regraft.planning import Plan, Rules, plan_of
 from regraft.report.view import SCHEMA, View
 from regraft.rules import read_rules
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from regraft.edits import Edit
 from regraft.find.functions import ATTENTION, FUNCTIONS, MULTI_HEAD
 from regraft.find.original import RECORD, Graft
 from regraft.graft.attention import attend, multi_head_attention
 from regraft.graft.checkpoints import checkpoint_marks, inside_checkpoint
 from regraft.graft.classes import Namespace, layer
-from regraft.planning import Edit
 from regraft.variants.registry import complete_options, spec
 
 SLOT = "calls"

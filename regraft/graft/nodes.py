@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from regraft.edits import Edit
 from regraft.errors import MisfitError
 from regraft.find.functions import ATTENTION
 from regraft.find.graphs import DROP_PATH, LINEAR, NODE, WRAPPED, GraphNode, Replaced, graph_node, graph_nodes
@@ -23,7 +24,6 @@ from regraft.find.walk import Named
 from regraft.graft.calls import call_graft, call_rate
 from regraft.graft.change import set_graft
 from regraft.graft.graphs import compile_graph
-from regraft.planning import Edit
 from regraft.variants.registry import spec
 
 SLOT = "node"

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from regraft.edits import Edit
 from regraft.errors import FileError
 from regraft.find.inspection import look
 from regraft.graft.apply import Report, apply
 from regraft.graft.calls import BOUNDARY
 from regraft.graft.nodes import placed_grafts
-from regraft.planning import Edit, Plan, fingerprint
+from regraft.planning import Plan, fingerprint
 
 FILE_NAME = "regraft.json"
 
@@ -45,6 +46,19 @@ def save_plan(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 def load_plan(model: nn.Module, path: str | os.PathLike[str]) -> Report:
     """Give a model the grafts that `save_plan` wrote; returns the report.
+
+    Args:
+        model: of the architecture that the plan was made for.
+        path: the file, or the folder that holds `regraft.json`.
+
+    Example:
+        >>> import regraft, tempfile
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Dropout(0.1))
+        >>> report = regraft.apply(net, {"Dropout": "gaussian"})
+        >>> file = regraft.save_plan(net, tempfile.mkdtemp())
+        >>> len(regraft.load_plan(nn.Sequential(nn.Dropout(0.1)), file).grafted)
+        1
 
     Raises:
         FileError: no such file, or no plan (also an OSError).

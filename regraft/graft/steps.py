@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from regraft.choices import acts_in_eval
+from regraft.edits import Edit
 from regraft.find.inspection import Inspection
 from regraft.find.original import Graft
 from regraft.find.site import Site
@@ -12,7 +13,7 @@ from regraft.graft.calls import BOUNDARY, SLOT, boundary_graft, call_graft
 from regraft.graft.modules import SLOT as VARIANT
 from regraft.graft.modules import module_graft, rate_graft
 from regraft.graft.nodes import node_slot
-from regraft.planning import Edit, Plan
+from regraft.planning import Plan
 from regraft.variants.spec import Variant
 
 Step = tuple[nn.Module, str, Graft]

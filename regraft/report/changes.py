@@ -105,12 +105,20 @@ def _graft_blocks(grafted: Sequence[Facts], rules: Sequence[Any], probed: bool) 
         return (), (kind_cell(row), calls_cell(row.get("calls"), probed=probed))
 
     texts = merged_rates(grafted, ("before", "after"))
-    hunks: dict[tuple[Any, str, str], list[Facts]] = {}
+    hunks: dict[tuple[Any, str, str, str], list[Facts]] = {}
     for row, (before, after) in zip(grafted, texts, strict=True):
-        hunks.setdefault((row.get("rule"), before, after), []).append(row)
+        hunks.setdefault((row.get("rule"), before, after, row.get("cost") or ""), []).append(row)
     return [
-        Block("graft", _rule(rules, rule), len(rows), folded_lines(rows, cells), before=before, after=after)
-        for (rule, before, after), rows in hunks.items()
+        Block(
+            "graft",
+            _rule(rules, rule),
+            len(rows),
+            folded_lines(rows, cells),
+            text=cost,
+            before=before,
+            after=after,
+        )
+        for (rule, before, after, cost), rows in hunks.items()
     ]
 
 

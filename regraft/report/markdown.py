@@ -34,6 +34,8 @@ def _block(block: Block) -> Iterator[str]:
     if block.kind == "graft":
         rule = f"@@ {block.title} @@\n" if block.title else ""
         yield _fenced("diff", f"{rule}- {block.before}\n+ {block.after}")
+        if block.text:
+            yield f"*Cost:* {_plain(block.text)}"
     else:
         yield f"**{_plain(block.title)}**" + (f": {_plain(block.text)}" if block.text else "")
     if block.remedy:

@@ -94,6 +94,8 @@ def _block(block: Block, above: Block | None, width: int) -> Iterator[Spans]:
         where = f"  in {visible(file)}" if file else ""
         yield [("- ", "minus"), (visible(block.before), "minus"), (count + where, "dim")]
         yield from _wrapped([("+ ", "plus"), (visible(block.after), "plus")], width, hang=4)
+        if block.text:
+            yield from _wrapped([("  cost: ", "warn"), (visible(block.text), "")], width, hang=8)
     else:
         where = f" (in {visible(file)})" if file else ""
         style = "head" if block.kind in ("sites", "keys") else "warn"

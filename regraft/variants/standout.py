@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch.nn.functional import linear
 
 from regraft.errors import OptionError
 from regraft.variants.checks import check_choice, check_count, check_number, check_switch
-from regraft.variants.draws import HALVES
-from regraft.variants.module import DropoutVariant, LinearVariant, check_rate, linear_weight
+from regraft.variants.gating import gate_shift, stand_out
+from regraft.variants.module import DropoutVariant, LinearVariant, linear_weight
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 _DEFAULTS: dict[str, Any] = {
@@ -76,11 +75,11 @@ def standout(
         >>> standout(torch.ones(2, 3), p=0.5).shape
         torch.Size([2, 3])
     """
-    shift = _shift(x, p, beta)
+    shift = gate_shift(x, p, beta)
     if shift is None or (rescale and not training):
         return x
     gated = None if gate_weight is None else linear(x, gate_weight, gate_bias)
-    return _stand_out(x, gated, training, alpha=alpha, shift=shift, rescale=rescale, min_keep=min_keep)
+    return stand_out(x, gated, training, alpha=alpha, shift=shift, rescale=rescale, min_keep=min_keep)
 
 
 def standout_linear(
@@ -134,58 +133,13 @@ def standout_linear(
         torch.Size([4, 2])
     """
     activation = linear(x, weight, bias)
-    shift = _shift(x, p, beta)
+    shift = gate_shift(x, p, beta)
     if shift is None or (rescale and not training):
         return activation
     gated = None if gate_weight is None else linear(x, gate_weight, gate_bias)
-    return _stand_out(
+    return stand_out(
         activation, gated, training, alpha=alpha, shift=shift, rescale=rescale, min_keep=min_keep
     )
-
-
-def _shift(x: Tensor, p: float, beta: float | None) -> float | Tensor | None:
-    """beta, or None where everything is kept."""
-    p = check_rate(p)
-    if beta is not None:
-        return beta
-    if p == 0:
-        return None
-    if torch.compiler.is_compiling():
-        # A scheduled rate is then an input of the graph; math.log would make each a constant.
-        return torch.full((), (1 - p) / p, dtype=torch.float32, device=x.device).log()
-    return math.log((1 - p) / p)
-
-
-def _stand_out(
-    x: Tensor,
-    gated: Tensor | None,
-    training: bool,
-    *,
-    alpha: float,
-    shift: float | Tensor,
-    rescale: bool,
-    min_keep: float,
-) -> Tensor:
-    if gated is not None or not training:
-        logits = (x if gated is None else gated).to(x.dtype if x.dtype not in HALVES else torch.float32)
-        keep = (logits * alpha + shift).sigmoid().clamp(min=min_keep)
-        return _with_slopes(x, keep, rescale) if training else x * keep.to(x.dtype)
-    # In place throughout, on tensors made here: each pass over memory counts beside the draw.
-    logits = x.detach().float() if x.dtype in HALVES else x.detach()
-    keep = (logits * alpha).add_(shift).sigmoid_().clamp(min=min_keep)
-    # A uniform draw less the probability lies in [-1, 0) where it is kept, so its floor is -1 or 0.
-    mask = torch.rand_like(keep).sub_(keep).floor_().neg_()
-    if rescale:
-        mask.div_(keep)
-    del keep  # before the product: two tensors of x's size at a time are enough
-    return x * mask.to(x.dtype)
-
-
-def _with_slopes(x: Tensor, keep: Tensor, rescale: bool) -> Tensor:
-    fixed = keep.detach()
-    # Straight through: the drawn mask forwards, the slope of its probability backwards.
-    mask = (torch.rand_like(fixed) < fixed) + (keep - fixed)
-    return x * (mask / fixed if rescale else mask).to(x.dtype)
 
 
 def _check(options: Mapping[str, Any]) -> None:

@@ -1,0 +1,138 @@
+"""The layers of the package: imports point down only. Read from the sources, not from what runs."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import regraft
+
+PACKAGE = Path(regraft.__file__).parent
+LAYERS = [
+    {"errors"},
+    {"variants", "report"},
+    {"find"},
+    {"choices"},
+    {"rules"},
+    {"edits"},
+    {"planning"},
+    {"graft"},
+    {"training"},
+    {"integrations"},
+    {"cli"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+FREE = {"__init__", "__main__", "nn"}
+"""`regraft/__init__.py` names everything lazily, `nn.py` re-exports variants, `__main__` is the command."""
+FILES = sorted(PACKAGE.rglob("*.py"))
+HEAVY = {
+    "timm",
+    "transformers",
+    "typer",
+    "rich",
+    "matplotlib",
+    "accelerate",
+    "lightning",
+    "pytorch_lightning",
+}
+MOST_LINES = 260
+ids = [str(path.relative_to(PACKAGE)) for path in FILES]
+files = pytest.mark.parametrize("path", FILES, ids=ids)
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> list[tuple[str, bool]]:
+    """Names of the modules a file imports, and whether at its top level."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            found += [(f"{node.module}.{alias.name}", node) for alias in node.names]
+    inside = {id(one) for top in tree.body for one in ast.walk(top) if not _is_top(top)}
+    return [(name, id(node) not in inside) for name, node in found]
+
+
+def _is_top(node: ast.stmt) -> bool:
+    """Statements whose imports run with the file: not functions, not classes, not TYPE_CHECKING."""
+    if isinstance(node, ast.If):
+        return "TYPE_CHECKING" not in ast.unparse(node.test)
+    return not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+
+
+def own(name: str) -> str | None:
+    parts = name.split(".")
+    return parts[1] if parts[0] == "regraft" and len(parts) > 1 else None
+
+
+def test_every_part_of_the_package_has_a_layer():
+    assert {layer_of(path) for path in FILES} <= RANK.keys() | FREE
+    assert {
+        path.name for path in PACKAGE.iterdir() if path.is_dir() and not path.name.startswith("_")
+    } <= RANK.keys()
+
+
+@files
+def test_imports_point_down(path):
+    layer = layer_of(path)
+    if layer in FREE:
+        return
+    upward = []
+    for name, _ in imported(path):
+        other = own(name)
+        if other is None:
+            # The package itself is the whole public list: only the command line calls that.
+            assert name.split(".")[0] != "regraft" or layer == "cli", f"{path.name} imports {name}"
+        elif other in RANK and RANK[other] > RANK[layer]:
+            upward.append(name)
+        elif other in RANK and RANK[other] == RANK[layer]:
+            assert other == layer, f"{path.name} imports its neighbour {name}"
+        elif other in FREE:
+            assert layer == "cli", f"{path.name} imports {name}"
+    assert upward == []
+
+
+@files
+def test_variants_know_nothing_of_sites_and_views_nothing_of_torch(path):
+    names = {name.split(".")[0] for name, _ in imported(path)}
+    if layer_of(path) == "report":
+        assert "torch" not in names
+    if layer_of(path) == "errors":
+        assert names <= {"__future__", "difflib", "collections"}
+
+
+@files
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    layer = layer_of(path)
+    top = {name.split(".")[0] for name, at_top in imported(path) if at_top}
+    allowed = {"typer", "rich"} if layer == "cli" else {"rich"} if path.name == "text.py" else set()
+    assert top & HEAVY <= allowed
+
+
+@files
+def test_files_stay_small(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < MOST_LINES
+
+
+@files
+def test_functions_stay_small(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    long = [
+        f"{node.name}: {_length(node)} lines"
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and _length(node) > 40
+    ]
+    assert long == []
+
+
+def _length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of code: without the docstring and the signature."""
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    return 0 if not body else (body[-1].end_lineno or 0) - body[0].lineno + 1
