@@ -66,7 +66,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
         )
     if site.op in _RECURRENT and getattr(site.module, "num_layers", 2) == 1:
         return f"an {site.op} of one layer has no dropout: it drops between layers", "drop its output instead"
-    if found.name == "off" and site.family not in ("Dropout", "DropPath"):
+    if found.name == "off" and site.family not in ("Dropout", "DropPath") and site.variant is None:
         return "there is no regularizer to take out", "drop the rule"
     if found.name in _RATE_ONLY:
         return None

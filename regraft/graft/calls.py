@@ -212,14 +212,20 @@ def _handle_attention(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: 
     call.update(kwargs)
     carried = float(call.pop("dropout_p", 0.0))
     if graft.edit["variant"] in ("dropout", "off"):
-        # Only the number changes, so the fused kernel stays.
+        # Only the number changes, so the fused kernel stays; under vmap it cannot draw for each pass.
         rate = (
             call_rate(graft, carried) if graft.edit["variant"] == "dropout" and mode.module.training else 0.0
         )
+        if rate > 0 and _vmapped():
+            return attend(**call, drop=lambda scores: mode.drop(ATTENTION, scores, carried, training=True))
         return func(**call, dropout_p=rate)
     if not (mode.module.training or graft.in_eval):
         return func(**call, dropout_p=0.0)
     return attend(**call, drop=lambda scores: mode.drop(ATTENTION, scores, carried, training=True))
+
+
+def _vmapped() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
 def _handle_mha(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

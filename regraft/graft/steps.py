@@ -30,7 +30,9 @@ def steps_of(inspection: Inspection, plan: Plan) -> list[Step]:
             steps.append((by_path[edit.path.rpartition(".")[0]], *node_slot(edit)))
             continue
         module = by_path[edit.path]
-        steps.append(_step(module, sites.get((edit.path, edit.kind, edit.op)), edit))
+        slot, graft = _slot_and_graft(sites.get((edit.path, edit.kind, edit.op)), edit)
+        _settle(graft, edit.path, by_path)
+        steps.append((module, slot, graft))
     owners = {id(module) for module, slot, _ in steps if slot.startswith(SLOT)}
     steps += [
         (by_path[path], BOUNDARY, boundary_graft())
@@ -40,14 +42,29 @@ def steps_of(inspection: Inspection, plan: Plan) -> list[Step]:
     return steps + _awake(inspection, plan, by_path)
 
 
-def _step(module: nn.Module, site: Site | None, edit: Edit) -> Step:
+def _slot_and_graft(site: Site | None, edit: Edit) -> tuple[str, Graft]:
     if edit.kind == "call" or (edit.op == "MultiheadAttention" and edit.variant not in ("dropout", "off")):
-        slot, graft = call_graft(edit)
-        return module, slot, graft
+        return call_graft(edit)
     assert site is not None  # the plan's fingerprint was checked: the module is there
     if edit.op in ("MultiheadAttention", "LSTM", "GRU", "RNN"):
-        return module, "rate", rate_graft(site, edit)
-    return module, VARIANT, module_graft(site, edit)
+        return "rate", rate_graft(site, edit)
+    return VARIANT, module_graft(site, edit)
+
+
+def _settle(graft: Graft, path: str, by_path: dict[str, nn.Module]) -> None:
+    """Move the state a graft brings to where the model is.
+
+    A dropout has no parameters to tell its device and precision: those of the nearest module around it do.
+    """
+    if not graft.state:
+        return
+    around = (p for prefix in reversed(_prefixes(path)) for p in by_path[prefix].parameters())
+    like = next((p for p in around if p.is_floating_point()), None)
+    if like is None:
+        return
+    for name, value in graft.state.items():
+        moved = value.detach().to(like.device, like.dtype if value.is_floating_point() else None)
+        graft.state[name] = nn.Parameter(moved) if isinstance(value, nn.Parameter) else moved
 
 
 def _awake(inspection: Inspection, plan: Plan, by_path: dict[str, nn.Module]) -> list[Step]:
