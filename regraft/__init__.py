@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from regraft.graft.saved import save_plan as save_plan
     from regraft.planning import Plan as Plan
     from regraft.planning import plan as plan
+    from regraft.training.max_norm import MaxNorm as MaxNorm
+    from regraft.training.max_norm import max_norm as max_norm
     from regraft.training.mc import MCPrediction as MCPrediction
     from regraft.training.mc import mc_predict as mc_predict
     from regraft.training.multisample import multisample_loss as multisample_loss
@@ -49,6 +51,8 @@ _HOMES = {
     "Plan": "planning",
     "plan": "planning",
     "penalty": "training.penalty",
+    "MaxNorm": "training.max_norm",
+    "max_norm": "training.max_norm",
     "MCPrediction": "training.mc",
     "mc_predict": "training.mc",
     "multisample_loss": "training.multisample",

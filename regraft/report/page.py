@@ -63,7 +63,7 @@ class Page:
     """A whole view.
 
     Attributes:
-        view: "inspection", "plan", "report".
+        view: "inspection", "plan", "report", "max_norm".
         model: the model's class.
         headline: the figures, in one phrase.
         facts: short phrases on how they came about.
@@ -85,12 +85,13 @@ class Page:
 
 def page_of(view: Facts) -> Page:
     """The page of the dictionary that a view's `to_dict` returns."""
-    from regraft.report import changes, sites
+    from regraft.report import changes, limits, sites
 
     pages: dict[str, Callable[[Facts], Page]] = {
         "inspection": sites.inspection_page,
         "plan": changes.changes_page,
         "report": changes.changes_page,
+        "max_norm": limits.limits_page,
     }
     try:
         page = pages[view["view"]]
