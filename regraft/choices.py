@@ -75,6 +75,11 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
             f"the dropout between the layers of an {site.op} is inside one kernel",
             f"set its rate: 'dropout(p=...)', or stack single-layer {site.op}s",
         )
+    if _rate_unknown(site) and "p" not in variant.options and acts_in_eval(variant):
+        return (
+            "its rate is not known, since the probe did not run it, and in eval a call carries none",
+            f"name one: '{found.name}(p=0.1)', or give inputs= that run it",
+        )
     if site.kind in ("call", "node") and found.adds_state(_complete(found, variant)):
         return (
             f"{found.name!r} brings state of its own, and a {site.kind} has no module to keep it",
@@ -137,6 +142,8 @@ def _rate(site: Site, found: Spec, variant: Variant, where: str) -> float | None
     p = variant.options.get("p")
     if not found.rated:
         return None
+    if _rate_unknown(site) and (p is None or isinstance(p, str)):
+        return None
     if callable(p):
         return check_rate(p(site), where=where)
     if isinstance(p, str):
@@ -154,9 +161,16 @@ def _rate(site: Site, found: Spec, variant: Variant, where: str) -> float | None
     return DEFAULT_RATE if site.p is None else site.p
 
 
+def _rate_unknown(site: Site) -> bool:
+    """Is it a call that the probe did not run, so that its rate is seen only when it does?"""
+    return site.call is not None and site.p is None
+
+
 def _kept_rate(site: Site, found: Spec, variant: Variant, p: float | None) -> float | str | None:
     """The rate as the graft keeps it: calls carry their own, which a rule may leave or multiply."""
     given = variant.options.get("p")
+    if _rate_unknown(site) and p is None:
+        return given  # it is a call, and carries the rate that this is relative to
     if site.kind not in ("call", "node") or site.family == "Linear" or p is None:
         return p
     if found.changes_eval is not None:
@@ -172,11 +186,11 @@ def _after(site: Site, found: Spec, p: float | None, options: dict[str, Any]) ->
     if found.name == "dropout" and (
         site.kind in ("call", "node") or site.op in _RECURRENT or "ttention" in site.op
     ):
-        return f"{site.op}(p={p:g})"
+        return site.op if p is None else f"{site.op}(p={p:g})"
     if site.kind in ("call", "node"):
         name = found.function_for(site.family or "").__name__
     else:
         name = found.module_for(site.family or "").__name__
     shape = ", ".join(map(str, site.shape)) if site.shape else ""
     inside = ", ".join(filter(None, [shape, written_options(p, {**found.defaults, **options})]))
-    return f"{name}({inside})"
+    return f"{name}({inside})" if inside or site.kind == "module" else name

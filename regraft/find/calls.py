@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from regraft.find.frames import caller_line, calling_frames, line_of
 from regraft.find.functions import ATTENTION, FUNCTIONS, Parsed
 from regraft.find.graphs import running_node
-from regraft.find.kinds import op_of
+from regraft.find.kinds import FAMILIES, op_of
 
 
 @dataclass
@@ -73,7 +73,7 @@ class CallRecorder(TorchFunctionMode):
 
     def _record(self, parsed: Parsed) -> None:
         owner = self.owners[-1]
-        if not self.modules_too and op_of(owner) is not None and parsed.op != ATTENTION:
+        if not self.modules_too and op_of(owner) in FAMILIES and parsed.op != ATTENTION:
             return  # a module site: it is counted as the module
         frames = calling_frames()
         owner, node = running_node(self.owners, frames)

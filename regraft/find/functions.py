@@ -54,19 +54,24 @@ def _read_mha(*args: Any, **kwargs: Any) -> Parsed:
     return Parsed(MULTI_HEAD, cast("Tensor", query), p, bool(training))
 
 
+OPS: dict[Callable[..., Any], str] = {
+    F.dropout: "dropout",
+    torch.dropout: "dropout",
+    torch.dropout_: "dropout",
+    F.dropout1d: "dropout1d",
+    F.dropout2d: "dropout2d",
+    F.dropout3d: "dropout3d",
+    torch.feature_dropout: "dropout2d",
+    F.alpha_dropout: "alpha_dropout",
+    torch.alpha_dropout: "alpha_dropout",
+    F.feature_alpha_dropout: "feature_alpha_dropout",
+    torch.feature_alpha_dropout: "feature_alpha_dropout",
+    F.scaled_dot_product_attention: ATTENTION,
+    F.multi_head_attention_forward: MULTI_HEAD,
+}
+"""Function -> operation."""
+_READERS = {ATTENTION: _read_attention, MULTI_HEAD: _read_mha}
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Parsed]] = {
-    F.dropout: _reader("dropout"),
-    torch.dropout: _reader("dropout"),
-    torch.dropout_: _reader("dropout"),
-    F.dropout1d: _reader("dropout1d"),
-    F.dropout2d: _reader("dropout2d"),
-    F.dropout3d: _reader("dropout3d"),
-    torch.feature_dropout: _reader("dropout2d"),
-    F.alpha_dropout: _reader("alpha_dropout"),
-    torch.alpha_dropout: _reader("alpha_dropout"),
-    F.feature_alpha_dropout: _reader("feature_alpha_dropout"),
-    torch.feature_alpha_dropout: _reader("feature_alpha_dropout"),
-    F.scaled_dot_product_attention: _read_attention,
-    F.multi_head_attention_forward: _read_mha,
+    function: _READERS.get(op) or _reader(op) for function, op in OPS.items()
 }
 """Function -> what reads its arguments."""

@@ -8,13 +8,15 @@ from typing import Any
 from torch import nn
 
 from regraft.find.diagnosis import Finding, diagnose
-from regraft.find.inputs import Inputs, given_inputs, made_inputs
+from regraft.find.inputs import given_inputs, made_inputs
 from regraft.find.modules import module_sites
 from regraft.find.nodes import node_sites
+from regraft.find.parts import probe_parts
 from regraft.find.probe import Probe, run_probe
 from regraft.find.probed import probed_sites
 from regraft.find.site import Site
 from regraft.find.walk import Named, inner_model, named_modules
+from regraft.report.sites import summary
 from regraft.report.view import SCHEMA, View
 
 
@@ -39,13 +41,15 @@ class Inspection(View):
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as plain JSON values."""
+        sites = [site.to_dict() for site in self.sites]
         return {
             "schema": SCHEMA,
             "view": "inspection",
             "model": type(self.root).__name__,
             "notes": list(self.notes),
             "probe": self.probe.to_dict(),
-            "sites": [site.to_dict() for site in self.sites],
+            "summary": summary(sites),
+            "sites": sites,
             "findings": [vars(finding) for finding in self.findings],
         }
 
@@ -87,14 +91,12 @@ def look(model: nn.Module) -> Inspection:
 
 
 def _probed(root: nn.Module, modules: list[Named], inputs: Any, sites: set[int]) -> Probe:
-    made: Inputs | None
+    every = [named.module for named in modules]
     if inputs is not None:
-        made = given_inputs(root, inputs)
-    else:
-        try:
-            made = made_inputs(root)
-        except Exception as error:
-            return Probe(reason=f"no inputs could be made from the model's config: {error}; give inputs=")
-    if made is None:
-        return Probe(reason="regraft does not know this model's inputs; give inputs=")
-    return run_probe(root, modules, made, sites)
+        return run_probe(root, every, [given_inputs(root, inputs)], sites)
+    try:
+        probe = run_probe(root, every, made_inputs(root), sites)
+    except Exception as error:
+        probe = Probe(reason=f"no inputs could be made from the model's config: {error}; give inputs=")
+    probe_parts(probe, every, sites)
+    return probe

@@ -65,6 +65,8 @@ PLAIN = frozenset(
 
 _DROP_PATH = re.compile(r"(DropPath|StochasticDepth)$")
 _PRIVATE_DROPOUT = re.compile(r"Dropout(\dd)?$")
+_OTHER_NOISE = re.compile(r"Patch|Token|Word|Feature|Channel|Spatial|Block|Variational|Locked|\dd$")
+"""In the name of a private dropout: it does not drop single elements, and keeps a name of its own."""
 _RATES = ("p", "drop_prob", "drop_rate", "dropout", "dropout_rate", "prob")
 
 
@@ -84,9 +86,9 @@ def op_of(module: nn.Module) -> str | None:
         return "DropPath"
     if cls.__name__ == "Conv1D" and len(getattr(module, "weight", ()).shape) == 2:  # type: ignore[union-attr]
         return "Conv1D"
-    if issubclass(cls, _DropoutNd) or (_PRIVATE_DROPOUT.search(cls.__name__) and _is_leaf(module)):
-        return cls.__name__
-    return None
+    if _PRIVATE_DROPOUT.search(cls.__name__) and _is_leaf(module):
+        return cls.__name__ if _OTHER_NOISE.search(cls.__name__) else "Dropout"
+    return cls.__name__ if issubclass(cls, _DropoutNd) else None
 
 
 def family_of(module: nn.Module, op: str) -> str | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
@@ -20,7 +21,6 @@ from regraft.find.calls import Called
 from regraft.find.inputs import Inputs
 from regraft.find.modes import MarkedRate, marked, set_training
 from regraft.find.unchanged import buffers_kept, random_state_kept
-from regraft.find.walk import Named
 from regraft.find.watch import watch
 
 
@@ -49,10 +49,26 @@ class Probe:
     twins: dict[tuple[int, str], list[nn.Module]] = field(default_factory=dict)
     eval_called: list[Called] = field(default_factory=list)
     layer_drops: list[str] = field(default_factory=list)
+    covered: set[int] | None = None
+    """Where only parts of the model could be run: the modules inside those, by id."""
+
+    def covers(self, module: nn.Module) -> bool:
+        """Would a run of `module` have been seen?"""
+        return self.ran and (self.covered is None or id(module) in self.covered)
 
     @property
     def ran(self) -> bool:
         return self.how is not None
+
+    def add(self, part: Probe) -> None:
+        """Take over what a probe of a part of the model has seen."""
+        self.counts |= part.counts
+        self.lines |= part.lines
+        self.called += part.called
+        self.twins |= part.twins
+        self.eval_called += part.eval_called
+        self.layer_drops += part.layer_drops
+        self.seconds = round((self.seconds or 0) + (part.seconds or 0), 3)
 
     def to_dict(self) -> dict[str, Any]:
         return {"ran": self.ran, "how": self.how, "reason": self.reason, "seconds": self.seconds}
@@ -61,28 +77,66 @@ class Probe:
 Forward = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
-def run_probe(model: nn.Module, modules: list[Named], inputs: Inputs, sites: set[int]) -> Probe:
+def run_probe(
+    model: nn.Module, every: list[nn.Module], candidates: Iterable[Inputs], sites: set[int]
+) -> Probe:
     """Look at a training and an eval forward of `model`, which is left as it was.
 
-    `sites` are the modules whose calling lines are wanted. Where fake tensors do not carry the forward
-    (it branches on data), it is run for real.
+    `every` are its modules, `sites` those whose calling lines are wanted. Of the candidates the first that
+    runs is taken. Where fake tensors do not carry the forward (it branches on data), it is run for real.
     """
     if any(is_lazy(parameter) for parameter in model.parameters()):
         # A lazy module makes its weights in its first forward, which is not the probe's to run.
         return Probe(reason="a module of it is lazy, and has no weights before its first forward")
     began = time.perf_counter()
-    every = [named.module for named in modules]
-    try:
-        if any(hasattr(module, "reshard") for module in every):
-            # Fake tensors would stay behind in the state that FSDP keeps of its shards.
-            raise InputsError("its parameters are sharded by FSDP")
-        probe = _on_fake_tensors(model, every, inputs, sites)
-        probe.how = "fake tensors"
-    except Exception as error:
-        reason = f"the forward cannot run on fake tensors: {_one_line(error)}"
-        probe = _for_real(model, every, inputs, sites, reason)
-    probe.seconds = round(time.perf_counter() - began, 3)
+    probe = _first_that_runs(model, every, candidates, sites)
+    probe.seconds = None if probe.reason == _UNKNOWN else round(time.perf_counter() - began, 3)
     return probe
+
+
+_UNKNOWN = "regraft does not know this model's inputs; give inputs="
+
+
+def _first_that_runs(
+    model: nn.Module, every: list[nn.Module], candidates: Iterable[Inputs], sites: set[int]
+) -> Probe:
+    failed: list[tuple[Inputs, Exception]] = []
+    for inputs in candidates:
+        try:
+            if any(hasattr(module, "reshard") for module in every):
+                # Fake tensors would stay behind in the state that FSDP keeps of its shards.
+                raise InputsError("its parameters are sharded by FSDP")
+            probe = _on_fake_tensors(model, every, inputs, sites)
+        except Exception as error:
+            failed.append((inputs, error))
+        else:
+            probe.how = "fake tensors"
+            return probe
+    if not failed:
+        return Probe(reason=_UNKNOWN)
+    # Inputs that failed only for being fake are the ones a real forward may take.
+    faked = [one for one in failed if _is_for_being_fake(one[1])]
+    probes = []
+    for inputs, why in faked[:_MOST_REAL] or failed[:1]:
+        reason = f"the forward cannot run on fake tensors: {_one_line(why)}"
+        probes.append(_for_real(model, every, inputs, sites, reason))
+        if probes[-1].ran:
+            return probes[-1]
+    return probes[0]
+
+
+def _is_for_being_fake(error: Exception) -> bool:
+    return isinstance(error, (InputsError, *_FAKE_ERRORS))
+
+
+_MOST_REAL = 3
+"""Real forwards tried: they take time."""
+_FAKE_ERRORS = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedFakeTensorException,
+    fake_tensor.UnsupportedOperatorException,
+)
 
 
 def _on_fake_tensors(model: nn.Module, every: list[nn.Module], inputs: Inputs, sites: set[int]) -> Probe:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import nn
 
 from regraft.find.calls import Called
-from regraft.find.kinds import FAMILIES
+from regraft.find.kinds import FAMILIES, op_of
 from regraft.find.nodes import probed_nodes
 from regraft.find.obstacles import owner_obstacle
 from regraft.find.original import grafts_of, original_class
 from regraft.find.probe import Probe
 from regraft.find.site import Site
 from regraft.find.walk import Named
+from regraft.find.written import written_calls
 
 
 def probed_sites(sites: list[Site], modules: list[Named], probe: Probe) -> list[Site]:
@@ -21,8 +23,6 @@ def probed_sites(sites: list[Site], modules: list[Named], probe: Probe) -> list[
 
     A dead twin (a dropout that is never called, but whose rate a call uses) and that call are one site.
     """
-    if not probe.ran:
-        return sites
     order = {id(named.module): position for position, named in enumerate(modules)}
     names = {id(named.module): named for named in modules}
     drawn = {(id(called.owner), called.op) for called in probe.eval_called}
@@ -41,9 +41,15 @@ def probed_sites(sites: list[Site], modules: list[Named], probe: Probe) -> list[
         placed.append(
             (
                 first,
-                _call_site(names[id(called.owner)], called, twins, (id(called.owner), called.op) in drawn),
+                _call_site(
+                    names[id(called.owner)], called, twins, drew=(id(called.owner), called.op) in drawn
+                ),
             )
         )
+    placed += [(order[id(site.module)], site) for site in _written_sites(modules, probe)]
+    if not probe.ran:
+        placed += [(order[id(site.module)], site) for site in sites]
+        return [site for _, site in sorted(placed, key=lambda pair: pair[0])]
     nodes = probed_nodes([site for site in sites if site.kind == "node"], modules, probe)
     placed += [(order[id(site.module)], site) for site in nodes]
     for site in sites:
@@ -52,15 +58,28 @@ def probed_sites(sites: list[Site], modules: list[Named], probe: Probe) -> list[
     return [site for _, site in sorted(placed, key=lambda pair: pair[0])]
 
 
+def _written_sites(modules: list[Named], probe: Probe) -> Iterator[Site]:
+    """Calls that the code of a module names, where the probe has not run the module."""
+    for named in modules:
+        module = named.module
+        if probe.counts.get(id(module)) or op_of(module) in FAMILIES:
+            continue
+        for op, methods in written_calls(original_class(module)).items():
+            site = _call_site(named, Called(module, op, methods=set(methods)), [], drew=False)
+            yield replace(site, p=None, calls=0 if probe.covers(module) else None)
+
+
 def _with_calls(site: Site, probe: Probe) -> Site:
     key = id(site.module)
+    if not probe.covers(site.module):
+        return site
     drew = any(called.owner is site.module for called in probe.eval_called)
     return replace(
         site, calls=probe.counts.get(key, 0), source=probe.lines.get(key) or None, draws_in_eval=drew
     )
 
 
-def _call_site(owner: Named, called: Called, twins: list[Named], drew: bool) -> Site:
+def _call_site(owner: Named, called: Called, twins: list[Named], *, drew: bool) -> Site:
     module: nn.Module = owner.module
     graft = grafts_of(module).get(f"calls:{called.op}")
     running = [source for source, rate in zip(called.sources, called.rates, strict=True) if rate > 0]
@@ -72,7 +91,7 @@ def _call_site(owner: Named, called: Called, twins: list[Named], drew: bool) -> 
         type=original_class(module).__name__,
         p=called.p,
         calls=len(called.rates),
-        source=(running or called.sources)[0] or None,
+        source=next(iter(running or called.sources), None) or None,
         family=FAMILIES[called.op],
         module=module,
         training=module.training,

@@ -119,7 +119,7 @@ def _like(traced: fx.GraphModule, root: nn.Module) -> None:
         if id(module) not in kept:
             module.training = root.training
     if getattr(root, "pretrained_cfg", None) is not None:
-        inputs = made_inputs(root)
+        inputs = next(made_inputs(root), None)
         if inputs is not None:
             settings: Any = traced
             settings.pretrained_cfg = {"input_size": tuple(inputs.args[0].shape[1:])}
