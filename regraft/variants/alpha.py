@@ -38,10 +38,12 @@ def alpha_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> 
         return x
     scale = math.sqrt(1 / ((1 - p) * (1 + p * _FLOOR**2)))
     kept = keep_mask(x, x.shape, p)
+    floor = _FLOOR * scale
     if x.dtype in HALVES:  # whose digits the sum below would cost
-        return x * kept * scale + ((1 - kept.float()) * (_FLOOR * scale) - _FLOOR * scale * p).to(x.dtype)
+        return (x * kept).mul_(scale).sub_(floor * p).masked_fill_(kept == 0, floor * (1 - p))
     # (kept ? x : floor) * scale - scale * floor * p, with the floor taken out of both cases.
-    return ((x - _FLOOR) * kept.mul_(scale)).add_(_FLOOR * scale * (1 - p))
+    kept = kept.mul_(scale)
+    return (x * kept).sub_(kept, alpha=_FLOOR).add_(floor * (1 - p))
 
 
 class AlphaDropout(DropoutVariant):

@@ -7,7 +7,7 @@ pass axis yet raises under vmap).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ CODES = 1 << 16
 """How many values a 16-bit draw has."""
 SMALLEST_RATE = 2.0**-10
 """Below it, for p or 1 - p, a 16-bit draw is too coarse and an exact one takes its place."""
-_CHUNK = 1 << 20
+_PIECE = 1 << 19
 
 
 def keep_mask(x: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -50,15 +50,18 @@ def times_mask(x: Tensor, mask: Tensor, scale: float) -> Tensor:
     if x.dtype in HALVES:
         # As a number in a tensor the scale would be rounded to 8 or 11 bits, a bias of its own; as a
         # scalar it is multiplied in float32.
-        return (x * mask) * scale
+        return (x * mask).mul_(scale)
     return x * mask.mul_(scale)
 
 
 def coarse(x: Tensor, p: float, exact: bool) -> bool:
     """May a 16-bit draw be used? Not under a compiler (it fuses the plain draw), nor for subclasses."""
-    if exact or torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
-        return False
-    return SMALLEST_RATE <= p <= 1 - SMALLEST_RATE
+    return not exact and plain(x) and SMALLEST_RATE <= p <= 1 - SMALLEST_RATE
+
+
+def plain(x: Tensor) -> bool:
+    """Is x an ordinary tensor that runs now: no subclass, nor under a compiler?"""
+    return not torch.compiler.is_compiling() and type(x) in (Tensor, nn.Parameter)
 
 
 def fast_keep_mask(x: Tensor, p: float, exact: bool = False) -> Tensor:
@@ -77,10 +80,24 @@ def codes16(x: Tensor, count: int) -> Tensor:
     return words.view(torch.int16)[:count]
 
 
-def chunks(count: int) -> list[int]:
-    """Sizes to work in, so that what a draw needs on the way stays small beside its result."""
-    size = max(_CHUNK, -(-count // 4))
-    return [min(size, count - start) for start in range(0, count, size)] or [0]
+def in_pieces(x: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
+    """`draw(count)` for all elements of x, a part at a time: what it needs on the way then stays small.
+
+    At most 8 parts, for each of which a device starts its operators anew.
+    """
+    count = x.numel()
+    size = max(_PIECE, -(-count // 8))
+    sizes = [min(size, count - start) for start in range(0, count, size)] or [0]
+    if len(sizes) == 1 or torch._C._are_functorch_transforms_active():  # vmap draws for each of its passes
+        parts = [draw(size) for size in sizes]
+        return in_layout(parts[0] if len(parts) == 1 else torch.cat(parts), x)
+    first = draw(sizes[0])
+    whole = first.new_empty(count)
+    whole[: sizes[0]] = first
+    del first
+    for at, size in enumerate(sizes[1:], 1):
+        whole[at * sizes[0] :][:size] = draw(size)
+    return in_layout(whole, x)
 
 
 def in_layout(flat: Tensor, x: Tensor) -> Tensor:

@@ -56,7 +56,9 @@ def dropblock(x: Tensor, p: float = DEFAULT_RATE, training: bool = True, *, bloc
     clear = keep_mask(x, starts, 1 - clear_rate, torch.bool)
     for axis, block in enumerate(blocks):
         clear = _clear_windows(clear, axis, block)
-    return times_mask(x, clear.to(x.dtype), 1 / (1 - p))
+    mask = clear.to(x.dtype)
+    del clear  # before the product: one mask at a time is enough
+    return times_mask(x, mask, 1 / (1 - p))
 
 
 def _clear_windows(clear: Tensor, axis: int, width: int) -> Tensor:

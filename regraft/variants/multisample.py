@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regraft.variants.checks import check_count, check_switch
-from regraft.variants.draws import CODES, SMALLEST_RATE, chunks, coarse, codes16, in_layout
+from regraft.variants.draws import CODES, HALVES, SMALLEST_RATE, coarse, codes16, in_pieces, plain
 from regraft.variants.module import DropoutVariant, check_rate
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
@@ -61,10 +61,43 @@ def multisample_dropout(
         return x
     counts = _counts(x, p, num_samples, exact)
     scale = 1 / (num_samples * (1 - p))
+    if plain(x) and not torch._C._are_functorch_transforms_active():
+        scaled: Tensor = _Scaled.apply(x, counts, scale)
+        return scaled
     # A product with the integer counts keeps them, and nothing larger, for the backward pass.
     if x.dtype is torch.float16:
         return (x * scale) * counts  # the other way round, K times x may overflow on its way
-    return (x * counts).mul_(scale)
+    return (x * counts) * scale
+
+
+class _Scaled(torch.autograd.Function):
+    """X * counts * scale; by hand, because a product of unlike dtypes makes a second mask on its way."""
+
+    @staticmethod
+    def forward(x: Tensor, counts: Tensor, scale: float) -> Tensor:
+        if x.dtype in HALVES:  # in which the scale would be rounded, and K times x may overflow
+            return counts.to(x.dtype).mul_(x * scale)
+        return counts.to(x.dtype).mul_(scale).mul_(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:  # noqa: ARG004
+        _, counts, ctx.scale = inputs
+        ctx.save_for_backward(counts)
+        ctx.save_for_forward(counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _times(grad, ctx.saved_tensors[0], ctx.scale), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _times(tangent, ctx.saved_tensors[0], ctx.scale)
+
+
+def _times(slope: Tensor, counts: Tensor, scale: float) -> Tensor:
+    if slope.dtype in HALVES:
+        return counts.to(slope.dtype) * (slope * scale)
+    return counts.to(slope.dtype).mul_(scale) * slope
 
 
 def _tails(num_samples: int, p: float) -> list[float]:
@@ -83,16 +116,23 @@ def _counts(x: Tensor, p: float, num_samples: int, exact: bool) -> Tensor:
     """How many of the masks keep each element, as uint8."""
     if coarse(x, p, exact):
         table = _table(p, num_samples, x.device)
-        # The index is what takes room (4 bytes an element), hence piece by piece.
-        pieces = [
-            table.index_select(0, codes16(x, size).view(torch.uint16).to(torch.int32))
-            for size in chunks(x.numel())
-        ]
-        return in_layout(pieces[0] if len(pieces) == 1 else torch.cat(pieces), x)
+
+        def looked_up(size: int) -> Tensor:
+            # The index is what takes room, 4 bytes an element.
+            return table.index_select(0, codes16(x, size).view(torch.uint16).to(torch.int32))
+
+        return in_pieces(x, looked_up)
     fine = exact or not SMALLEST_RATE <= p <= 1 - SMALLEST_RATE
     wide = torch.float64 if fine and x.device.type != "mps" else torch.float32  # mps has no float64
-    draw = torch.rand_like(x, dtype=wide, requires_grad=False)
-    first, *others = _tails(num_samples, p)
+    tails = _tails(num_samples, p)
+    if plain(x):
+        return in_pieces(x, lambda size: _passed(torch.rand(size, dtype=wide, device=x.device), tails))
+    return _passed(torch.rand_like(x, dtype=wide, requires_grad=False), tails)
+
+
+def _passed(draw: Tensor, tails: Sequence[float]) -> Tensor:
+    """How many of the tails are above the draw."""
+    first, *others = tails
     counts = (draw < first).to(torch.uint8)
     for tail in others:
         counts = counts + (draw < tail)
