@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from regraft.training.penalty import penalty as penalty
     from regraft.training.rdrop import rdrop as rdrop
     from regraft.training.rdrop_loss import rdrop_loss as rdrop_loss
+    from regraft.training.schedule import Schedule as Schedule
+    from regraft.training.schedule import schedule as schedule
     from regraft.variants.registry import register as register
     from regraft.variants.registry import variant as variant
     from regraft.variants.spec import Variant as Variant
@@ -60,6 +62,8 @@ _HOMES = {
     "stochastic_passes": "training.passes",
     "rdrop": "training.rdrop",
     "rdrop_loss": "training.rdrop_loss",
+    "Schedule": "training.schedule",
+    "schedule": "training.schedule",
     "register": "variants.registry",
     "variant": "variants.registry",
     "Variant": "variants.spec",

@@ -1,19 +1,20 @@
-"""For Lightning: R-Drop as a callback."""
+"""For Lightning: R-Drop and schedules of rates as callbacks.
+
+The classes are made when they are first asked for, so that reading this file does not load Lightning.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from regraft.training.rdrop import RDropLog, rdrop, without_rdrop
-
-if TYPE_CHECKING or find_spec("lightning") is not None:
-    from lightning.pytorch import Callback
-else:
-    from pytorch_lightning import Callback
+from regraft.training.schedule import Schedule, schedule
 
 
-class RDropCallback(Callback):  # type: ignore[misc, unused-ignore]
+class _RDrop:
     """Trains with R-Drop while a Lightning `Trainer` fits, and logs its two terms apart.
 
     It grafts the model that the LightningModule holds. One that returns a loss, as those of Transformers
@@ -49,3 +50,71 @@ class RDropCallback(Callback):  # type: ignore[misc, unused-ignore]
         """A plain model again."""
         del trainer
         without_rdrop(getattr(pl_module, self.attribute))
+
+
+class _Scheduled:
+    """Lets rates change while a Lightning `Trainer` fits, and logs the rate.
+
+    It follows the trainer's own count of steps, also in a run that is resumed. When the fit ends every
+    rate is what it was before.
+
+    Args:
+        p: as of `regraft.schedule`; without `steps` all that the trainer estimates.
+        selector: which sites, likewise.
+        inputs: for the probe, likewise.
+        attribute: where the LightningModule holds the model.
+    """
+
+    def __init__(
+        self, p: Mapping[str, Any], selector: Any = None, inputs: Any = None, attribute: str = "model"
+    ) -> None:
+        self.p, self.selector, self.inputs, self.attribute = dict(p), selector, inputs, attribute
+        self.schedule: Schedule | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Before anything wraps the model."""
+        del trainer
+        if stage == "fit":
+            model = getattr(pl_module, self.attribute)
+            self.schedule = schedule(model, {"steps": 1, **self.p}, self.selector, self.inputs)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Take the number of steps."""
+        del pl_module
+        if self.schedule is not None and "steps" not in self.p:
+            self.schedule.extend(int(trainer.estimated_stepping_batches))
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Set the rates of the step that begins."""
+        if self.schedule is not None:
+            pl_module.log("rate", self.schedule.step(to=trainer.global_step))
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the rates as they were."""
+        del trainer, pl_module
+        if self.schedule is not None:
+            self.schedule.remove()
+            self.schedule = None
+
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+
+    class RDropCallback(_RDrop, Callback):  # type: ignore[misc, unused-ignore]
+        """See `_RDrop`."""
+
+    class ScheduleCallback(_Scheduled, Callback):  # type: ignore[misc, unused-ignore]
+        """See `_Scheduled`."""
+
+
+_METHODS = {"RDropCallback": _RDrop, "ScheduleCallback": _Scheduled}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _METHODS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "lightning.pytorch" if find_spec("lightning") is not None else "pytorch_lightning"
+    base, methods = importlib.import_module(home).Callback, _METHODS[name]
+    made = type(name, (methods, base), {"__module__": __name__, "__doc__": methods.__doc__})
+    globals()[name] = made
+    return made

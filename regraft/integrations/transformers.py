@@ -1,15 +1,19 @@
-"""For Hugging Face `Trainer`: R-Drop as a callback."""
+"""For Hugging Face `Trainer`: R-Drop, schedules of rates and max-norm as callbacks.
+
+The classes are made when they are first asked for, so that reading this file does not load Transformers.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
-
+from regraft.training.max_norm import MaxNorm, max_norm
 from regraft.training.rdrop import RDropLog, objective_of, rdrop, without_rdrop
+from regraft.training.schedule import Schedule, schedule
 
 
-class RDropCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+class _RDrop:
     """Trains with R-Drop while `Trainer` trains, and logs its two terms apart.
 
     The model is grafted when the Trainer is made, and is as before when training ends. Each entry of the
@@ -58,3 +62,110 @@ class RDropCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_train_end(self, *_: Any, model: Any = None, **__: Any) -> None:
         """Leave a plain model."""
         without_rdrop(model)
+
+
+class _Scheduled:
+    """Lets rates change while `Trainer` trains, and logs the rate with each loss.
+
+    A run that is resumed from a checkpoint goes on where it was: the rate follows Trainer's own count of
+    steps. When training ends every rate is what it was before.
+
+    Args:
+        p: as of `regraft.schedule`; without `steps` the whole training.
+        selector: which sites, likewise.
+        inputs: for the probe, likewise.
+
+    Example:
+        >>> from regraft.integrations.transformers import ScheduleCallback
+        >>> early = ScheduleCallback({"start": 0.1, "steps": 500, "shape": "early"}, "Dropout")
+    """
+
+    def __init__(self, p: Mapping[str, Any], selector: Any = None, inputs: Any = None) -> None:
+        self.p, self.selector, self.inputs = dict(p), selector, inputs
+        self.schedule: Schedule | None = None
+
+    def _begin(self, model: Any) -> Schedule:
+        # How many steps the training has is known when it begins.
+        self.schedule = schedule(model, {"steps": 1, **self.p}, self.selector, self.inputs)
+        return self.schedule
+
+    def on_init_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+        """Graft the model before anything wraps it."""
+        self._begin(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
+        """Take the number of steps, and begin again if the model was trained before."""
+        made = self.schedule or self._begin(model)
+        if "steps" not in self.p:
+            made.extend(state.max_steps)
+
+    def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002
+        """Set the rates of the step that begins."""
+        if self.schedule is not None:
+            self.schedule.step(to=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        """Add the rate to the entry of a training loss."""
+        if self.schedule is not None and logs is not None and "loss" in logs:
+            logs["rate"] = state.log_history[-1]["rate"] = self.schedule.rate
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Leave the rates as they were."""
+        if self.schedule is not None:
+            self.schedule.remove()
+            self.schedule = None
+
+
+class _Limited:
+    """Holds rows of weights to a norm while `Trainer` trains: `regraft.max_norm` with its optimizer.
+
+    Args:
+        limits: of `regraft.max_norm`.
+
+    Attributes:
+        held: what it returned.
+
+    Example:
+        >>> from regraft.integrations.transformers import MaxNormCallback
+        >>> callback = MaxNormCallback({"Linear": "1.1x"})
+    """
+
+    def __init__(self, limits: Mapping[Any, Any]) -> None:
+        self.limits = dict(limits)
+        self.held: MaxNorm | None = None
+
+    def on_train_begin(self, *_: Any, model: Any = None, optimizer: Any = None, **__: Any) -> None:
+        """Watch the optimizer, which is there now."""
+        self.held = max_norm(model, self.limits, optimizer)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """End it."""
+        if self.held is not None:
+            self.held.remove()
+
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    class RDropCallback(_RDrop, TrainerCallback):  # type: ignore[misc, unused-ignore]
+        """See `_RDrop`."""
+
+    class ScheduleCallback(_Scheduled, TrainerCallback):  # type: ignore[misc, unused-ignore]
+        """See `_Scheduled`."""
+
+    class MaxNormCallback(_Limited, TrainerCallback):  # type: ignore[misc, unused-ignore]
+        """See `_Limited`."""
+
+
+_METHODS = {"RDropCallback": _RDrop, "ScheduleCallback": _Scheduled, "MaxNormCallback": _Limited}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _METHODS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from transformers import TrainerCallback
+
+    methods = _METHODS[name]
+    made = type(name, (methods, TrainerCallback), {"__module__": __name__, "__doc__": methods.__doc__})
+    globals()[name] = made
+    return made

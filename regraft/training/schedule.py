@@ -1,0 +1,240 @@
+"""`regraft.schedule`: rates that change in the course of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from regraft.errors import MisfitError, NoMatchError, RateError, WrongKindError
+from regraft.find.inspection import Inspection, inspect
+from regraft.find.original import Graft, grafts_of
+from regraft.find.selectors import Selector, read_selector
+from regraft.find.site import Site
+from regraft.graft.apply import graft_rules, undo
+from regraft.graft.change import Change
+from regraft.graft.rates import Key, Rate, key_of, rates_of
+from regraft.planning import plan_of
+from regraft.rules import read_rules
+from regraft.training.curve import Curve, level, read_curve
+from regraft.variants.registry import variant
+
+_NOISE = {"Dropout": "dropout", "DropPath": "droppath"}
+"""Of each family of ungrafted sites, the variant that sets its rate and nothing else."""
+_NO_RATE = "nothing there has a rate"
+
+
+class Schedule:
+    """What `regraft.schedule` returns: it counts the steps and sets the rates.
+
+    Attributes:
+        curve: how the rates go; `replace` its `steps` with `extend`.
+        steps_done: how many steps have been counted.
+        rates: the sites it sets, each with its `path`, `variant` and `base` rate.
+        skipped: paths of selected sites that it cannot set, and why.
+        notes: what a reader should know first.
+    """
+
+    def __init__(
+        self, curve: Curve, rates: list[Rate], skipped: dict[str, str], changes: list[Change]
+    ) -> None:
+        self.curve = curve
+        self.rates = rates
+        self.skipped = skipped
+        self.notes = _notes(curve, rates)
+        self.steps_done = 0
+        self._changes = [(change, grafts_of(change[0]).get(change[1])) for change in changes]
+        self._write()
+
+    @property
+    def rate(self) -> float:
+        """The rate now; of rates relative to each site's own, the largest."""
+        return max(self.curve.rate(self.steps_done, one.base) for one in self.rates)
+
+    def step(self, to: int | None = None) -> float:
+        """Count a step, after the optimizer's, or go to step `to`; returns the rate from here on."""
+        if to is not None and (isinstance(to, bool) or not isinstance(to, int) or to < 0):
+            raise RateError(f"to={to!r} is no number of steps")
+        self.steps_done = self.steps_done + 1 if to is None else to
+        self._write()
+        return self.rate
+
+    def extend(self, steps: int) -> None:
+        """Take `steps` steps from start to end, and no longer as many as before."""
+        self.curve = read_curve({**self.curve.to_dict(), "steps": steps})
+        self._write()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to keep."""
+        return {"steps_done": self.steps_done, "curve": self.curve.to_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the schedule of that state was.
+
+        Raises:
+            MisfitError: no state of a schedule.
+        """
+        if set(state) != {"steps_done", "curve"}:
+            raise MisfitError("this is no state of a schedule", where=", ".join(map(str, state)))
+        self.curve = read_curve(state["curve"])
+        self.step(to=state["steps_done"])
+
+    def remove(self) -> None:
+        """Put every rate back as it was before the schedule, and take out what was grafted for it."""
+        own = {(id(module), slot) for (module, slot, _), _ in self._changes}
+        by_place = {(id(one.place[0]), one.place[1]): one for one in self.rates}
+        for place, one in by_place.items():
+            if place not in own:
+                one.restore()
+        # What others have since put in the place of a graft, or of a boundary, is theirs.
+        undo(
+            [
+                change
+                for change, graft in self._changes
+                for place in [(id(change[0]), change[1])]
+                if (by_place[place].in_place if place in by_place else _stands(change, graft))
+            ]
+        )
+        self._changes = []
+
+    def __repr__(self) -> str:
+        curve = self.curve
+        way = f"{curve.start} to {curve.end}, {curve.shape} over {curve.steps} steps"
+        return f"Schedule({len(self.rates)} rates, {way}; after {self.steps_done}: {self.rate:g})"
+
+    def _write(self) -> None:
+        for one in self.rates:
+            one.set(self.curve.rate(self.steps_done, one.base))
+
+
+def schedule(model: nn.Module, p: Mapping[str, Any], selector: Any = None, inputs: Any = None) -> Schedule:
+    """Let rates change over time, in place: of any graft that has a rate, and of dropouts without one.
+
+    The rates go to their start at once; call `.step()` after each step of the optimizer. A dropout or
+    drop-path that is not grafted yet is grafted with its own kind, so that `regraft.revert` puts back
+    the rate that the model came with; so does `.remove()`.
+
+    Under `torch.compile` the first change of a rate compiles once more, and no later one does, but for
+    one kind of site: `"dropout"` at fused attention and RNNs sets the rate of one of torch's kernels,
+    where it is a constant. There use `"shape": "step"`, with fewer `stairs` than the compiler's limit
+    of eight versions, or a variant with noise of its own.
+
+    Args:
+        model: any module. DDP and compiled wrappers are looked into.
+        p: `start`, `end`, `steps` and `shape`. Rates are numbers, or relative to each site's own rate:
+            `{"start": "x0", "end": "x1"}`. Shapes: "linear", "cosine", "step" (in `stairs` equal jumps),
+            "early" (`start` until `steps`, then off), "late" (off until `steps`, then `end`),
+            "curriculum" (Morerio's exponential).
+        selector: which sites, as in a rule. By default every rate that the model has: grafted or not.
+        inputs: for the probe, see `regraft.inspect`.
+
+    Returns:
+        The schedule, with `.step()`, `.rate`, `.state_dict()`, `.load_state_dict()` and `.remove()`.
+
+    Raises:
+        RegraftError: a selector that matches nothing with a rate, or a schedule that cannot be read.
+
+    Source: Morerio, Cavazza, Volpi, Vidal, Murino (2017), "Curriculum Dropout"; Liu, Xu, Jin, Shen,
+        Darrell (2023), "Dropout Reduces Underfitting", for early and late dropout.
+
+    Differs: the paper's early dropout may also fall linearly: that is "linear", with an end of 0.
+
+    Example:
+        >>> import regraft
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1))
+        >>> report = regraft.apply(net, {"Dropout": "gaussian"})
+        >>> schedule = regraft.schedule(net, p={"start": 0.0, "end": 0.5, "steps": 4})
+        >>> [schedule.step() for _ in range(5)]
+        [0.125, 0.25, 0.375, 0.5, 0.5]
+        >>> net[1]
+        GaussianDropout(p=0.5)
+        >>> schedule.remove()
+        >>> net[1]
+        GaussianDropout(p=0.1)
+    """
+    curve = read_curve(p)
+    inspection = inspect(model, inputs)
+    wanted = None if selector is None else read_selector(selector)
+    sites = _selected(inspection, wanted)
+    bare = {key_of(site) for site in sites.values() if site.variant is None and site.family in _NOISE}
+    changes, skipped = _graft(model, inspection, bare)
+    rates, without = rates_of(inspection.root, sites)
+    skipped |= without
+    if wanted is not None and not wanted.any_type:
+        told = {one.path for one in rates} | set(skipped)
+        skipped |= {site.path: _NO_RATE for site in sites.values() if site.path not in told}
+    try:
+        _check(curve, rates, sites, skipped, wanted)
+    except BaseException:
+        undo(changes)
+        raise
+    return Schedule(curve, rates, skipped, changes)
+
+
+def _selected(inspection: Inspection, selector: Selector | None) -> dict[Key, Site]:
+    sites = inspection.sites
+    if selector is None:
+        found = [site for site in sites if site.variant or (site.family in _NOISE and site.calls != 0)]
+    else:
+        found = [site for site in sites if selector.matches(site)]
+    if not found:
+        kinds = ", ".join(sorted({site.op for site in sites})) or "no sites"
+        what = "the model has no rates" if selector is None else "the selector matches nothing"
+        raise NoMatchError(
+            what, where="" if selector is None else repr(selector.text), remedy=f"this model has {kinds}"
+        )
+    return {key_of(site): site for site in found}
+
+
+def _graft(model: nn.Module, inspection: Inspection, bare: set[Key]) -> tuple[list[Change], dict[str, str]]:
+    """Graft the sites that have no graft yet, with the variant that only sets their rate."""
+    if not bare:
+        return [], {}
+
+    def family(name: str) -> Any:
+        return lambda site: key_of(site) in bare and site.family == name
+
+    pairs = [
+        (family(name), variant(value, p=0.1))
+        for name, value in _NOISE.items()
+        if any(key_of(site) in bare and site.family == name for site in inspection.sites)
+    ]
+    report, changes = graft_rules(model, plan_of(inspection, read_rules(pairs)))
+    return changes, {skip.path: skip.reason for skip in report.skipped}
+
+
+def _check(
+    curve: Curve, rates: list[Rate], sites: dict[Key, Site], skipped: dict[str, str], wanted: Selector | None
+) -> None:
+    where = "" if wanted is None else repr(wanted.text)
+    if not rates:
+        why = (
+            next(iter(skipped.values()), None) or "a rate is what dropouts and grafts have, by regraft.apply"
+        )
+        raise WrongKindError(f"none of {len(sites)} selected sites has a rate", where=where, remedy=why)
+    for one in rates:
+        highest = max(level(curve.start, one.base), level(curve.end, one.base))
+        if highest >= 1:
+            raise RateError(f"the rate would be {highest:g}, not in [0, 1)", where=f"{where} at {one.path!r}")
+    if all(level(curve.start, one.base) == level(curve.end, one.base) for one in rates):
+        base = " (relative to 0 is 0)" if isinstance(curve.end, str) else ""
+        raise RateError(
+            f"the schedule goes from {curve.start} to {curve.end}{base}: no rate changes", where=where
+        )
+
+
+def _notes(curve: Curve, rates: list[Rate]) -> list[str]:
+    fused = sum(one.fused for one in rates)
+    if not fused or curve.shape in ("step", "early", "late"):
+        return []
+    return [
+        f"{fused} of {len(rates)} rates are of torch's own kernels: under torch.compile each new value "
+        "compiles anew; 'shape': 'step' has few values"
+    ]
+
+
+def _stands(change: Change, graft: Graft | None) -> bool:
+    module, slot, _ = change
+    return graft is not None and grafts_of(module).get(slot) is graft
