@@ -1,19 +1,19 @@
 """The commands. Results go to stdout and messages to stderr.
 
-Exit codes: 0 done, 1 nothing matched or the file cannot be read, 2 bad usage, 3 suspicious content.
+Exit codes: 0 done, 1 a check failed, nothing matched or the file cannot be read, 2 bad usage, 3 suspicious
+content, of which nothing was run.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from regraft import __version__
-from regraft.errors import FileError, RegraftError
+from regraft.cli.opening import MODELS
+from regraft.cli.output import Format, guarded, pair, show
 
 if TYPE_CHECKING:
     from regraft.report.view import View
@@ -23,29 +23,25 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 a check failed, nothing matched or the file cannot be read, 2 bad usage, "
+    "3 suspicious content (nothing of it was run).",
 )
-SUSPICIOUS = 3
-
-
-class Format(str, Enum):
-    """How a result is printed."""
-
-    table = "table"
-    json = "json"
-    markdown = "markdown"
-    html = "html"
-
-
-_MODEL_HELP = (
-    "timm:NAME, torchvision:NAME, hf:FOLDER, a Hugging Face folder, package.module:factory, or a .pt file."
-)
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{MODELS}.")]
 Rules = Annotated[
     list[str], typer.Option("--rule", "-r", help="SELECTOR=VARIANT, in order; later rules win.")
 ]
-Arch = Annotated[str, typer.Option(help="The architecture of a file that holds weights alone: timm:NAME, …")]
+Arch = Annotated[
+    str,
+    typer.Option(metavar="MODEL", help="The architecture of a file that holds weights alone: timm:NAME, …"),
+]
 As = Annotated[Format, typer.Option("--format", "-f", help="How to print the result.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Load the file for real, which runs the code that it names.")
+]
+Out = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write the model.")]
+Safe = Annotated[bool, typer.Option("--safe", help="Write the weights as safetensors.")]
+Force = Annotated[bool, typer.Option("--force", help="Write over what is there.")]
 
 
 def _version(wanted: bool) -> None:
@@ -64,30 +60,129 @@ def _root(
 
 
 @app.command()
-def inspect(model: Model, arch: Arch = "", format: As = Format.table, debug: Debug = False) -> None:
+def inspect(
+    model: Model, arch: Arch = "", trust: Trust = False, format: As = Format.table, debug: Debug = False
+) -> None:
     """Show the sites of a model: what can be regularized, and what really runs."""
 
     def run() -> View:
-        import regraft
-        from regraft.cli.opening import open_model
+        from regraft.cli.opening import view_of
 
-        return regraft.inspect(open_model(model, arch))
+        return view_of(model, arch, trust=trust)
 
-    _print(_guarded(run, debug), format)
+    show(guarded(run, debug), format)
 
 
 @app.command()
-def plan(model: Model, rule: Rules, arch: Arch = "", format: As = Format.table, debug: Debug = False) -> None:
+def plan(
+    model: Model,
+    rule: Rules,
+    arch: Arch = "",
+    trust: Trust = False,
+    format: As = Format.table,
+    debug: Debug = False,
+) -> None:
     """Show what a set of rules would change in a model, and what it would not."""
 
     def run() -> View:
+        from regraft.cli.opening import planned
+
+        return planned(model, [pair(text) for text in rule], arch, trust=trust)
+
+    show(guarded(run, debug), format)
+
+
+@app.command()
+def apply(
+    model: Model,
+    rule: Rules,
+    output: Out,
+    arch: Arch = "",
+    trust: Trust = False,
+    safe: Safe = False,
+    force: Force = False,
+    format: As = Format.table,
+    debug: Debug = False,
+) -> None:
+    """Graft variants into a model and write it in the form it came in, with regraft.json beside it."""
+
+    def run() -> View:
+        from regraft.cli.writing import apply_to_file
+
+        return apply_to_file(model, [pair(text) for text in rule], output, arch, trust, safe, force)
+
+    show(guarded(run, debug), format)
+
+
+@app.command()
+def revert(
+    model: Model,
+    output: Out,
+    selector: Annotated[str, typer.Option(help="Undo the grafts at these sites alone.")] = "",
+    arch: Arch = "",
+    trust: Trust = False,
+    safe: Safe = False,
+    force: Force = False,
+    format: As = Format.table,
+    debug: Debug = False,
+) -> None:
+    """Undo the grafts of a model and write it plain, with its weights as trained."""
+
+    def run() -> View:
+        from regraft.cli.writing import revert_file
+
+        return revert_file(model, output, selector, arch, trust, safe, force)
+
+    show(guarded(run, debug), format)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help=f"{MODELS}.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="As A.")],
+    arch: Arch = "",
+    trust: Trust = False,
+    format: As = Format.table,
+    debug: Debug = False,
+) -> None:
+    """Show what differs between two models: grafts, rates, layers, weights."""
+
+    def run() -> View:
         import regraft
-        from regraft.cli.opening import open_model
+        from regraft.cli.opening import side_of
 
-        pairs = [_pair(text) for text in rule]
-        return regraft.plan(open_model(model, arch), pairs)
+        return regraft.diff(side_of(a, arch, trust=trust), side_of(b, arch, trust=trust))
 
-    _print(_guarded(run, debug), format)
+    show(guarded(run, debug), format)
+
+
+@app.command()
+def verify(
+    model: Model,
+    rule: Annotated[
+        list[str] | None, typer.Option("--rule", "-r", help="SELECTOR=VARIANT to verify with.")
+    ] = None,
+    arch: Arch = "",
+    trust: Trust = False,
+    format: As = Format.table,
+    debug: Debug = False,
+) -> None:
+    """Graft a copy of a model and check each of regraft's promises on it."""
+
+    def run() -> Any:
+        import regraft
+        from regraft.cli.progress import working
+        from regraft.cli.writing import load
+
+        rules = [pair(text) for text in rule or []] or None
+        found = load(model, arch, trust=trust).model
+        with working("verifying"):
+            return regraft.verify(found, rules=rules)
+
+    made = guarded(run, debug)
+    show(made, format)
+    if not made.passed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -97,70 +192,6 @@ def variants(
     debug: Debug = False,
 ) -> None:
     """List the variants, or show one with its options and source."""
+    from regraft.cli.variants import print_variants, rows_of
 
-    def run() -> list[dict[str, Any]]:
-        from regraft.variants import registry
-
-        found = [registry.spec(name)] if name else [registry.spec(one) for one in registry.names()]
-        return [
-            {
-                "name": one.name,
-                "replaces": list(one.families),
-                "options": dict(one.defaults),
-                "changes_eval": one.changes_eval is not None and one.changes_eval(dict(one.defaults)),
-                "adds_state": one.adds_state(dict(one.defaults)),
-                "summary": one.summary,
-                "card": (one.function.__doc__ or "") if name else None,
-            }
-            for one in found
-        ]
-
-    from regraft.cli.variants import print_variants
-
-    print_variants(_guarded(run, debug), format.value)
-
-
-def _pair(text: str) -> tuple[str, str | None]:
-    from regraft.errors import RuleSyntaxError
-
-    selector, equals, variant = text.partition("=")
-    if not equals or not selector or not variant:
-        raise RuleSyntaxError(
-            f"the rule {text!r} is not SELECTOR=VARIANT",
-            remedy="for example --rule 'Dropout@encoder.**=gaussian'",
-        )
-    return selector.strip(), None if variant.strip() == "None" else variant.strip()
-
-
-def _guarded(run: Callable[[], Any], debug: bool) -> Any:
-    """What `run` returns; an error becomes one clear message and an exit code."""
-    try:
-        return run()
-    except RegraftError as error:
-        if debug:
-            raise
-        typer.echo(f"error: {error}", err=True)
-        suspicious = isinstance(error, FileError) and error.suspicious
-        code = SUSPICIOUS if suspicious else 2 if _bad_usage(error) else 1
-        raise typer.Exit(code) from None
-
-
-def _bad_usage(error: RegraftError) -> bool:
-    from regraft.errors import OptionError, RateError, RuleSyntaxError, UnknownVariantError
-
-    return isinstance(error, (OptionError, RateError, RuleSyntaxError, UnknownVariantError))
-
-
-def _print(view: View, format: Format) -> None:
-    if format is Format.json:
-        typer.echo(view.to_json())
-    elif format is Format.markdown:
-        typer.echo(view.to_markdown())
-    elif format is Format.html:
-        typer.echo(view.to_html())
-    elif sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(view)
-    else:
-        typer.echo(str(view))
+    print_variants(guarded(lambda: rows_of(name), debug), format.value)

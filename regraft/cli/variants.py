@@ -12,6 +12,25 @@ import typer
 _COLUMNS = ("variant", "takes the place of", "what it does")
 
 
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """The facts of one variant, or of all."""
+    from regraft.variants import registry
+
+    found = [registry.spec(name)] if name else [registry.spec(one) for one in registry.names()]
+    return [
+        {
+            "name": one.name,
+            "replaces": list(one.families),
+            "options": dict(one.defaults),
+            "changes_eval": one.changes_eval is not None and one.changes_eval(dict(one.defaults)),
+            "adds_state": one.adds_state(dict(one.defaults)),
+            "summary": one.summary,
+            "card": (one.function.__doc__ or "") if name else None,
+        }
+        for one in found
+    ]
+
+
 def print_variants(rows: list[dict[str, Any]], format: str) -> None:
     """Print variants as a table, JSON or Markdown; a single one with its whole card."""
     if format == "json":

@@ -40,7 +40,7 @@ class Block:
     """Lines that have something in common, and that said once above them.
 
     Attributes:
-        kind: "graft", "skip", "mend", "keys", "sites" or "finding".
+        kind: "graft", "skip", "mend", "keys", "sites", "finding" or "check".
         title: what they are; of a graft, the rule.
         text: what is said of them: the reason, the finding.
         count: how many sites.
@@ -63,7 +63,7 @@ class Page:
     """A whole view.
 
     Attributes:
-        view: "inspection", "plan", "report", "max_norm".
+        view: "inspection", "plan", "report", "max_norm", "diff" or "verification".
         model: the model's class.
         headline: the figures, in one phrase.
         facts: short phrases on how they came about.
@@ -85,13 +85,15 @@ class Page:
 
 def page_of(view: Facts) -> Page:
     """The page of the dictionary that a view's `to_dict` returns."""
-    from regraft.report import changes, limits, sites
+    from regraft.report import changes, limits, outcomes, sites
 
     pages: dict[str, Callable[[Facts], Page]] = {
         "inspection": sites.inspection_page,
         "plan": changes.changes_page,
         "report": changes.changes_page,
         "max_norm": limits.limits_page,
+        "diff": outcomes.diff_page,
+        "verification": outcomes.verification_page,
     }
     try:
         page = pages[view["view"]]

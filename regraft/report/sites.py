@@ -32,17 +32,24 @@ def inspection_page(view: Facts) -> Page:
     probed = bool((view.get("probe") or {}).get("ran"))
     facts, notes = probe_facts(view)
     where = _where(sites)
-    answer, paste = _answer(noise, layers)
+    said = view.get("summary") or summary(sites)
     return Page(
         view="inspection",
         model=view.get("model", ""),
         headline=_headline(noise, layers),
         facts=[*facts, *([where] if where else [])],
         notes=[*view.get("notes", []), *notes],
-        answer=answer,
-        paste=paste,
+        answer=said["answer"],
+        paste=said["paste"],
         blocks=[*_finding_blocks(view.get("findings", [])), *_site_blocks([*noise, *layers], probed)],
     )
+
+
+def summary(sites: Sequence[Facts]) -> dict[str, str]:
+    """Does the model regularize at all, and a line to paste that changes it."""
+    noise = [site for site in sites if not is_layer(site)]
+    answer, paste = _answer(noise, [site for site in sites if is_layer(site)])
+    return {"answer": answer, "paste": paste}
 
 
 def is_layer(site: Facts) -> bool:
@@ -73,7 +80,7 @@ def _answer(noise: Sequence[Facts], layers: Sequence[Facts]) -> tuple[str, str]:
         last = next(
             (site for site in reversed(layers) if site["op"] == "Linear" and site.get("calls") != 0), None
         )
-        paste = _paste(f"Linear@{last['path']}", "dropconnect(p=0.2)") if last else ""
+        paste = _paste(f"Linear@{last['path']}".removesuffix("@"), "dropconnect(p=0.2)") if last else ""
         return "This model does not regularize: it has no dropout that could be switched on.", paste
     alive = [site for site in noise if site.get("calls") != 0]
     op = "Dropout" if any(site["op"] in _ATTENTION for site in alive or noise) else noise[0]["op"]

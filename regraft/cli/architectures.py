@@ -1,0 +1,125 @@
+"""Architectures by name: built on the meta device, or for real, without a weight downloaded."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.errors import FileError, ModelError, NoMatchError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def need(package: str) -> Any:
+    """The package, or an error that says how to install it."""
+    if importlib.util.find_spec(package) is None:
+        known = package if package in ("timm", "transformers") else ""
+        remedy = f'pip install "regraft[{known}]"' if known else f"pip install {package}"
+        raise FileError(f"{package} is not installed", remedy=remedy)
+    return importlib.import_module(package)
+
+
+def is_architecture(name: str) -> bool:
+    """Is this a name with a source, or a folder with a config?"""
+    return name.partition(":")[0] in SOURCES or (Path(name) / "config.json").is_file()
+
+
+def build(name: str, *, real: bool = False) -> nn.Module:
+    """The architecture that a name stands for.
+
+    Args:
+        name: timm:NAME, torchvision:NAME, hf:NAME, a folder with a config.json, package.module:factory.
+        real: on the CPU with fresh weights, instead of on the meta device without any.
+
+    Raises:
+        NoMatchError: no such architecture.
+        FileError: a package, a config or a factory that is missing or cannot be read.
+    """
+    source, colon, rest = name.partition(":")
+    if colon and source in SOURCES:
+        return SOURCES[source](rest, real)
+    if Path(name).is_dir():
+        return _hugging_face(name, real)
+    if colon:
+        return _made_by(source, rest)
+    raise FileError(
+        "this is no architecture",
+        where=name,
+        remedy="timm:NAME, torchvision:NAME, hf:NAME, a folder with a config.json, or package.module:factory",
+    )
+
+
+def _place(real: bool) -> contextlib.AbstractContextManager[Any]:
+    torch = need("torch")
+    return contextlib.nullcontext() if real else torch.device("meta")
+
+
+def _timm(name: str, real: bool) -> nn.Module:
+    timm = need("timm")
+    if name.partition(".")[0] not in timm.list_models():
+        raise NoMatchError(f"timm has no model {name!r}", remedy=nearest(name, timm.list_models()))
+    with _place(real):
+        model: nn.Module = timm.create_model(name, pretrained=False)
+    return model
+
+
+def _torchvision(name: str, real: bool) -> nn.Module:
+    models = need("torchvision").models
+    if name not in models.list_models():
+        raise NoMatchError(f"torchvision has no model {name!r}", remedy=nearest(name, models.list_models()))
+    backbone = {"weights_backbone": None} if "rcnn" in name or name.startswith(("fcn", "deeplab")) else {}
+    with _place(real):
+        model: nn.Module = models.get_model(name, weights=None, **backbone)
+    return model
+
+
+def _hugging_face(folder: str, real: bool) -> nn.Module:
+    transformers = need("transformers")
+    file = Path(folder) / "config.json"
+    if Path(folder).is_dir() and not file.is_file():
+        raise FileError(
+            "the folder has no config.json", where=folder, remedy="give a Hugging Face model folder"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        names = [name for name in config.architectures or [] if hasattr(transformers, str(name))]
+        with _place(real):
+            if names:
+                model: nn.Module = getattr(transformers, names[0])(config)
+            else:
+                model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise FileError(f"the config cannot be read: {why}", where=folder) from None
+    return model
+
+
+def _made_by(module: str, factory: str) -> nn.Module:
+    from torch import nn
+
+    where = f"{module}:{factory}"
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a package beside where the command is given, as `python -m` finds it
+    try:
+        made: Any = importlib.import_module(module)
+        for part in factory.split("."):
+            made = getattr(made, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise FileError(f"the factory cannot be found: {error}", where=where) from None
+    if callable(made) and not isinstance(made, nn.Module):
+        try:
+            made = made()
+        except Exception as error:
+            raise ModelError(f"the factory raised {type(error).__name__}: {error}", where=where) from error
+    if not isinstance(made, nn.Module):
+        raise ModelError(f"the factory returned a {type(made).__name__}, no module", where=where)
+    return made
+
+
+SOURCES = {"timm": _timm, "torchvision": _torchvision, "hf": _hugging_face}

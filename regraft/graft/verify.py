@@ -1,0 +1,252 @@
+"""`regraft.verify`: regraft's promises, checked on a model of the user's own."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from regraft.errors import RegraftError
+from regraft.find.inputs import Inputs, given_inputs, made_inputs
+from regraft.find.inspection import Inspection
+from regraft.find.inspection import inspect as inspect_model
+from regraft.find.unchanged import random_state_kept
+from regraft.graft.apply import Report, apply
+from regraft.graft.portrait import portrait
+from regraft.graft.revert import revert
+from regraft.planning import Rules
+from regraft.report.view import SCHEMA, View
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise, and how it went; `passed` is None where it could not be checked."""
+
+    promise: str
+    passed: bool | None
+    said: str
+
+
+@dataclass(frozen=True, repr=False)
+class Verification(View):
+    """Each promise, checked.
+
+    Attributes:
+        model: the model's class.
+        rules: what was grafted for it.
+        checks: the promises, each passed, failed or not checked, and what was seen.
+        notes: what a reader should know first.
+        probe: how the sites were probed.
+    """
+
+    model: str
+    rules: list[list[str | None]]
+    checks: list[Check]
+    notes: list[str] = field(default_factory=list)
+    probe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Did no check fail?"""
+        return not any(check.passed is False for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verification as plain JSON values."""
+        return {"schema": SCHEMA, "view": "verification", "passed": self.passed, **asdict(self)}
+
+
+def verify(model: nn.Module, inputs: Any = None, rules: Rules | None = None) -> Verification:
+    """Graft a copy of a model and check each promise on it; the model itself is left alone.
+
+    Args:
+        model: any module that can be copied.
+        inputs: for the probe and for comparing outputs, see `regraft.inspect`.
+        rules: what to graft; without them, a variant at every dropout, drop-path and linear site.
+
+    Raises:
+        ModelError: not a module (also a TypeError).
+        RegraftError: the rules that were given do not fit the model.
+
+    Example:
+        >>> import regraft, torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1))
+        >>> made = regraft.verify(net, inputs=torch.randn(2, 4))
+        >>> made.passed
+        True
+    """
+    seen = inspect_model(model, inputs)
+    return _Trial(copy.deepcopy(seen.root), inputs, seen, rules or _fitting(seen)).run()
+
+
+def _fitting(seen: Inspection) -> list[tuple[str, str]]:
+    """Rules that graft something at every kind of site the model has."""
+    families = {site.family for site in seen.sites}
+    ops = {site.op for site in seen.sites}
+    rules = []
+    if "Dropout" in families:
+        plain = ops & {"Dropout", "dropout", "scaled_dot_product_attention"}
+        rules.append(("Dropout", "gaussian(p=0.1)") if plain else ("*", "dropout(p=0.1)"))
+    if "DropPath" in families:
+        rules.append(("DropPath", "droppath(p=0.1)"))
+    if "Linear" in ops:
+        rules.append(("Linear", "dropconnect(p=0.1)"))
+    return rules or [("*", "dropout(p=0.1)")]
+
+
+class _Trial:
+    """A copy of the model, and what it was like before the graft."""
+
+    def __init__(self, model: nn.Module, inputs: Any, seen: Inspection, rules: Rules) -> None:
+        self.model, self.inputs, self.seen, self.rules = model, inputs, seen, rules
+        self.before = portrait(model)
+        self.output, self.why_not = self._outputs(model)
+        self.report: Report | None = None
+
+    def run(self) -> Verification:
+        checks = [self._check("all or nothing", self._all_or_nothing)]
+        self.report = apply(self.model, self.rules, self.inputs)
+        checks += [
+            self._check(promise, check)
+            for promise, check in (
+                ("nothing silent", self._nothing_silent),
+                ("same weights", self._same_weights),
+                ("same model otherwise", self._same_model),
+                ("same eval", self._same_eval),
+                ("travels: deep copy and pickle", self._travels),
+                ("a way back", self._way_back),
+            )
+        ]
+        return Verification(
+            model=type(self.seen.root).__name__,
+            rules=self.report.rules,
+            checks=checks,
+            notes=[*self.seen.notes, *self.report.notes],
+            probe=self.seen.probe.to_dict(),
+        )
+
+    def _check(self, promise: str, check: Callable[[], tuple[bool | None, str]]) -> Check:
+        try:
+            passed, said = check()
+        except Exception as error:
+            passed, said = False, f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        return Check(promise, passed, said)
+
+    def _all_or_nothing(self) -> tuple[bool, str]:
+        try:
+            apply(self.model, [*_pairs(self.rules), ("NoSuchKind@nowhere", "dropout")], self.inputs)
+        except RegraftError:
+            same = portrait(self.model).same_as(self.before)
+            return same, "a rule that matches nothing was refused, and nothing had changed"
+        return False, "a rule that matches nothing was accepted"
+
+    def _nothing_silent(self) -> tuple[bool | None, str]:
+        assert self.report is not None
+        grafted, skipped = self.report.grafted, self.report.skipped
+        bare = [skip.path for skip in skipped if not skip.reason]
+        never = [edit.path for edit in grafted if edit.calls == 0]
+        said = f"{len(grafted)} sites grafted, {len(skipped)} skipped, each with its reason"
+        if not self.seen.probe.ran:
+            return (None if not bare else False), f"{said}; not probed: {self.seen.probe.reason}"
+        return not bare and not never, said if not never else f"{len(never)} grafted sites never run"
+
+    def _same_weights(self) -> tuple[bool, str]:
+        assert self.report is not None
+        now = dict(self.model.named_parameters(remove_duplicate=False))
+        kept = all(now.get(name) is one for name, one in self.before.parameters.items())
+        extra = set(self.model.state_dict()) - set(self.before.keys)
+        lost = set(self.before.keys) - set(self.model.state_dict())
+        told = extra <= set(self.report.state_keys)
+        said = f"{len(self.before.parameters)} parameters are the same objects, {len(self.before.keys)} keys"
+        return kept and not lost and told, said + (f" and {len(extra)} new ones" if extra else "")
+
+    def _same_model(self) -> tuple[bool, str]:
+        now = portrait(self.model)
+        same = now.owners == self.before.owners and now.signature == self.before.signature
+        flags = now.training == self.before.training and now.hooks == self.before.hooks
+        return same and flags, "class names, the signature, training flags and hooks are as they were"
+
+    def _same_eval(self) -> tuple[bool | None, str]:
+        assert self.report is not None
+        if self.output is None:
+            return None, f"not compared: {self.why_not}"
+        now, why = self._outputs(self.model)
+        if now is None:
+            return False, f"the grafted model does not run: {why}"
+        if self.report.mended or any(_changes_eval(edit) for edit in self.report.grafted):
+            return None, "not compared: the rules, or a fault that was mended, change the eval output"
+        same = len(now) == len(self.output) and all(map(_equal, now, self.output))
+        return same, f"{len(now)} output tensors are bit for bit the same"
+
+    def _travels(self) -> tuple[bool, str]:
+        assert self.report is not None
+        copied = copy.deepcopy(self.model)
+        room = io.BytesIO()
+        torch.save(self.model, room)
+        room.seek(0)
+        loaded = torch.load(room, weights_only=False)
+        wanted = [str(type(module).__name__) for module in self.model.modules()]
+        same = all([type(m).__name__ for m in other.modules()] == wanted for other in (copied, loaded))
+        revert(copied)
+        alone = [type(module).__name__ for module in self.model.modules()] == wanted
+        return same and alone, f"both carry the {len(self.report.grafted)} grafts; the copy reverts by itself"
+
+    def _way_back(self) -> tuple[bool, str]:
+        revert(self.model)
+        revert(self.model)
+        now = portrait(self.model)
+        same = now.same_as(self.before)
+        if self.output is not None:
+            output, _ = self._outputs(self.model)
+            same = same and output is not None and all(map(_equal, output, self.output))
+        return same, "classes, attributes, hooks and keys are as they were; a second revert does nothing"
+
+    def _outputs(self, model: nn.Module) -> tuple[list[Any] | None, str]:
+        """What the model returns in eval, as a flat list; None and why, where it cannot run."""
+        if any(tensor.is_meta for tensor in model.state_dict().values() if isinstance(tensor, Tensor)):
+            return None, "the model has no weights to run with"
+        tried = made_inputs(model) if self.inputs is None else [given_inputs(model, self.inputs)]
+        why = "give inputs="
+        for made in tried:
+            returned, why = _run(model, made)
+            if not why:
+                return returned, ""
+        return None, why
+
+
+def _run(model: nn.Module, made: Inputs) -> tuple[list[Any] | None, str]:
+    """The outputs of a forward in eval, or why there are none; training flags and random state are kept."""
+    was = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad(), random_state_kept():
+            model.eval()
+            returned = model(*made.args, **made.kwargs)
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}".split("\n")[0][:160]
+    finally:
+        for module, training in was:
+            module.training = training
+    return tree_flatten(returned)[0], ""
+
+
+def _pairs(rules: Rules) -> list[tuple[Any, Any]]:
+    return list(rules.items()) if hasattr(rules, "items") else list(rules)
+
+
+def _changes_eval(edit: Any) -> bool:
+    from regraft.choices import acts_in_eval
+    from regraft.variants.spec import Variant
+
+    return acts_in_eval(Variant(edit.variant, edit.options))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return isinstance(one, Tensor) == isinstance(other, Tensor)
