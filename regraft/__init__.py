@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regraft.errors import RegraftError as RegraftError
+    from regraft.find.difference import Difference as Difference
+    from regraft.find.difference import diff as diff
     from regraft.find.inspection import Inspection as Inspection
     from regraft.find.inspection import inspect as inspect
     from regraft.find.site import Site as Site
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from regraft.graft.revert import revert as revert
     from regraft.graft.saved import load_plan as load_plan
     from regraft.graft.saved import save_plan as save_plan
+    from regraft.graft.verify import Verification as Verification
+    from regraft.graft.verify import verify as verify
     from regraft.planning import Plan as Plan
     from regraft.planning import plan as plan
     from regraft.training.max_norm import MaxNorm as MaxNorm
@@ -40,6 +44,8 @@ __version__ = "0.1.0"
 # Loaded on first use (PEP 562), so that `import regraft` and the command line start without torch.
 _HOMES = {
     "RegraftError": "errors",
+    "Difference": "find.difference",
+    "diff": "find.difference",
     "Inspection": "find.inspection",
     "inspect": "find.inspection",
     "Site": "find.site",
@@ -50,6 +56,8 @@ _HOMES = {
     "revert": "graft.revert",
     "load_plan": "graft.saved",
     "save_plan": "graft.saved",
+    "Verification": "graft.verify",
+    "verify": "graft.verify",
     "Plan": "planning",
     "plan": "planning",
     "penalty": "training.penalty",
