@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from regraft.training.tree import mapped
+from regraft.training.tree import leaves, mapped
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -25,6 +25,16 @@ def own_caches(call: Call) -> Call:
     if not any(is_cache(value) for value in (*args, *kwargs.values())):
         return call
     return cast("Call", mapped(lambda _, leaf: copied(leaf) if is_cache(leaf) else leaf, "", call))
+
+
+def without_caches(outputs: Any, kwargs: dict[str, Any]) -> Any:
+    """Outputs with None for a cache that was not asked for: it would have no meaning across passes.
+
+    Many forwards fill one by default, and not all of them have an argument `use_cache` to say otherwise.
+    """
+    if kwargs.get("use_cache") or not any(is_cache(leaf) for _, leaf in leaves("", outputs)):
+        return outputs
+    return mapped(lambda _, leaf: None if is_cache(leaf) else leaf, "", outputs)
 
 
 def copied(cache: Any) -> Any:

@@ -29,6 +29,16 @@ _READ = (
 """Attributes of modules that a choice depends on."""
 SHARED_DRAW = "it draws once for the whole batch (a mask of weights or layers), so passes would share it"
 _ELSEWHERE = "it draws from Python's or numpy's generator, which says nothing of passes"
+_IN_OTHER_WORDS = {
+    "running_mean or running_var": "a BatchNorm in training comes behind the first random operation, and its "
+    "running statistics would have to move for each pass",
+    "data-dependent control flow": "behind the first random operation it branches on a value",
+    ".item()": "behind the first random operation it reads a value",
+    "Cannot access data pointer": "behind the first random operation it reads values",
+    "dynamic shape": "behind the first random operation a shape depends on values",
+    "override the setup_context": "it has an autograd function of its own, of the kind that vmap cannot run",
+}
+"""What torch says -> what it means for the passes."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Trial = Callable[..., Any]
@@ -122,7 +132,7 @@ def _look(model: nn.Module, call: Call) -> Traits:
             traits.plain = _tried(on_real_tensors, model, call, _plain)
         except Exception as error:
             # The forward that was asked for will say so better.
-            return Traits(no_sharing=_one_line(error), no_batch=[None])
+            return Traits(no_sharing=why(error), no_batch=[None])
     if traits.plain.elsewhere:
         traits.no_sharing = traits.elsewhere = _ELSEWHERE
     elif traits.plain.checkpointed and torch.is_grad_enabled():
@@ -163,7 +173,7 @@ def _look_at_sharing(traits: Traits, model: nn.Module, call: Call) -> None:
         try:
             both = _tried(traits.place, model, call, trial)
         except Exception as error:
-            traits.no_sharing = _one_line(error)
+            traits.no_sharing = why(error)
             continue
         traits.no_sharing = _flaw(plain, both)
         if traits.no_sharing is None:
@@ -191,7 +201,7 @@ def _look_at_batch(traits: Traits, model: nn.Module, call: Call, options: dict[s
     try:
         both = _tried(traits.place, model, call, trial)
     except Exception as error:
-        return _one_line(error)
+        return why(error)
     if both.draws != _PROBED * traits.plain.draws:
         return SHARED_DRAW
     return None
@@ -202,6 +212,8 @@ def _tried(place: Any, model: nn.Module, call: Call, trial: Trial) -> Measured:
         return measured(lambda meter: trial(forward, args, kwargs, meter))
 
 
-def _one_line(error: Exception) -> str:
+def why(error: Exception) -> str:
+    """An error in one line; those of torch that models meet under vmap, in the words of passes."""
     lines = str(error).strip().split("\n")
-    return lines[0][:300] if lines[0] else type(error).__name__
+    line = lines[0][:300] if lines[0] else type(error).__name__
+    return next((ours for theirs, ours in _IN_OTHER_WORDS.items() if theirs in line), line)

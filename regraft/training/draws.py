@@ -44,6 +44,8 @@ class DrawsPerPass(TorchFunctionMode):
             F.scaled_dot_product_attention: self._attention,
             F.multi_head_attention_forward: self._multi_head,
             F.linear: self._linear,
+            Tensor.requires_grad_: self._as_it_is,
+            Tensor.__bool__: self._agreed,
             **dict.fromkeys(_UNINITIALIZED, self._per_pass),
             **dict.fromkeys(_RECURRENT, self._recurrent),
             **dict.fromkeys(_IN_PLACE, self._out_of_place),
@@ -65,6 +67,21 @@ class DrawsPerPass(TorchFunctionMode):
         if not torch.is_autocast_enabled(first.device.type):
             return func(*args, **kwargs)
         return linear(self.axis, *args, **kwargs)
+
+    def _as_it_is(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # vmap refuses it. On a value within a forward it is made for the sake of checkpointing alone.
+        del kwargs
+        return args[0]
+
+    def _agreed(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        # A check that all passes answer alike, as for values that are not finite, is one branch for them all.
+        del kwargs
+        value = args[0]
+        while torch._C._functorch.is_functorch_wrapped_tensor(value):
+            value = torch._C._functorch.get_unwrapped(value)
+        if value.numel() < 2 or bool((value == value.flatten()[0]).all()):
+            return bool(value.flatten()[0]) if value.numel() else bool(value)
+        raise RuntimeError("it branches on a value that differs between the passes")
 
     def _recurrent(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return pass_by_pass(self.axis, func, args, kwargs, draws=_draws(args))

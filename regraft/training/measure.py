@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from regraft.find.unchanged import buffers_kept, random_state_kept, unchanged
 from regraft.training.caches import own_caches
+from regraft.training.memoized import forgotten
 from regraft.training.tree import mapped
 
 Forward = Callable[..., Any]
@@ -138,7 +139,7 @@ def on_fake_tensors(
     """A forward of `model`, and inputs for it, on fake tensors; the model is as before afterwards."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     every = list(model.modules())
-    with unchanged(every), mode:
+    with forgotten(every), unchanged(every), mode:
         state = _fake_state(model, mode)
         fake = mapped(lambda _, leaf: _fake(leaf, mode), "", own_caches((args, kwargs)))
 

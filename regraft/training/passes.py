@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from regraft.errors import InputsError, ModelError, RateError, nearest
 from regraft.find.walk import inner_model
-from regraft.training.caches import own_caches
-from regraft.training.choice import SHARED_DRAW, Call, Traits, log, no_batch, traits_of
+from regraft.training.caches import own_caches, without_caches
+from regraft.training.choice import SHARED_DRAW, Call, Traits, log, no_batch, traits_of, why
 from regraft.training.measure import Forward
 from regraft.training.passing import passing
 from regraft.training.repeated import ScalarOutputError, repeated_forward
@@ -117,7 +117,7 @@ class _Passes:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                traits.no_sharing = str(error).strip().split("\n")[0]
+                traits.no_sharing = why(error)
                 name = type(self.model).__name__
                 log.info("%s: passes share nothing from here on: %s", name, traits.no_sharing)
         if self._no_batch(traits) is None:
@@ -142,7 +142,7 @@ class _Passes:
     def loop(self) -> Any:
         def once() -> Any:
             args, kwargs = own_caches(self.call)
-            return self.forward(*args, **kwargs)
+            return without_caches(self.forward(*args, **kwargs), kwargs)
 
         return mapped(_stacked, "", *(once() for _ in range(self.n)))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from regraft.errors import InputsError
-from regraft.training.caches import is_cache, repeated
+from regraft.training.caches import is_cache, repeated, without_caches
 from regraft.training.tree import CONSTANTS, leaves, mapped
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def repeated_forward(
             where="not repeated, for the first axis is not the batch's: " + ", ".join(inputs.left),
             remedy='strategy="loop" leaves the inputs as they are',
         ) from error
+    outputs = without_caches(outputs, kwargs)
     return mapped(lambda name, leaf: _split(name, leaf, inputs), "", outputs)
 
 

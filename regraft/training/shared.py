@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from regraft.errors import InputsError
+from regraft.training.caches import without_caches
 from regraft.training.draws import DrawsPerPass
 from regraft.training.tree import CONSTANTS, emptied, filled, leaves
 
@@ -52,7 +53,7 @@ def shared_forward(
     def one_pass(axis: Tensor) -> tuple[Tensor, ...]:
         nonlocal tree
         with DrawsPerPass(axis, replaced) if draws else nullcontext():
-            outputs = forward(*args, **kwargs)
+            outputs = without_caches(forward(*args, **kwargs), kwargs)
         _check(outputs)
         tree, tensors = emptied(outputs)
         if not tensors:

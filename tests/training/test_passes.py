@@ -2,17 +2,21 @@
 
 import copy
 import dataclasses
+import functools
 import logging
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import regraft
 from regraft.errors import InputsError, ModelError, RateError
 from regraft.training.choice import traits_of
+from regraft.training.measure import on_fake_tensors
+from regraft.training.shared import shared_forward
 from tests.training.models import DropPath, FusedAttention, bert, headed_bert, images, tokens, vit
 
 STRATEGIES = ["shared", "batch", "loop"]
@@ -251,14 +255,14 @@ def test_running_statistics_before_the_fork(strategy):
 
 def test_batch_norm_behind_the_fork_is_refused_and_falls_back(caplog):
     model, x = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.BatchNorm1d(6)), torch.randn(8, 6)
-    with pytest.raises(ModelError, match="Batch norm got a batched tensor"):
+    with pytest.raises(ModelError, match="a BatchNorm in training comes behind the first random operation"):
         regraft.stochastic_passes(model, 3, x, strategy="shared")
     model = copy.deepcopy(model)
     with caplog.at_level(logging.INFO, "regraft"):
         for _ in range(3):
             regraft.stochastic_passes(model, 3, x)
     assert model[2].num_batches_tracked == 3
-    assert len([one for one in caplog.messages if "Batch norm" in one]) == 1  # once, with the reason
+    assert len([one for one in caplog.messages if "BatchNorm" in one]) == 1  # once, with the reason
     model.eval()
     assert regraft.stochastic_passes(model, 3, x, strategy="shared").shape == (3, 8, 6)
 
@@ -271,6 +275,80 @@ def test_a_mask_of_weights_is_not_shared_by_passes():
     for strategy in ("auto", "shared", "loop"):
         passes = regraft.stochastic_passes(model, 2, x, strategy=strategy)
         assert not torch.equal(passes[0], passes[1])
+
+
+@functools.lru_cache(maxsize=4)
+def positions(count):
+    return torch.arange(count, dtype=torch.float32)
+
+
+class Remembering(nn.Module):
+    """Makes a table once for all its forwards, as detectors make their anchors."""
+
+    def forward(self, x):
+        table = positions(x.shape[1])
+        assert float(table[-1]) == x.shape[1] - 1  # a fake tensor has no value
+        return F.dropout(x, 0.5) + table
+
+
+def test_the_look_leaves_nothing_in_a_functions_memory():
+    positions.cache_clear()
+    model, x = Remembering(), torch.randn(4, 6)
+    with on_fake_tensors(model, (x,), {}), FakeTensorMode():
+        positions(6)
+    assert positions.cache_info().currsize == 0
+    assert regraft.stochastic_passes(model, 2, x).shape == (2, 4, 6)
+    kept = positions(6)
+    assert positions(6) is kept
+    with on_fake_tensors(model, (x,), {}):
+        positions(6)
+    assert positions(6) is kept  # nothing was made, so nothing is forgotten
+
+
+class Checking(nn.Module):
+    def __init__(self, limit):
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, x):
+        x = F.dropout(x, 0.5, self.training)
+        if (x > self.limit).any():
+            x = x * 0
+        return x
+
+
+def test_a_branch_that_all_passes_take_is_shared():
+    x = torch.ones(1, 6)
+    passes = regraft.stochastic_passes(Checking(9), 4, x, strategy="shared")
+    assert not torch.equal(passes[0], passes[1])
+    # Each pass of one element is 0 or 2, so 30 of them take both branches: a model such as this is repeated.
+    model, x = Checking(1), torch.ones(1, 1)
+    with pytest.raises(Exception, match="branches on a value that differs between the passes"):
+        shared_forward(model, 30, (x,), {})
+    assert regraft.stochastic_passes(model, 30, x).shape == (30, 1, 1)
+
+
+def test_a_cache_that_nobody_asked_for_is_left_out():
+    from transformers import DynamicCache
+
+    class Filling(nn.Module):
+        def forward(self, x, **kwargs):
+            return {"logits": F.dropout(x, 0.5), "past_key_values": DynamicCache()}
+
+    for strategy in [*STRATEGIES, "auto"]:
+        found = regraft.stochastic_passes(Filling(), 2, torch.ones(4, 6), strategy=strategy)
+        assert found["logits"].shape == (2, 4, 6)
+        assert found["past_key_values"] is None
+
+
+def test_a_gradient_asked_for_on_the_way_does_not_stop_the_sharing():
+    class Asking(nn.Module):
+        def forward(self, x):
+            x = x * 1
+            x.requires_grad_(True)
+            return F.dropout(x, 0.5)
+
+    assert regraft.stochastic_passes(Asking(), 2, torch.ones(4, 6), strategy="shared").shape == (2, 4, 6)
 
 
 class Leaking(nn.Module):
