@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from regraft.errors import RateError
-from regraft.find.functions import ATTENTION
+from regraft.find.functions import ATTENTION, DROP_PATH
+from regraft.find.kinds import OPAQUE
 from regraft.find.site import Site
 from regraft.variants.module import check_rate, written_options
 from regraft.variants.registry import complete_options, spec
@@ -68,21 +69,22 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
         return f"an {site.op} of one layer has no dropout: it drops between layers", "drop its output instead"
     if found.name == "off" and site.family not in ("Dropout", "DropPath") and site.variant is None:
         return "there is no regularizer to take out", "drop the rule"
+    if site.kind == "call" and site.op == DROP_PATH and (found.name != "droppath" or "p" in variant.options):
+        return (
+            "it is written out in the forward: 'droppath' can draw it, at the rate that is written there",
+            "set the rate in the model's own attribute or config",
+        )
     if found.name in _RATE_ONLY:
         return None
-    if site.op in _RECURRENT:
-        return (
-            f"the dropout between the layers of an {site.op} is inside one kernel",
-            f"set its rate: 'dropout(p=...)', or stack single-layer {site.op}s",
-        )
     if _rate_unknown(site) and "p" not in variant.options and acts_in_eval(variant):
         return (
             "its rate is not known, since the probe did not run it, and in eval a call carries none",
             f"name one: '{found.name}(p=0.1)', or give inputs= that run it",
         )
-    if site.kind in ("call", "node") and found.adds_state(_complete(found, variant)):
+    inside = "call" if site.op in OPAQUE.values() else site.kind
+    if inside in ("call", "node") and found.adds_state(_complete(found, variant)):
         return (
-            f"{found.name!r} brings state of its own, and a {site.kind} has no module to keep it",
+            f"{found.name!r} brings state of its own, and a {inside} has no module to keep it",
             "choose a variant without state, or write the call as an nn.Dropout",
         )
     return _why_not_attention(site, fused)
@@ -108,6 +110,8 @@ def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:
 def _cost(site: Site, variant: str) -> str | None:
     if site.op in (ATTENTION, "MultiheadAttention", "multi_head_attention_forward"):
         return None if variant in _RATE_ONLY else "attention is written out: its scores are kept in memory"
+    if site.op in _RECURRENT and variant not in _RATE_ONLY:
+        return "its layers run one after the other, no longer in one kernel"
     return None
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from regraft.find.frames import caller_line, calling_frames, line_of
-from regraft.find.functions import ATTENTION, FUNCTIONS, Parsed
+from regraft.find.functions import ATTENTION, DRAWS, DROP_PATH, FUNCTIONS, Parsed, draws_rows
 from regraft.find.graphs import running_node
 from regraft.find.kinds import FAMILIES, op_of
 
@@ -65,11 +66,24 @@ class CallRecorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in FUNCTIONS and self.owners:
             self._record(FUNCTIONS[func](*args, **kwargs))
+        if func in DRAWS and self.owners and draws_rows(func, args, kwargs):
+            self._record_rows()
         if func is torch.rand and _draws_a_scalar(args):
             # LayerDrop: a scalar decides whether a layer runs. 1.0 keeps every layer.
             self.layer_drops.append(caller_line())
             return torch.tensor(1.0)
         return func(*args, **kwargs)
+
+    def _record_rows(self) -> None:
+        """A DropPath that is no module: the draw of its mask, in a forward or a function that it calls."""
+        owner, frames = self.owners[-1], calling_frames()
+        rate = _rate_of_rows(owner, frames)
+        if rate is None or op_of(owner) in FAMILIES or isinstance(owner, fx.GraphModule):
+            return
+        called = self._called.setdefault((id(owner), "", DROP_PATH), Called(owner, DROP_PATH))
+        called.rates.append(rate)
+        called.sources.append(line_of(frames))
+        called.methods |= _methods(owner, frames)
 
     def _record(self, parsed: Parsed) -> None:
         owner = self.owners[-1]
@@ -93,6 +107,19 @@ def _methods(owner: nn.Module, frames: list[FrameType]) -> set[str]:
         if frame.f_locals.get("self") is owner and callable(getattr(type(owner), name, None)):
             found.add(name)
     return found - {"__call__", "_call_impl", "_wrapped_call_impl"}
+
+
+def _rate_of_rows(owner: nn.Module, frames: list[FrameType]) -> float | None:
+    """The rate at which rows are dropped; None where nothing says that they are."""
+    for frame in frames:
+        if _DROP_PATH_FUNCTION.search(frame.f_code.co_name):
+            given = [frame.f_locals.get(name) for name in ("drop_prob", "p", "drop_rate", "rate")]
+            return next((float(one) for one in given if isinstance(one, (int, float))), 0.0)
+    named = [value for name, value in vars(owner).items() if "drop" in name and isinstance(value, float)]
+    return next((value for value in named if value > 0), None)
+
+
+_DROP_PATH_FUNCTION = re.compile(r"drop_?path|stochastic_?depth", re.IGNORECASE)
 
 
 def _draws_a_scalar(args: tuple[Any, ...]) -> bool:

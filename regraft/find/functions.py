@@ -75,3 +75,17 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Parsed]] = {
     function: _READERS.get(op) or _reader(op) for function, op in OPS.items()
 }
 """Function -> what reads its arguments."""
+
+DROP_PATH = "DropPath"
+DRAWS: tuple[Callable[..., Any], ...] = (torch.rand, torch.bernoulli, Tensor.bernoulli_, Tensor.uniform_)
+"""Draws of which a DropPath that is no module is made."""
+
+
+def draws_rows(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Is this the draw of one number for each example, of which a DropPath makes its mask?"""
+    if func is torch.rand:
+        given = args or (kwargs.get("size", ()),)
+        shape = given[0] if isinstance(given[0], (tuple, list)) else given
+    else:
+        shape = args[0].shape if args else ()
+    return len(shape) > 1 and shape[0] > 1 and all(size == 1 for size in shape[1:])

@@ -11,7 +11,11 @@ from regraft.find.original import grafts_of, original_attribute, original_class
 from regraft.find.site import Site
 from regraft.find.walk import Named
 
-_SLOTS = ("variant", "rate", "calls:multi_head_attention_forward")
+_SLOTS = (
+    "variant",
+    "rate",
+    *(f"calls:{op}" for op in ("multi_head_attention_forward", "LSTM", "GRU", "RNN")),
+)
 
 
 def module_sites(modules: list[Named]) -> list[Site]:

@@ -11,8 +11,7 @@ from torch import nn
 
 from regraft.edits import Edit, Skip
 from regraft.find.inspection import inspect, look
-from regraft.find.original import grafts_of
-from regraft.graft.change import RIVALS, Change, set_graft, stands
+from regraft.graft.change import Change, rival, set_graft, stands
 from regraft.graft.nodes import compiled_once, set_slot
 from regraft.graft.steps import Step, steps_of
 from regraft.planning import Plan, Rules, plan_of
@@ -157,9 +156,8 @@ def _carry_out(steps: list[Step]) -> list[Change]:
             for module, slot, graft in steps:
                 if stands(module, slot, graft):
                     continue
-                rival = RIVALS.get(slot)
-                if rival in grafts_of(module):
-                    changes.append((module, rival, set_graft(module, rival, None)))
+                if other := rival(module, slot):
+                    changes.append((module, other, set_graft(module, other, None)))
                 changes.append((module, slot, set_slot(module, slot, graft)))
     except BaseException:
         undo(changes)

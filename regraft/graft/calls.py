@@ -8,22 +8,20 @@ descendant that drops by itself gets the same layer with nothing to do, as a bou
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from regraft.edits import Edit
-from regraft.find.functions import ATTENTION, FUNCTIONS, MULTI_HEAD
+from regraft.find.functions import MULTI_HEAD
 from regraft.find.original import RECORD, Graft
-from regraft.graft.attention import attend, multi_head_attention
 from regraft.graft.checkpoints import checkpoint_marks, inside_checkpoint
 from regraft.graft.classes import Namespace, layer
+from regraft.graft.routes import ROUTES, call_rate
 from regraft.variants.registry import complete_options, spec
 
 SLOT = "calls"
@@ -139,8 +137,8 @@ class CallMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self.on and func in _HANDLERS:
-            return _HANDLERS[func](self, func, args, kwargs)
+        if self.on and func in ROUTES:
+            return ROUTES[func](self, func, args, kwargs)
         return func(*args, **kwargs)
 
     def drop(self, op: str, x: Tensor, p: float, training: bool) -> Tensor | None:
@@ -148,13 +146,13 @@ class CallMode(TorchFunctionMode):
         graft = self.grafts.get(op)
         if graft is None:
             return None
-        self._refuse_recompute(op)
+        self.refuse_recompute(op)
         rate = call_rate(graft, p)
         function = spec(graft.edit["variant"]).function
         made: Tensor = function(x, rate, training and self.module.training, **graft.options)
         return made
 
-    def _refuse_recompute(self, op: str) -> None:
+    def refuse_recompute(self, op: str) -> None:
         if self.module.training and torch.is_grad_enabled() and self.entered != checkpoint_marks():
             raise inside_checkpoint(self.module, op)
         if self.entered[0] and not torch.is_grad_enabled() and self.module.training:
@@ -182,71 +180,7 @@ class _CompiledMode(CallMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func not in _HANDLERS:
+        if func not in ROUTES:
             return func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():
-            return _HANDLERS[func](self, func, args, kwargs or {})
-
-
-def call_rate(graft: Graft, carried: float) -> float:
-    """The rate of one call: the rule's own, or relative to the one that the call carries."""
-    p = graft.edit["options"].get("p")
-    if p is None:
-        return carried
-    if isinstance(p, str):
-        return min(carried * float(p[1:]), 1 - 2**-24)
-    return float(p)
-
-
-def _handle_dropout(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    parsed = FUNCTIONS[func](*args, **kwargs)
-    made = mode.drop(parsed.op, parsed.x, parsed.p, parsed.training)
-    return func(*args, **kwargs) if made is None else made
-
-
-def _handle_attention(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    graft = mode.grafts.get(ATTENTION)
-    if graft is None:
-        return func(*args, **kwargs)
-    call = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False))
-    call.update(kwargs)
-    carried = float(call.pop("dropout_p", 0.0))
-    if graft.edit["variant"] in ("dropout", "off"):
-        # Only the number changes, so the fused kernel stays; under vmap it cannot draw for each pass.
-        rate = (
-            call_rate(graft, carried) if graft.edit["variant"] == "dropout" and mode.module.training else 0.0
-        )
-        if rate > 0 and _vmapped():
-            return attend(**call, drop=lambda scores: mode.drop(ATTENTION, scores, carried, training=True))
-        return func(**call, dropout_p=rate)
-    if not (mode.module.training or graft.in_eval):
-        return func(**call, dropout_p=0.0)
-    return attend(**call, drop=lambda scores: mode.drop(ATTENTION, scores, carried, training=True))
-
-
-def _vmapped() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
-
-
-def _handle_mha(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    graft = mode.grafts.get(MULTI_HEAD)
-    if graft is None or not (mode.module.training or graft.in_eval):
-        return func(*args, **kwargs)
-    rate = FUNCTIONS[func](*args, **kwargs).p
-
-    def drop(scores: Tensor) -> Tensor | None:
-        return mode.drop(MULTI_HEAD, scores, rate, training=True)
-
-    # A rate above 0 makes the function call its dropout; which rate, our dropout knows.
-    call = dict(zip(_MHA_NAMES, args, strict=False)) | kwargs
-    return multi_head_attention(drop, **{**call, "dropout_p": 0.5, "training": True})
-
-
-_MHA_NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
-
-
-_HANDLERS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(FUNCTIONS, _handle_dropout),
-    F.scaled_dot_product_attention: _handle_attention,
-    F.multi_head_attention_forward: _handle_mha,
-}
+            return ROUTES[func](self, func, args, kwargs or {})

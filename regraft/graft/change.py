@@ -22,11 +22,13 @@ Change = tuple[nn.Module, str, Graft | None]
 ORDER = ("rate", "variant", "calls", "insert", "passes")
 """Kinds of slots in the order of their layers, the lowest first. `calls:dropout` is of kind `calls`."""
 
-RIVALS = {
-    "rate": "calls:multi_head_attention_forward",
-    "calls:multi_head_attention_forward": "rate",
-}
-"""An `nn.MultiheadAttention` has its rate set or its attention written out: one site, never both."""
+_WRITTEN_OUT = tuple(f"calls:{op}" for op in ("multi_head_attention_forward", "LSTM", "GRU", "RNN"))
+
+
+def rival(module: nn.Module, slot: str) -> str | None:
+    """The slot that must be emptied first: an `nn.LSTM` has its rate set or is written out, never both."""
+    others = _WRITTEN_OUT if slot == "rate" else ("rate",) if slot in _WRITTEN_OUT else ()
+    return next((other for other in others if other in grafts_of(module)), None)
 
 
 def set_graft(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None:
@@ -72,7 +74,8 @@ def _layers(grafts: dict[str, Graft]) -> list[str]:
     slots = sorted(grafts, key=lambda slot: ORDER.index(slot.partition(":")[0]))
     layers = [grafts[slot].layer for slot in slots if grafts[slot].layer]
     calls = {name for one in layers if one.startswith("calls:") for name in one[6:].split(",")}
-    plain = [one for one in layers if not one.startswith("calls:")]
+    # Several insertions, too, are one layer.
+    plain = list(dict.fromkeys(one for one in layers if not one.startswith("calls:")))
     at = next((i for i, one in enumerate(plain) if not one.startswith("variant:")), len(plain))
     return [*plain[:at], *([f"calls:{','.join(sorted(calls))}"] if calls else []), *plain[at:]]
 

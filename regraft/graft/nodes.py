@@ -21,9 +21,10 @@ from regraft.find.graphs import DROP_PATH, LINEAR, NODE, WRAPPED, GraphNode, Rep
 from regraft.find.nodes import node_path
 from regraft.find.original import Graft, grafts_of
 from regraft.find.walk import Named
-from regraft.graft.calls import call_graft, call_rate
+from regraft.graft.calls import call_graft
 from regraft.graft.change import set_graft
 from regraft.graft.graphs import compile_graph
+from regraft.graft.routes import call_rate
 from regraft.variants.registry import spec
 
 SLOT = "node"

@@ -6,10 +6,13 @@ from torch import nn
 
 from regraft.choices import acts_in_eval
 from regraft.edits import Edit
+from regraft.find.insertions import INSERTED
 from regraft.find.inspection import Inspection
+from regraft.find.kinds import OPAQUE
 from regraft.find.original import Graft
 from regraft.find.site import Site
 from regraft.graft.calls import BOUNDARY, SLOT, boundary_graft, call_graft
+from regraft.graft.insert import insert_graft
 from regraft.graft.modules import SLOT as VARIANT
 from regraft.graft.modules import module_graft, rate_graft
 from regraft.graft.nodes import node_slot
@@ -43,10 +46,13 @@ def steps_of(inspection: Inspection, plan: Plan) -> list[Step]:
 
 
 def _slot_and_graft(site: Site | None, edit: Edit) -> tuple[str, Graft]:
-    if edit.kind == "call" or (edit.op == "MultiheadAttention" and edit.variant not in ("dropout", "off")):
+    if edit.kind == INSERTED:
+        return insert_graft(edit)
+    opaque = edit.op in OPAQUE.values()
+    if edit.kind == "call" or (opaque and edit.variant not in ("dropout", "off")):
         return call_graft(edit)
     assert site is not None  # the plan's fingerprint was checked: the module is there
-    if edit.op in ("MultiheadAttention", "LSTM", "GRU", "RNN"):
+    if opaque:
         return "rate", rate_graft(site, edit)
     return VARIANT, module_graft(site, edit)
 

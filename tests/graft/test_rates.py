@@ -49,8 +49,8 @@ def test_a_recurrent_layer_in_a_model():
     report = regraft.apply(model, {"Dropout": "dropout(p='x2')"}, X)
     assert [edit.after for edit in report.grafted] == ["LSTM(p=0.4)", "Dropout(p=0.4)"]
     report = regraft.apply(model, {"Dropout": "gaussian"}, X)
-    assert [edit.path for edit in report.grafted] == ["drop"]
-    assert [skip.path for skip in report.skipped] == ["rnn"]
+    assert [edit.after for edit in report.grafted] == ["GaussianDropout(p=0.2)"] * 2
+    assert model.rnn.dropout == 0.2
 
 
 @pytest.mark.parametrize(
