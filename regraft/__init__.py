@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from regraft.errors import RegraftError as RegraftError
     from regraft.find.difference import Difference as Difference
     from regraft.find.difference import diff as diff
+    from regraft.find.insertions import after as after
+    from regraft.find.insertions import before as before
     from regraft.find.inspection import Inspection as Inspection
     from regraft.find.inspection import inspect as inspect
     from regraft.find.site import Site as Site
@@ -46,6 +48,8 @@ _HOMES = {
     "RegraftError": "errors",
     "Difference": "find.difference",
     "diff": "find.difference",
+    "after": "find.insertions",
+    "before": "find.insertions",
     "Inspection": "find.inspection",
     "inspect": "find.inspection",
     "Site": "find.site",

@@ -17,6 +17,7 @@ from regraft.errors import (
 )
 from regraft.find.inspection import Inspection
 from regraft.find.selectors import Selector, read_selector
+from regraft.insertions import insertions
 from regraft.variants.parse import parse_variant
 from regraft.variants.registry import spec
 from regraft.variants.spec import Variant
@@ -74,6 +75,8 @@ def resolve(
     problems: list[RegraftError] = []
     decided: dict[int, int] = {}
     for index, rule in enumerate(rules):
+        if rule.selector.position:
+            continue
         try:
             for position in _matched(inspection, rule, index):
                 decided[position] = index
@@ -89,13 +92,19 @@ def resolve(
             choices.append(choose(site, index, text, variant, fused))
         except RegraftError as error:
             problems.append(error)
-    return choices, problems
+    inserting = [(at, rule.selector, rule.variant) for at, rule in enumerate(rules) if rule.selector.position]
+    inserted, more = insertions(inspection, inserting, fused)
+    return [*choices, *inserted], [*problems, *more]
 
 
 def _matched(inspection: Inspection, rule: Rule, index: int) -> list[int]:
     """Positions of the sites a rule selects; an error if there are none that it can act on."""
     selector, sites = rule.selector, inspection.sites
-    found = [position for position, site in enumerate(sites) if selector.matches(site)]
+    found = [
+        position
+        for position, site in enumerate(sites)
+        if site.kind != "inserted" and selector.matches(site)  # rules are read against the original
+    ]
     where = f"rule {index}: {selector.text!r}"
     if not found:
         raise _no_match(inspection, selector, where)

@@ -15,6 +15,7 @@ LAYERS = [
     {"variants", "report"},
     {"find"},
     {"choices"},
+    {"insertions"},
     {"rules"},
     {"edits"},
     {"planning"},

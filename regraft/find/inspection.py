@@ -9,6 +9,7 @@ from torch import nn
 
 from regraft.find.diagnosis import Finding, diagnose
 from regraft.find.inputs import given_inputs, made_inputs
+from regraft.find.insertions import inserted_sites
 from regraft.find.modules import module_sites
 from regraft.find.nodes import node_sites
 from regraft.find.parts import probe_parts
@@ -86,7 +87,8 @@ def look(model: nn.Module) -> Inspection:
     modules = named_modules(root)
     probe = Probe(reason="the model was looked at, not run")
     order = {id(named.module): position for position, named in enumerate(modules)}
-    sites = sorted([*node_sites(modules), *module_sites(modules)], key=lambda site: order[id(site.module)])
+    found = [*node_sites(modules), *module_sites(modules), *inserted_sites(modules)]
+    sites = sorted(found, key=lambda site: order[id(site.module)])
     return Inspection(root, sites, notes=notes, probe=probe, modules=modules)
 
 

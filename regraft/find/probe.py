@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from regraft.errors import InputsError
 from regraft.find.calls import Called
+from regraft.find.flows import Flow
 from regraft.find.inputs import Inputs
 from regraft.find.modes import MarkedRate, marked, set_training
 from regraft.find.unchanged import buffers_kept, random_state_kept
@@ -37,6 +38,7 @@ class Probe:
         called: the functional dropouts that ran in training, by innermost owner and operation.
         twins: the modules whose rate a call used, by the id of the call's owner and its operation.
         eval_called: the functional dropouts that drew in eval.
+        flows: the first tensor that went into and came out of each module, by id; None where not known.
         layer_drops: lines that drew a scalar to decide whether a layer runs.
     """
 
@@ -49,6 +51,7 @@ class Probe:
     twins: dict[tuple[int, str], list[nn.Module]] = field(default_factory=dict)
     eval_called: list[Called] = field(default_factory=list)
     layer_drops: list[str] = field(default_factory=list)
+    flows: dict[int, tuple[Flow | None, Flow | None]] = field(default_factory=dict)
     covered: set[int] | None = None
     """Where only parts of the model could be run: the modules inside those, by id."""
 
@@ -68,6 +71,7 @@ class Probe:
         self.twins |= part.twins
         self.eval_called += part.eval_called
         self.layer_drops += part.layer_drops
+        self.flows |= part.flows
         self.seconds = round((self.seconds or 0) + (part.seconds or 0), 3)
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,7 +176,9 @@ def _for_real(
 
 def _both(every: list[nn.Module], forward: Forward, sites: set[int]) -> Probe:
     seen = watch(*forward, sites)
-    probe = Probe(counts=seen.counts, lines=seen.lines, called=seen.called, layer_drops=seen.layer_drops)
+    probe = Probe(
+        **{name: getattr(seen, name) for name in ("counts", "lines", "called", "layer_drops", "flows")}
+    )
     set_training(every, mode=False)
     try:
         in_eval = watch(*forward, set(), modules_too=True).called

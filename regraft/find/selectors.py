@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,7 @@ class Selector:
         type: an operation or class name, or "*" for any.
         paths: over whole dotted paths; None for any.
         position: "after" or "before" for an insertion, else "".
+        field: of an insertion, the part of an output or the argument that it is on; "" for the first tensor.
         test: of a class or a predicate.
     """
 
@@ -35,6 +36,7 @@ class Selector:
     type: str = "*"
     paths: re.Pattern[str] | None = None
     position: str = ""
+    field: str = ""
     test: Callable[[Site], bool] | None = None
 
     @property
@@ -43,12 +45,29 @@ class Selector:
         return self.type == "*" and self.test is None
 
     def matches(self, site: Site) -> bool:
+        if site.kind == "inserted":
+            return self._matches_inserted(site)
+        return not self.position and self.means(site)
+
+    def means(self, site: Site) -> bool:
+        """Does it match the site itself, whether or not it says before or after it?"""
         if self.test is not None:
             return bool(self.test(site))
         return self._type_matches(site) and self.path_matches(site.paths)
 
     def path_matches(self, paths: tuple[str, ...]) -> bool:
         return self.paths is None or any(self.paths.fullmatch(path) for path in paths)
+
+    def _matches_inserted(self, site: Site) -> bool:
+        """An insertion is what it was inserted by, `after:Linear`, and a dropout or drop-path itself."""
+        position, _, place = site.op.partition(":")
+        op, _, field = place.partition("#")
+        if self.position:
+            there = self.position == position and self.field in ("", field)
+            return there and self.means(replace(site, kind="module", op=op))
+        if self.test is not None:
+            return bool(self.test(site))
+        return self.type in ("*", site.family, site.op) and self.path_matches(site.paths)
 
     def _type_matches(self, site: Site) -> bool:
         if self.type in ("*", site.op):
@@ -93,19 +112,22 @@ def _read_text(text: str) -> Selector:
     for name in _POSITIONS:
         if rest.startswith(f"{name}:"):
             rest, position = rest[len(name) + 1 :].strip(), name
+    field = ""
+    if position and not rest.startswith("re:"):
+        rest, _, field = rest.partition("#")
     if not rest:
         raise RuleSyntaxError(f"the selector {text!r} is empty", remedy="for example 'Dropout@encoder.**'")
     if rest.startswith("re:"):
         return Selector(text, paths=_regex(rest[3:], text), position=position)
     kind, at, path = rest.partition("@")
     if (not at and "." in rest) or (not at and not _TYPE.fullmatch(rest)):
-        return Selector(text, paths=compile_path(rest), position=position)
+        return Selector(text, paths=compile_path(rest), position=position, field=field)
     if not _TYPE.fullmatch(kind):
         raise RuleSyntaxError(
             f"the selector {text!r} cannot be read: {kind!r} is no type",
             remedy="TYPE@PATH, for example 'Dropout@encoder.**' or '*@head.*'",
         )
-    return Selector(text, kind, compile_path(path) if at else None, position)
+    return Selector(text, kind, compile_path(path) if at else None, position, field)
 
 
 def _regex(source: str, text: str) -> re.Pattern[str]:

@@ -56,6 +56,9 @@ class Site:
     @property
     def written(self) -> str:
         """The site as a diff shows it: `Dropout(p=0.1)`, `Linear(768, 2)`."""
+        if self.kind == "inserted":
+            place = self.op.partition(":")[2].partition("#")[0]
+            return f"{place}({', '.join(map(str, self.shape))})" if self.shape else place
         if self.shape and self.family in ("Linear", "Embedding"):
             return f"{self.op}({', '.join(map(str, self.shape))})"
         fixed = "" if self.baked is None or self.op == ATTENTION else f", training={self.baked}"

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from regraft.find.calls import Called, CallRecorder
+from regraft.find.flows import Flow, flow
 from regraft.find.frames import caller_line
 
 
@@ -24,6 +25,7 @@ class Watched:
     lines: dict[int, str] = field(default_factory=dict)
     called: list[Called] = field(default_factory=list)
     layer_drops: list[str] = field(default_factory=list)
+    flows: dict[int, tuple[Flow | None, Flow | None]] = field(default_factory=dict)
 
 
 def watch(
@@ -51,9 +53,10 @@ def watch(
         if id(module) in sites and id(module) not in seen.lines:
             seen.lines[id(module)] = caller_line()
 
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
+    def leave(module: nn.Module, given: Any, returned: Any) -> None:
         if threading.get_ident() == thread and recorder.owners and recorder.owners[-1] is module:
             recorder.owners.pop()
+            seen.flows.setdefault(id(module), (flow(given), flow(returned)))
 
     with ExitStack() as stack:
         stack.callback(register_module_forward_pre_hook(enter).remove)

@@ -8,6 +8,7 @@ from torch import nn
 
 from regraft.choices import acts_in_eval
 from regraft.errors import NoMatchError
+from regraft.find.insertions import INSERTED, family_to_insert
 from regraft.find.original import Graft, grafts_of, original_class
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
@@ -106,7 +107,7 @@ def _site(named: Named, graft: Graft) -> Site:
         p=edit["options"].get("p"),
         calls=edit["calls"],
         source=edit["source"],
-        family=None,
+        family=family_to_insert(edit["variant"]) if edit["kind"] == INSERTED else None,
         module=named.module,
         variant=edit["variant"],
     )

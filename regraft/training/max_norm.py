@@ -160,6 +160,9 @@ def max_norm(model: nn.Module, limits: Mapping[Any, Any], optimizer: Any) -> Max
     made.notes += notes
     try:
         _hold(made, chosen, {id(one) for group in watched.param_groups for one in group["params"]})
+        bare = sum(int(bound.isinf().sum()) for bound in made.state_dict().values())
+        if bare:
+            made.notes.append(f"{bare:,} rows are all zeros, and a bound relative to nothing leaves them free")
     except BaseException:
         made.remove()
         raise
@@ -182,7 +185,6 @@ def _watched(optimizer: Any) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def _hold(made: MaxNorm, chosen: list[tuple[Site, Bound]], held: set[int]) -> None:
-    bare = 0
     lines: dict[int, dict[str, Any]] = {}
     for site, bound in chosen:
         line: dict[str, Any] = {"path": site.path, "paths": list(site.paths), "op": site.op}
@@ -199,7 +201,6 @@ def _hold(made: MaxNorm, chosen: list[tuple[Site, Bound]], held: set[int]) -> No
         norms = row_norms(weight, rows.axis)
         if isinstance(bound, str):
             rows.bound = torch.where(norms > 0, norms * float(bound[:-1]), torch.inf)
-            bare += int((norms == 0).sum())
         else:
             rows.bound = bound
         made._rows[site.path] = rows
@@ -215,8 +216,6 @@ def _hold(made: MaxNorm, chosen: list[tuple[Site, Bound]], held: set[int]) -> No
             "over": int((norms > bounds_of([rows], [norms])).sum()),
         }
         made.limited.append(line)
-    if bare:
-        made.notes.append(f"{bare:,} rows are all zeros, and a bound relative to nothing leaves them free")
     if not made.limited:
         raise MisfitError(
             "none of the selected weights can be held: " + made.skipped[0]["reason"],
