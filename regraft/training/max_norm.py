@@ -162,7 +162,7 @@ def max_norm(model: nn.Module, limits: Mapping[Any, Any], optimizer: Any) -> Max
         _hold(made, chosen, {id(one) for group in watched.param_groups for one in group["params"]})
         bare = sum(int(bound.isinf().sum()) for bound in made.state_dict().values())
         if bare:
-            made.notes.append(f"{bare:,} rows are all zeros, and a bound relative to nothing leaves them free")
+            made.notes.append(f"{bare:,} rows are all zeros: a bound relative to nothing leaves them free")
     except BaseException:
         made.remove()
         raise

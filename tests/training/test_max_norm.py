@@ -74,7 +74,7 @@ def test_relative_bounds_are_each_rows_own():
         assert (new[old > 0] <= old[old > 0] * 1.1001).all()
         assert (new > old * 1.0999).any()
     assert norms(model[2].weight)[1] > 0.3, "a row of zeros has no norm that a bound could be relative to"
-    assert "1 rows are all zeros" in held.notes[0]
+    assert "1 rows are all zeros:" in held.notes[0]
 
 
 def test_gradients_and_the_optimizers_state_are_left_alone():
