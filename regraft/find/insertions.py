@@ -110,14 +110,13 @@ def family_to_insert(variant: str) -> str | None:
 def inserted_sites(modules: list[Named]) -> list[Site]:
     """What has been inserted, as sites."""
     sites = []
-    for place in insertable(modules):
+    for place in places([named for named in modules if grafts_of(named.module)]):
         for slot, graft in grafts_of(place.module).items():
             if slot.startswith(f"{SLOT}:"):
                 sites.append(
                     replace(
                         place,
                         kind=INSERTED,
-                        shape=None,
                         op=graft.edit["op"],
                         p=graft.edit["options"].get("p"),
                         family=family_to_insert(graft.edit["variant"]),

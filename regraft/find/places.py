@@ -18,7 +18,8 @@ def places(modules: list[Named]) -> list[Site]:
 
 def _place(named: Named) -> Site:
     module, name = named.module, original_class(named.module).__name__
-    weight = module._parameters.get("weight")
+    # Not `.get`: what TorchScript keeps its parameters in has none.
+    weight = module._parameters["weight"] if "weight" in module._parameters else None  # noqa: SIM401
     return Site(
         path=named.paths[0],
         paths=tuple(named.paths),
