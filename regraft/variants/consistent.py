@@ -67,7 +67,10 @@ def _uniform(seed: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     """Uniform on [0, 1) from the seed and each place's own index: nothing is drawn or remembered."""
     bits = _mixed(seed.to(device))
     for size in shape:
-        bits = _mixed(bits.unsqueeze(-1) + torch.arange(1, size + 1, device=device) * _STEP)
+        # An index times a constant a compiler takes for an address, which may not wrap around; after an
+        # exclusive or it is a number as any other.
+        index = torch.arange(1, size + 1, device=device)
+        bits = _mixed((bits.unsqueeze(-1) ^ index) * _STEP)
     return ((bits >> 40) & 0xFFFFFF).to(torch.float32) / (1 << 24)
 
 

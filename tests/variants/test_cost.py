@@ -93,7 +93,7 @@ def test_backward_needs_no_more_than_one_mask_beside_the_gradient():
 class SameDevice(TorchDispatchMode):
     """Refuses what would wait for a device: a number read from it, a tensor copied to or from it."""
 
-    READS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "item")
+    READS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "item", "masked_select", "_unique2")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -116,6 +116,8 @@ DEVICE = {
     "by example": lambda p: nn.DropConnectLinear(256, 256, p=p, mask="example"),
     "mixout": lambda p: nn.MixoutLinear(256, 256, p=p),
     "standout linear": lambda p: nn.StandoutLinear(256, 256, p=p),
+    "learned gate": lambda p: nn.StandoutDropout(p, gate="learned", features=256),
+    "learned gate of a linear": lambda p: nn.StandoutLinear(256, 256, p=p, gate="learned"),
 }
 
 
@@ -129,6 +131,20 @@ def test_nothing_leaves_the_device_nor_waits_for_it(name):
         module.p = p
         with SameDevice():
             module(x).sum().backward()
+
+
+def test_neftune_stays_on_the_device():
+    with torch.device("meta"):
+        module = nn.NEFTuneEmbedding(10, 64)
+    tokens = torch.zeros(2, 8, dtype=torch.int64, device="meta")
+    with SameDevice():
+        module(tokens).sum().backward()
+
+
+def test_what_leaves_the_device_is_seen():
+    x = torch.ones(3, device="meta")
+    with SameDevice(), pytest.raises(AssertionError, match="leaves the device"):
+        x * torch.tensor([0.5]).to("meta")
 
 
 def test_a_table_is_made_once_for_each_rate():
