@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from regraft.choices import Choice, choose
 from regraft.errors import NoMatchError, RegraftError, WrongKindError, nearest
-from regraft.find.insertions import INSERTED, family_to_insert, insertable, is_block, operation
+from regraft.find.insertions import INSERTED, family_to_insert, insertable, is_block, means, operation
 from regraft.find.inspection import Inspection
 from regraft.find.selectors import Selector
 from regraft.find.site import Site
@@ -54,7 +54,7 @@ def _matched(sites: list[Site], rule: InsertRule) -> list[int]:
     where = f"rule {index}: {selector.text!r}"
     if variant is not None:
         _check_fits(variant, where)
-    found = [position for position, site in enumerate(sites) if selector.means(site)]
+    found = [position for position, site in enumerate(sites) if means(selector, site)]
     if not found:
         kinds = sorted({site.op for site in sites})
         paths = [site.path for site in sites]
@@ -116,8 +116,9 @@ def _chosen(
 ) -> Choice:
     index, selector, variant = rule
     assert variant is not None
-    probe = inspection.probe
-    calls = probe.counts.get(id(place.module), 0) if probe.covers(place.module) else place.calls
+    probe, calls = inspection.probe, place.calls
+    if place.kind == "module" and probe.covers(place.module):
+        calls = probe.counts.get(id(place.module), 0)
     site = replace(
         place,
         kind=INSERTED,
@@ -143,6 +144,8 @@ def _obstacle(
     inspection: Inspection, place: Site, selector: Selector, variant: Variant
 ) -> tuple[str, str] | None:
     """What the probe saw flow there that cannot be dropped."""
+    if place.kind == "node":
+        return None  # the probe sees modules
     into, out = inspection.probe.flows.get(id(place.module), (None, None))
     if selector.position == "before" and place.op == "Embedding":
         return "its input is token numbers", f"'after:Embedding@{place.path}'"

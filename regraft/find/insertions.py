@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,11 @@ from torch import nn
 from torch.nn.modules.container import ModuleDict, ModuleList, ParameterDict, ParameterList
 
 from regraft.errors import RuleSyntaxError
+from regraft.find.graphs import graph_nodes, standing_in
 from regraft.find.modules import module_sites
+from regraft.find.nodes import node_path
 from regraft.find.obstacles import owner_obstacle
-from regraft.find.original import grafts_of
+from regraft.find.original import grafts_of, original_class
 from regraft.find.places import places
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
@@ -81,12 +84,41 @@ def insertable(modules: list[Named]) -> list[Site]:
     shapes = {id(site.module): site for site in module_sites(modules)}
     found = []
     for place in places(modules):
-        if isinstance(place.module, _CONTAINERS):
+        if isinstance(place.module, _CONTAINERS) or standing_in(place.module) is not None:
             continue
         known = shapes.get(id(place.module))
         shape, calls = (known.shape, known.calls) if known else (None, None)
         found.append(replace(place, shape=shape, calls=calls, obstacle=owner_obstacle(place.module)))
-    return found
+    return [*found, *_functions(modules)]
+
+
+def _functions(modules: list[Named]) -> Iterator[Site]:
+    """The nodes of graphs that call functions."""
+    for named in modules:
+        for one in graph_nodes(named.module):
+            yield Site(
+                path=node_path(named.paths[0], one.called.name),
+                paths=tuple(node_path(path, one.called.name) for path in named.paths),
+                kind="node",
+                op=getattr(one.called.function, "__name__", "function"),
+                type=original_class(named.module).__name__,
+                p=None,
+                calls=None if one.node.users else 0,
+                source=None,
+                family=None,
+                module=named.module,
+                training=named.module.training,
+            )
+
+
+def means(selector: Selector, place: Site) -> bool:
+    """Does the selector mean the place? A function in a graph is meant only where it is named itself.
+
+    Among all that lies on a path there are sizes and indices too, and no dropout fits behind those.
+    """
+    if place.kind == "node" and selector.any_type:
+        return selector.text.endswith(tuple(place.paths)) and selector.means(place)
+    return selector.means(place)
 
 
 def operation(selector: Selector, place: Site) -> str:
@@ -111,11 +143,15 @@ def inserted_sites(modules: list[Named]) -> list[Site]:
     """What has been inserted, as sites."""
     sites = []
     for place in places([named for named in modules if grafts_of(named.module)]):
+        node = standing_in(place.module)
         for slot, graft in grafts_of(place.module).items():
             if slot.startswith(f"{SLOT}:"):
                 sites.append(
                     replace(
                         place,
+                        path=place.path if node is None else graft.edit["path"],
+                        paths=place.paths if node is None else tuple(graft.edit["paths"]),
+                        type=graft.edit["type"],
                         kind=INSERTED,
                         op=graft.edit["op"],
                         p=graft.edit["options"].get("p"),

@@ -18,6 +18,7 @@ from regraft.edits import Edit
 from regraft.errors import MisfitError
 from regraft.find.functions import ATTENTION
 from regraft.find.graphs import DROP_PATH, LINEAR, NODE, WRAPPED, GraphNode, Replaced, graph_node, graph_nodes
+from regraft.find.insertions import SLOT as INSERT
 from regraft.find.nodes import node_path
 from regraft.find.original import Graft, grafts_of
 from regraft.find.walk import Named
@@ -40,7 +41,8 @@ class NodeFunction(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         called: Replaced = self.__dict__[NODE]
-        grafts = grafts_of(self)
+        # What is inserted before and after it is around this, in a layer of its own.
+        grafts = {slot: one for slot, one in grafts_of(self).items() if not slot.startswith(INSERT)}
         if not grafts:
             return called.function(*args, **kwargs)  # for a look at the model as it was
         if called.op in (LINEAR, DROP_PATH):
@@ -98,17 +100,29 @@ def node_slot(edit: Edit) -> tuple[str, Graft]:
     return f"{SLOT}:{edit.path.rpartition('.')[2]}:{edit.op}", graft
 
 
+def outside_slot(name: str, slot: str) -> str:
+    """The slot of a node, by which the owner of its graph knows a slot of the module in its place."""
+    kind, _, rest = slot.partition(":")
+    return f"{SLOT}:{name}:{rest}" if kind != INSERT else f"{SLOT}:{name}:{INSERT}:{rest}"
+
+
+def inside_slot(slot: str) -> str:
+    """The slot of the module in a node's place: `calls:OPERATION`, or that of an insertion."""
+    rest = slot.split(":", 2)[2]
+    return rest if rest.startswith(f"{INSERT}:") else f"calls:{rest}"
+
+
 def set_slot(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None:
     """Put `graft` into a slot of a module, or of a node of its graph, or empty it; returns what was there."""
     if not slot.startswith(f"{SLOT}:"):
         return set_graft(module, slot, graft)
-    _, name, op = slot.split(":")
+    name = slot.split(":")[1]
     found = graph_node(module, name)
     if found is None and graft is None:
         return None  # somebody erased the node, and the graft with it
     if found is None or not isinstance(module, fx.GraphModule):
         raise MisfitError(f"the graph has no node {name!r} that can be grafted", where=type(module).__name__)
-    inside = f"calls:{op}"
+    inside = inside_slot(slot)
     if found.module is None:
         if graft is not None:
             made = NodeFunction(found.called).train(module.training)
@@ -133,7 +147,7 @@ def placed_grafts(modules: list[Named]) -> Iterator[tuple[Named, str, Graft]]:
             assert one.module is not None
             paths = [node_path(path, one.called.name) for path in named.paths]
             for slot, graft in grafts_of(one.module).items():
-                yield Named(named.module, paths), f"{SLOT}:{one.called.name}:{slot.partition(':')[2]}", graft
+                yield Named(named.module, paths), outside_slot(one.called.name, slot), graft
 
 
 def _put_in(owner: fx.GraphModule, node: fx.Node, module: NodeFunction) -> None:

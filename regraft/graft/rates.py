@@ -18,7 +18,7 @@ from regraft.find.original import Graft, grafts_of
 from regraft.find.site import Site
 from regraft.find.walk import named_modules
 from regraft.graft.nodes import SLOT as NODE
-from regraft.graft.nodes import placed_grafts
+from regraft.graft.nodes import inside_slot, placed_grafts
 from regraft.variants.registry import complete_options, spec
 
 Key = tuple[str, str, str]
@@ -97,11 +97,10 @@ def rates_of(root: nn.Module, sites: dict[Key, Site]) -> tuple[list[Rate], dict[
             continue
         place = named.module, slot
         if slot.startswith(f"{NODE}:"):
-            _, name, op = slot.split(":")
-            node = graph_node(named.module, name)
+            node = graph_node(named.module, slot.split(":")[1])
             assert node is not None
             assert node.module is not None
-            rates.append(_rate(site, node.module, f"calls:{op}", graft, place))
+            rates.append(_rate(site, node.module, inside_slot(slot), graft, place))
         else:
             rates.append(_rate(site, *place, graft, place))
     return rates, without
@@ -110,6 +109,7 @@ def rates_of(root: nn.Module, sites: dict[Key, Site]) -> tuple[list[Rate], dict[
 def _rate(site: Site, module: nn.Module, slot: str, graft: Graft, place: tuple[nn.Module, str]) -> Rate:
     # The report that was made of the graft is to stay what it was.
     graft.edit = {**graft.edit, "options": dict(graft.edit["options"])}
+    graft.settings = ""  # compiled code reads the rate at each call, and keeps no version with it
     given = graft.edit["options"].get("p")
     base = site.p or 0.0
     if site.variant is not None:  # else it was grafted for the sake of its rate, and stands at another

@@ -322,6 +322,60 @@ def test_a_dropout_of_the_module_around_does_not_see_it():
     assert 0.3 < (compiled(X) == 0).float().mean() < 0.7
 
 
+class Written(nn.Module):
+    """Functions between modules, for torch.fx to trace."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x)) + x
+        return nn.functional.linear(x, self.last.weight)
+
+
+NODES = {
+    "after": ({"after:relu": "dropout(p=0.5)"}, [("relu", "relu, then Dropout(p=0.5)")]),
+    "before": ({"before:linear": "dropout(p=0.5)"}, [("linear", "Dropout(p=0.5), then linear")]),
+    "path": ({"after:*@add": "droppath(p=0.5)"}, [("add", "add, then DropPath(p=0.5)")]),
+    "module": ({"after:Linear@first": "dropout"}, [("first", "Linear(6, 6), then Dropout(p=0.2)")]),
+    "whole": ({regraft.before(lambda site: site.path == ""): "dropout"}, [("", None)]),
+    "stacked": (
+        {"linear": "dropconnect(p=0.2)", "after:linear": "dropout(p=0.1)"},
+        [("linear", "dropconnect(6, 6, p=0.2, mask='batch')"), ("linear", "linear, then Dropout(p=0.1)")],
+    ),
+}
+
+
+@pytest.mark.parametrize(("rules", "expected"), NODES.values(), ids=NODES)
+def test_nodes_of_a_graph(rules, expected):
+    model = torch.fx.symbolic_trace(Written()).train()
+    x = torch.randn(64, 6)
+    plain, code = model(x), model.code
+    report = regraft.apply(model, rules, x)
+    for edit, (path, said) in zip(report.grafted, expected, strict=True):
+        assert (edit.path, edit.after) == (path, said or edit.after)
+    inserted = [site for site in regraft.inspect(model, x).sites if site.kind == "inserted"]
+    assert [(site.path, site.type, site.calls) for site in inserted] == [
+        (expected[-1][0], "Linear" if expected[-1][0] == "first" else "Written", 1)
+    ]
+    for one in (model, copy.deepcopy(model)):
+        assert not torch.equal(one.train()(x), one(x))
+        assert torch.equal(one.eval()(x), plain)
+        one.train()
+        schedule = regraft.schedule(one, {"start": 0.0, "end": 0.5, "steps": 2}, None, x)
+        assert torch.equal(one(x), plain)
+        schedule.remove()
+        regraft.apply(one, regraft.Plan.from_json(regraft.plan(one, rules, x).to_json()))
+        assert not torch.equal(one(x), one(x))
+        regraft.revert(one, "after:linear" if "linear" in rules else None)
+        regraft.revert(one)
+        assert torch.equal(one(x), plain)
+        assert one.code == code
+        assert [name for name, _ in one.named_modules()] == ["", "first", "last"]
+
+
 def test_insertions_stack_with_grafts_and_with_each_other_and_applying_twice_is_applying_once():
     model = mlp().train()
     regraft.apply(model, {"Linear@2": "dropconnect(p=0.2)", "after:Linear@2": "dropout(p=0.5)"})
