@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regraft import __version__
-from regraft.cli.opening import MODELS
-from regraft.cli.output import Format, guarded, pair, show
+from regraft.cli.output import MODELS, Format, guarded, pair, show
 
 if TYPE_CHECKING:
     from regraft.report.view import View

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.architectures import build, is_architecture
+from regraft.cli.output import MODELS
 from regraft.cli.progress import working
 from regraft.cli.reading.files import read_file
 from regraft.cli.reading.inspection import FileInspection
@@ -16,11 +19,6 @@ if TYPE_CHECKING:
 
     from regraft.cli.reading.model import ReadModel
     from regraft.report.view import View
-
-MODELS = (
-    "timm:NAME, torchvision:NAME, hf:NAME, a Hugging Face folder, package.module:factory, or a file: "
-    ".pt, .pth, .bin, .pt2, .safetensors"
-)
 
 
 def view_of(name: str, arch: str = "", *, trust: bool = False) -> View:
@@ -129,7 +127,10 @@ def _read(name: str) -> ReadModel | None:
         there = False
     if there:
         with working(f"reading {path.name}"):
-            return read_file(path)
+            read = read_file(path)
+        if "torch" not in sys.modules:  # whose own objects must be freed at the end
+            gc.freeze()  # what was read stays: the collector need not look at it again and again
+        return read
     if ":" in name and "/" not in name.partition(":")[0]:
         return None
     raise FileError("there is no such file or folder", where=name, remedy=f"MODEL is {MODELS}")

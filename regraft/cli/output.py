@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from regraft.report.view import View
 
 SUSPICIOUS = 3
+MODELS = (
+    "timm:NAME, torchvision:NAME, hf:NAME, a Hugging Face folder, package.module:factory, or a file: "
+    ".pt, .pth, .bin, .pt2, .safetensors"
+)
 
 
 class Format(str, Enum):

@@ -10,7 +10,7 @@ from regraft.cli.architectures import build, is_architecture, need
 from regraft.cli.opening import loaded
 from regraft.cli.progress import working
 from regraft.cli.reading.files import read_file
-from regraft.errors import FileError
+from regraft.errors import FileError, MisfitError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,6 +78,7 @@ def _only_inside(read: ReadModel) -> list[str]:
 
 def _folder(path: Path) -> Loaded:
     transformers = need("transformers")
+    transformers.utils.logging.disable_progress_bar()
     with working(f"loading {path.name}"):
         try:
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -144,7 +145,10 @@ def _graft_again(model: nn.Module, folder: Path) -> list[str]:
 
     if not (folder / PLAN).is_file():
         return []
-    return regraft.load_plan(model, folder).state_keys
+    try:
+        return regraft.load_plan(model, folder).state_keys
+    except MisfitError:
+        return []  # the plan of another model in the same folder
 
 
 def apply_to_file(
@@ -172,7 +176,7 @@ def revert_file(
     before = regraft.inspect(found.model) if found.form == "fresh" else _looked(found.model)
     regraft.revert(found.model, selector or None)
     made = regraft.diff(before, _looked(found.model))
-    made.notes.extend([*found.notes, *write(found, output, safe)])
+    made.notes.extend([*found.notes, *write(found, output, safe, grafted=bool(selector))])
     return made
 
 
@@ -193,7 +197,7 @@ def _check_free(output: Path, force: bool) -> None:
         raise FileError("there is no such folder to write to", where=str(output.parent))
 
 
-def write(found: Loaded, output: Path, safe: bool) -> list[str]:
+def write(found: Loaded, output: Path, safe: bool, *, grafted: bool = True) -> list[str]:
     """Write the model as it came, and its plan beside it; returns notes on what was written."""
     import regraft
 
@@ -201,15 +205,18 @@ def write(found: Loaded, output: Path, safe: bool) -> list[str]:
         with working(f"writing {output.name}"):
             if found.form == "folder":
                 found.model.save_pretrained(output)  # type: ignore[operator]
-                plan = regraft.save_plan(found.model, output / PLAN)
+                folder = output
             else:
                 _write_file(found, output, safe)
-                plan = regraft.save_plan(found.model, output.parent / PLAN)
+                folder = output.parent
+            plan = folder / PLAN if grafted else None
+            if plan:
+                regraft.save_plan(found.model, plan)
     except OSError as error:
         raise FileError(
             f"the model cannot be written: {error.strerror or error}", where=str(output)
         ) from None
-    return [f"written to {output}, its grafts to {plan}"]
+    return [f"written to {output}" + (f", its grafts to {plan}" if plan else "")]
 
 
 def _write_file(found: Loaded, output: Path, safe: bool) -> None:

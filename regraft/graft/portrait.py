@@ -13,6 +13,7 @@ class Portrait:
     """What must be the same after a graft and its way back."""
 
     parameters: dict[str, nn.Parameter]
+    modules: list[nn.Module]
     keys: list[str]
     owners: list[tuple[str, str, str]]
     classes: list[type]
@@ -33,6 +34,7 @@ def portrait(model: nn.Module) -> Portrait:
     modules = list(model.modules())
     return Portrait(
         parameters=dict(model.named_parameters(remove_duplicate=False)),
+        modules=modules,
         keys=list(model.state_dict()),
         owners=[(type(m).__name__, type(m).__qualname__, type(m).__module__) for m in modules if m._modules],
         classes=[type(module) for module in modules],

@@ -29,6 +29,7 @@ _TORCH = {
 }
 _DROP_PATH = re.compile(r"(DropPath|StochasticDepth)$")
 _PRIVATE_DROPOUT = re.compile(r"Dropout(\dd)?$")
+_OTHER_NOISE = re.compile(r"Patch|Token|Word|Feature|Channel|Spatial|Block|Variational|Locked|\dd$")
 _RATES = ("p", "drop_prob", "drop_rate", "dropout", "dropout_rate", "prob")
 _SHAPES = {
     "Linear": ("in_features", "out_features"),
@@ -59,13 +60,9 @@ def op_of(module: ReadModule) -> str | None:
         return "DropPath"
     if name == "Conv1D" and (weight := module.tensors.get("weight")) and len(weight.shape) == 2:
         return "Conv1D"
-    if (
-        _PRIVATE_DROPOUT.search(name)
-        and not module.children
-        and not module.tensors
-        and rate_of(module) is not None
-    ):
-        return name
+    leaf = not module.children and not module.tensors and rate_of(module) is not None
+    if leaf and _PRIVATE_DROPOUT.search(name):
+        return name if _OTHER_NOISE.search(name) else "Dropout"
     return None
 
 

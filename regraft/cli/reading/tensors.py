@@ -93,14 +93,10 @@ def _tensor(
         return None
     if not all(type(size) is int and 0 <= size <= _MOST for size in sizes) or math.prod(sizes) > _MOST:
         return None
-    kind = arguments[dtype] if dtype is not None else None
-    name = (
-        _dtype(kind)
-        if kind is not None
-        else _storage_dtype(arguments[storage])
-        if storage is not None
-        else None
-    )
+    if dtype is not None:
+        name = _dtype(arguments[dtype])
+    else:
+        name = None if storage is None else _storage_dtype(arguments[storage])
     return ReadTensor(tuple(sizes), name, trainable)
 
 

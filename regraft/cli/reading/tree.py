@@ -63,14 +63,15 @@ def read_tree(value: Made) -> ReadModule:
         one = todo.pop()
         module = made[id(one)]
         state = module.attributes
-        for kind in ("_parameters", "_buffers"):
-            for name, tensor in _entries(state.get(kind)):
+        for entries in (state.get("_parameters"), state.get("_buffers")):
+            for name, tensor in _entries(entries) if entries else ():
                 if id(tensor) not in tensors:
                     tensors[id(tensor)] = tensor_of(tensor)
                 read = tensors[id(tensor)]
                 if read is not None:
                     module.tensors[name] = read
-        for name, child in _entries(state.get("_modules")):
+        children = state.get("_modules")
+        for name, child in _entries(children) if children else ():
             if not is_module(child):
                 continue
             if id(child) not in made:
@@ -81,7 +82,7 @@ def read_tree(value: Made) -> ReadModule:
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    if value and isinstance(value, dict):
+    if isinstance(value, dict):
         for name, entry in value.items():
             if entry is not None:
                 yield _name(name), entry

@@ -11,16 +11,13 @@ PLAIN = frozenset({str, int, float, bool, bytes, type(None)})
 class Named:
     """Something that unpickling would have imported: the name of a class or a function."""
 
-    __slots__ = ("at", "module", "name")
+    __slots__ = ("at", "full", "module", "name")
 
     def __init__(self, module: str, name: str, at: int) -> None:
         self.module = module
         self.name = name
         self.at = at
-
-    @property
-    def full(self) -> str:
-        return f"{self.module}.{self.name}"
+        self.full = f"{module}.{name}"
 
 
 class Made:
