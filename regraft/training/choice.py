@@ -187,7 +187,7 @@ def _flaw(plain: Measured, both: Measured) -> str | None:
     if both.draws != _PROBED * plain.draws:
         return "an operation draws once for all passes, behind vmap's back"
     if both.reads_replaced:
-        return "a tensor is used after an in-place dropout of it"
+        return "a tensor is used after a change in place that would tell the passes apart"
     return None
 
 

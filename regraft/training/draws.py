@@ -23,6 +23,13 @@ _IN_PLACE: dict[Any, int] = {
     F.feature_alpha_dropout: 3,
 }
 """Function -> position of its `inplace`."""
+_AUGMENTED: dict[Any, Any] = {
+    Tensor.add_: torch.add,
+    Tensor.sub_: torch.sub,
+    Tensor.mul_: torch.mul,
+    Tensor.div_: torch.div,
+}
+"""What `x += y` and its like call -> the same out of place."""
 
 
 class DrawsPerPass(TorchFunctionMode):
@@ -49,6 +56,7 @@ class DrawsPerPass(TorchFunctionMode):
             **dict.fromkeys(_UNINITIALIZED, self._per_pass),
             **dict.fromkeys(_RECURRENT, self._recurrent),
             **dict.fromkeys(_IN_PLACE, self._out_of_place),
+            **dict.fromkeys(_AUGMENTED, self._augmented),
         }
 
     def __torch_function__(
@@ -77,7 +85,7 @@ class DrawsPerPass(TorchFunctionMode):
         # A check that all passes answer alike, as for values that are not finite, is one branch for them all.
         del kwargs
         value = args[0]
-        while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        while _is_forked(value):
             value = torch._C._functorch.get_unwrapped(value)
         if value.numel() < 2 or bool((value == value.flatten()[0]).all()):
             return bool(value.flatten()[0]) if value.numel() else bool(value)
@@ -117,6 +125,20 @@ class DrawsPerPass(TorchFunctionMode):
         if result is not x and self.replaced is not None:
             self.replaced(x)
         return result
+
+    def _augmented(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, *others = args
+        if _is_forked(x) or not any(map(_is_forked, (*others, *kwargs.values()))):
+            return func(*args, **kwargs)
+        # There is no room for the passes in `x`; the name on the left gets what this returns.
+        result = _AUGMENTED[func](*args, **kwargs)
+        if self.replaced is not None:
+            self.replaced(x)
+        return result
+
+
+def _is_forked(value: Any) -> bool:
+    return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def _draws(args: tuple[Any, ...]) -> bool:

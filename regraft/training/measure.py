@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 import warnings
@@ -139,7 +140,7 @@ def on_fake_tensors(
     """A forward of `model`, and inputs for it, on fake tensors; the model is as before afterwards."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     every = list(model.modules())
-    with forgotten(every), unchanged(every), mode:
+    with _unheard(), forgotten(every), unchanged(every), mode:
         state = _fake_state(model, mode)
         fake = mapped(lambda _, leaf: _fake(leaf, mode), "", own_caches((args, kwargs)))
 
@@ -147,6 +148,17 @@ def on_fake_tensors(
             return functional_call(model, state, args, kwargs)
 
         yield forward, *fake
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What is tried here may fail, and torch logs what fake tensors cannot run before it raises."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextmanager
