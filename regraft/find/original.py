@@ -40,6 +40,8 @@ class Graft:
     """Parameters and buffers that the graft adds, by name: their values while the graft is not in place."""
     transient: tuple[str, ...] = ()
     """Names of the buffers among them that stay out of the state dict."""
+    settings: str = ""
+    """Of a graft of calls: what it does, as text by which a compiled version of a method is found."""
 
 
 def grafts_of(module: nn.Module) -> dict[str, Graft]:

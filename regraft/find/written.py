@@ -13,7 +13,7 @@ from torch import nn
 
 from regraft.find.functions import OPS
 
-_DEEPEST = 3
+DEEPEST = 3
 """Functions that functions call: attention is often two away from the forward."""
 
 
@@ -52,7 +52,7 @@ class _Scan:
 
     def _function(self, function: Any, depth: int) -> None:
         function = inspect.unwrap(function)
-        if not isinstance(function, FunctionType) or _is_torchs(function) or depth > _DEEPEST:
+        if not isinstance(function, FunctionType) or is_torchs(function) or depth > DEEPEST:
             return
         self._code(function.__code__, function.__globals__, depth)
 
@@ -60,7 +60,7 @@ class _Scan:
         if code in self._seen:
             return
         self._seen.add(code)
-        for named in _named(code, names):
+        for named in named_by(code, names):
             if isinstance(named, str):
                 self.method(named, depth + 1)
             elif isinstance(named, Mapping):  # a registry of functions, such as Transformers' attentions
@@ -83,11 +83,12 @@ def _nothing() -> None:
     """Stands for a method that is not there."""
 
 
-def _is_torchs(function: FunctionType) -> bool:
+def is_torchs(function: FunctionType) -> bool:
+    """Is it a function of torch itself?"""
     return (function.__module__ or "").split(".")[0] == "torch"
 
 
-def _named(code: CodeType, names: Mapping[str, Any]) -> Iterator[Any]:
+def named_by(code: CodeType, names: Mapping[str, Any]) -> Iterator[Any]:
     """What the code refers to: objects by their global name and attributes, methods of self by name."""
     value: Any = None
     on_self = False

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from regraft.edits import Edit
@@ -21,10 +21,10 @@ from regraft.find.functions import MULTI_HEAD
 from regraft.find.original import RECORD, Graft
 from regraft.graft.checkpoints import checkpoint_marks, inside_checkpoint
 from regraft.graft.classes import Namespace, layer
-from regraft.graft.routes import ROUTES, call_rate
+from regraft.graft.routes import ROUTES, Routed
+from regraft.graft.versions import SLOT, VERSIONS, Versions, settings_of
 from regraft.variants.registry import complete_options, spec
 
-SLOT = "calls"
 BOUNDARY = "calls:boundary"
 
 
@@ -67,6 +67,8 @@ def _calls_layer(base: type[nn.Module], argument: str) -> Namespace:
 
 
 def _entrance(method: Callable[..., Any]) -> Callable[..., Any]:
+    versions = Versions(method)
+
     @functools.wraps(method)
     def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # After a revert somebody may still hold this method (accelerate, a hook): then nothing is grafted.
@@ -74,6 +76,9 @@ def _entrance(method: Callable[..., Any]) -> Callable[..., Any]:
         grafts = {slot: graft for slot, graft in record.items() if slot.startswith(SLOT)}
         acts = _acts(self, grafts)
         if torch.compiler.is_compiling():
+            version = versions.made.get(settings_of(grafts, self.training))
+            if version is not None and not torch._C._len_torch_function_stack():
+                return version(self, *args, **kwargs)
             with _CompiledMode(self, grafts if acts else {}):
                 return method(self, *args, **kwargs)
         if not acts:
@@ -82,6 +87,7 @@ def _entrance(method: Callable[..., Any]) -> Callable[..., Any]:
         with CallMode(self, grafts):
             return method(self, *args, **kwargs)
 
+    enter.__dict__[VERSIONS] = versions
     return enter
 
 
@@ -107,13 +113,12 @@ class _Pause:
             self.outer.on = self.was
 
 
-class CallMode(TorchFunctionMode):
+class CallMode(Routed, TorchFunctionMode):
     """Routes the calls of functions that drop, inside one module's own forward, to its variants."""
 
     def __init__(self, module: nn.Module, grafts: dict[str, Graft]) -> None:
-        super().__init__()
-        self.module = module
-        self.grafts = {slot.partition(":")[2]: graft for slot, graft in grafts.items()}
+        TorchFunctionMode.__init__(self)
+        Routed.__init__(self, module, grafts)
         self.on = True
         self.pause = _Pause()
         self.entered = checkpoint_marks()
@@ -140,17 +145,6 @@ class CallMode(TorchFunctionMode):
         if self.on and func in ROUTES:
             return ROUTES[func](self, func, args, kwargs)
         return func(*args, **kwargs)
-
-    def drop(self, op: str, x: Tensor, p: float, training: bool) -> Tensor | None:
-        """What the variant at `op` makes of x; None if the call is to stay as it is."""
-        graft = self.grafts.get(op)
-        if graft is None:
-            return None
-        self.refuse_recompute(op)
-        rate = call_rate(graft, p)
-        function = spec(graft.edit["variant"]).function
-        made: Tensor = function(x, rate, training and self.module.training, **graft.options)
-        return made
 
     def refuse_recompute(self, op: str) -> None:
         if self.module.training and torch.is_grad_enabled() and self.entered != checkpoint_marks():

@@ -15,6 +15,7 @@ from regraft.find.original import (
 )
 from regraft.find.unchanged import restore, snapshot
 from regraft.graft.classes import layered
+from regraft.graft.versions import prepare
 
 Change = tuple[nn.Module, str, Graft | None]
 """A module, a slot, and what was in it before."""
@@ -49,6 +50,7 @@ def set_graft(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None
         else:
             module.__dict__.pop(RECORD, None)
         rebind_instance_forward(module)
+        prepare(module)
     except BaseException:
         module.__class__ = was
         restore(module, before)

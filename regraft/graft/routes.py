@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,34 @@ from regraft.find.functions import ATTENTION, DRAWS, DROP_PATH, FUNCTIONS, MULTI
 from regraft.find.original import Graft
 from regraft.graft.attention import attend, multi_head_attention
 from regraft.graft.recurrent import RECURRENT, layer_by_layer, read_recurrence
+from regraft.variants.registry import spec
 
-if TYPE_CHECKING:
-    from regraft.graft.calls import CallMode
+
+class Routed:
+    """The grafts of one module's calls, by operation, and what they make of a call.
+
+    Args:
+        module: the module, or what has its `training`.
+        grafts: its grafts of calls, by slot.
+    """
+
+    def __init__(self, module: Any, grafts: Mapping[str, Graft]) -> None:
+        self.module = module
+        self.grafts = {slot.partition(":")[2]: graft for slot, graft in grafts.items()}
+
+    def drop(self, op: str, x: Tensor, p: float, training: bool) -> Tensor | None:
+        """What the variant at `op` makes of x; None if the call is to stay as it is."""
+        graft = self.grafts.get(op)
+        if graft is None:
+            return None
+        self.refuse_recompute(op)
+        rate = call_rate(graft, p)
+        function = spec(graft.edit["variant"]).function
+        made: Tensor = function(x, rate, training and self.module.training, **graft.options)
+        return made
+
+    def refuse_recompute(self, op: str) -> None:
+        """Raise where a checkpoint would draw another mask; compiled code keeps its random state itself."""
 
 
 def call_rate(graft: Graft, carried: float) -> float:
@@ -29,13 +54,13 @@ def call_rate(graft: Graft, carried: float) -> float:
     return float(p)
 
 
-def _handle_dropout(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_dropout(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     parsed = FUNCTIONS[func](*args, **kwargs)
     made = mode.drop(parsed.op, parsed.x, parsed.p, parsed.training)
     return func(*args, **kwargs) if made is None else made
 
 
-def _handle_attention(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_attention(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     graft = mode.grafts.get(ATTENTION)
     if graft is None:
         return func(*args, **kwargs)
@@ -59,7 +84,7 @@ def _vmapped() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
-def _handle_mha(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_mha(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     graft = mode.grafts.get(MULTI_HEAD)
     if graft is None or not (mode.module.training or graft.in_eval):
         return func(*args, **kwargs)
@@ -76,7 +101,7 @@ def _handle_mha(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: dict[s
 _MHA_NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 
 
-def _handle_recurrent(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_recurrent(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     op = RECURRENT[func]
     graft = mode.grafts.get(op)
     if graft is None or not (mode.module.training or graft.in_eval):
@@ -89,7 +114,7 @@ def _handle_recurrent(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: 
     return layer_by_layer(call, drop)
 
 
-def _handle_rows(mode: CallMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_rows(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if DROP_PATH not in mode.grafts or not mode.module.training or not draws_rows(func, args, kwargs):
         return func(*args, **kwargs)
     mode.refuse_recompute(DROP_PATH)
