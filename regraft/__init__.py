@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from regraft.training.rdrop_loss import rdrop_loss as rdrop_loss
     from regraft.training.schedule import Schedule as Schedule
     from regraft.training.schedule import schedule as schedule
+    from regraft.training.suggest import Advice as Advice
+    from regraft.training.suggest import suggest as suggest
     from regraft.variants.registry import register as register
     from regraft.variants.registry import variant as variant
     from regraft.variants.spec import Variant as Variant
@@ -76,6 +78,8 @@ _HOMES = {
     "rdrop_loss": "training.rdrop_loss",
     "Schedule": "training.schedule",
     "schedule": "training.schedule",
+    "Advice": "training.suggest",
+    "suggest": "training.suggest",
     "register": "variants.registry",
     "variant": "variants.registry",
     "Variant": "variants.spec",

@@ -85,13 +85,14 @@ class Page:
 
 def page_of(view: Facts) -> Page:
     """The page of the dictionary that a view's `to_dict` returns."""
-    from regraft.report import changes, limits, outcomes, sites
+    from regraft.report import advice, changes, limits, outcomes, sites
 
     pages: dict[str, Callable[[Facts], Page]] = {
         "inspection": sites.inspection_page,
         "plan": changes.changes_page,
         "report": changes.changes_page,
         "max_norm": limits.limits_page,
+        "advice": advice.advice_page,
         "diff": outcomes.diff_page,
         "verification": outcomes.verification_page,
     }
