@@ -6,16 +6,18 @@ from torch import nn
 
 from regraft.choices import acts_in_eval
 from regraft.edits import Edit
+from regraft.find.graphs import graph_node
 from regraft.find.insertions import INSERTED
 from regraft.find.inspection import Inspection
 from regraft.find.kinds import OPAQUE
 from regraft.find.original import Graft
 from regraft.find.site import Site
-from regraft.graft.calls import BOUNDARY, SLOT, boundary_graft, call_graft
+from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
 from regraft.graft.insert import insert_graft
 from regraft.graft.modules import SLOT as VARIANT
 from regraft.graft.modules import module_graft, rate_graft
-from regraft.graft.nodes import node_slot
+from regraft.graft.nodes import node_slot, outside_slot
+from regraft.graft.versions import SLOT
 from regraft.planning import Plan
 from regraft.variants.spec import Variant
 
@@ -31,6 +33,11 @@ def steps_of(inspection: Inspection, plan: Plan) -> list[Step]:
     for edit in plan.grafted:
         if edit.kind == "node":
             steps.append((by_path[edit.path.rpartition(".")[0]], *node_slot(edit)))
+            continue
+        owner, _, name = edit.path.rpartition(".")
+        if edit.kind == INSERTED and graph_node(by_path.get(owner, inspection.root), name) is not None:
+            slot, graft = insert_graft(edit)
+            steps.append((by_path[owner], outside_slot(name, slot), graft))
             continue
         module = by_path[edit.path]
         slot, graft = _slot_and_graft(sites.get((edit.path, edit.kind, edit.op)), edit)
