@@ -112,9 +112,9 @@ def test_rates_out_of_the_range_and_rates_of_0_are_said():
 
 
 def test_mixout_is_for_large_models_with_few_examples(monkeypatch):
-    from regraft.training import suggest
+    from regraft.training import advice as kinds
 
-    monkeypatch.setattr(suggest, "_BIG", 1000)
+    monkeypatch.setattr(kinds, "_BIG", 1000)
     advice = regraft.suggest(tiny.bert(), 100)
     assert advice.rules == {"Linear": "mixout(p=0.9)"}
     assert regraft.suggest(tiny.bert(), 20_000).rules == {}
