@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from regraft.variants.checks import check_choice, check_switch
-from regraft.variants.draws import fast_keep_mask, times_mask
+from regraft.variants.draws import fast_keep_mask, plain, times_mask
 from regraft.variants.module import LinearVariant, check_rate
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
@@ -74,57 +75,94 @@ def dropconnect(
 
 
 def _per_example(x: Tensor, weight: Tensor, bias: Tensor | None, p: float) -> Tensor:
+    x, weight, bias = _as_autocast_has_them(x, weight, bias)
+    scale = (p / (1 - p)) ** 0.5
+    if plain(x) and x.dtype is not torch.float16 and not torch._C._are_functorch_transforms_active():
+        noise = torch.randn(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device).mul_(scale)
+        noisy: Tensor = _Noisy.apply(x, weight, bias, noise)[0]
+        return noisy
     mean = linear(x, weight, bias)
-    noise = torch.randn_like(mean, requires_grad=False).mul_((p / (1 - p)) ** 0.5)
-    return mean + (_deviation(x, weight) * noise).to(mean.dtype)
+    noise = torch.randn_like(mean, requires_grad=False).mul_(scale)
+    # In float16 squares overflow from 256 on, and autocast would take them back there.
+    wide = torch.float32 if x.dtype is torch.float16 else x.dtype
+    with _no_autocast(x):
+        deviation = _deviation(x.to(wide), weight.to(wide).square()) - _TINY_ROOT
+    return mean + (deviation * noise).to(mean.dtype)
 
 
-def _deviation(x: Tensor, weight: Tensor) -> Tensor:
-    """The root of (W*W)(x*x), in float32 instead of float16, where squares overflow from 256 on."""
-    device, dtype = x.device.type, x.dtype
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and dtype is not torch.float64:  # which autocast leaves alone
-        dtype = torch.get_autocast_dtype(device)
-    if dtype is torch.float16:
-        dtype = torch.float32
-    if autocast:
-        with torch.autocast(device, enabled=False):
-            return _shifted_root(x.to(dtype), weight.to(dtype))
-    return _shifted_root(x.to(dtype), weight.to(dtype))
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if _autocast_on(x) else nullcontext()
 
 
-def _shifted_root(x: Tensor, weight: Tensor) -> Tensor:
-    deviation: Tensor = _Deviation.apply(x, weight)
-    return deviation - _TINY_ROOT
+def _autocast_on(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-class _Deviation(torch.autograd.Function):
-    """sqrt((W*W)(x*x) + tiny); by hand, because each pass over the weights counts in a small batch.
+def _as_autocast_has_them(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the dtype that autocast runs a linear layer in; float64 it leaves alone."""
+    if not _autocast_on(x) or x.dtype is torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    The root of 0 has no finite slope; shifted by a tiny number it has one, and less the root of that
-    number it is still 0 at 0.
+
+def _deviation(x: Tensor, squares: Tensor) -> Tensor:
+    """The root of (W*W)(x*x) and a tiny number more, with which it has a finite slope at 0 too.
+
+    Less the root of that number it is still 0 at 0.
+    """
+    return (linear(x.square(), squares) + _TINY).sqrt()
+
+
+class _Noisy(torch.autograd.Function):
+    """W x + b + noise * deviation.
+
+    By hand, because in a small batch each tensor of the weight's size that is made on the way costs
+    nearly as much as a matrix product.
     """
 
-    generate_vmap_rule = True
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        squares = weight.square()
+        deviation = linear(x.square(), squares).add_(_TINY).sqrt_()
+        y = linear(x, weight, bias).addcmul_(deviation, noise).sub_(noise, alpha=_TINY_ROOT)
+        return y, deviation, squares
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return linear(x * x, weight * weight).add_(_TINY).sqrt_()
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, _, noise = inputs
+        _, deviation, squares = output
+        ctx.mark_non_differentiable(deviation, squares)
+        ctx.save_for_backward(x, weight, noise, deviation, squares)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, noise, deviation, squares = ctx.saved_tensors
+        if torch.is_grad_enabled():  # slopes of slopes: what was computed forwards has to have its own
+            squares = weight.square()
+            deviation = _deviation(x, squares)
+        # Half the slope of the root; the squares' give the other 2.
+        upstream = _rows(grad * noise / deviation)
+        grad, rows = _rows(grad), _rows(x)
+        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
+        slopes: list[Tensor | None] = [None] * 4
+        if for_x:
+            slopes[0] = (upstream @ squares).mul_(rows).addmm_(grad, weight).view(x.shape)
+        if for_weight:
+            slopes[1] = (upstream.T @ rows.square()).mul_(weight).addmm_(grad.T, rows)
+        if for_bias:
+            slopes[2] = grad.sum(0)
+        return tuple(slopes)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight, deviation = ctx.saved_tensors
-        upstream = grad / deviation  # half the slope of the root; the squares' give the other 2
-        for_x, for_weight = ctx.needs_input_grad
-        rows = upstream.reshape(-1, upstream.shape[-1])
-        return (
-            (upstream @ (weight * weight)) * x if for_x else None,
-            (rows.T @ (x * x).reshape(-1, x.shape[-1])) * weight if for_weight else None,
-        )
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _check(options: Mapping[str, Any]) -> None:
