@@ -27,7 +27,12 @@ def need(package: str) -> Any:
 
 def is_architecture(name: str) -> bool:
     """Is this a name with a source, or a folder with a config?"""
-    return name.partition(":")[0] in SOURCES or (Path(name) / "config.json").is_file()
+    if name.partition(":")[0] in SOURCES:
+        return True
+    try:
+        return (Path(name) / "config.json").is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def build(name: str, *, real: bool = False) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regraft import __version__
-from regraft.cli.output import MODELS, Format, guarded, pair, show
+from regraft.cli.output import MODELS, Format, guarded, pair, printed
 
 if TYPE_CHECKING:
     from regraft.report.view import View
@@ -69,7 +69,7 @@ def inspect(
 
         return view_of(model, arch, trust=trust)
 
-    show(guarded(run, debug), format)
+    printed(run, format, debug)
 
 
 @app.command()
@@ -88,7 +88,7 @@ def plan(
 
         return planned(model, [pair(text) for text in rule], arch, trust=trust)
 
-    show(guarded(run, debug), format)
+    printed(run, format, debug)
 
 
 @app.command()
@@ -110,7 +110,7 @@ def apply(
 
         return apply_to_file(model, [pair(text) for text in rule], output, arch, trust, safe, force)
 
-    show(guarded(run, debug), format)
+    printed(run, format, debug)
 
 
 @app.command()
@@ -132,7 +132,7 @@ def revert(
 
         return revert_file(model, output, selector, arch, trust, safe, force)
 
-    show(guarded(run, debug), format)
+    printed(run, format, debug)
 
 
 @app.command()
@@ -152,7 +152,7 @@ def diff(
 
         return regraft.diff(side_of(a, arch, trust=trust), side_of(b, arch, trust=trust))
 
-    show(guarded(run, debug), format)
+    printed(run, format, debug)
 
 
 @app.command()
@@ -178,8 +178,7 @@ def verify(
         with working("verifying"):
             return regraft.verify(found, rules=rules)
 
-    made = guarded(run, debug)
-    show(made, format)
+    made: Any = printed(run, format, debug)
     if not made.passed:
         raise typer.Exit(1)
 

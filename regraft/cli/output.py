@@ -53,6 +53,18 @@ def put(text: str) -> None:
     typer.echo(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
+def printed(run: Callable[[], View], format: Format, debug: bool) -> View:
+    """The view that `run` returns, after it was printed; an error ends the command."""
+
+    def both() -> View:
+        view = run()
+        show(view, format)
+        return view
+
+    made: View = guarded(both, debug)
+    return made
+
+
 def guarded(run: Callable[[], Any], debug: bool) -> Any:
     """What `run` returns; an error becomes one clear message and an exit code."""
     try:

@@ -25,6 +25,8 @@ class Side:
     places: dict[tuple[str, str], dict[str, Any]]
     """By path and, where a module has several, what is done there."""
     tensors: dict[str, Tensor] | None = None
+    whole: bool = True
+    """Does it know every module, or its sites alone?"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,7 +79,7 @@ def diff(a: nn.Module | View, b: nn.Module | View) -> Difference:
         [('1', 'Dropout(p=0.1)', 'GaussianDropout(p=0.1)')]
     """
     first, second = side_of(a), side_of(b)
-    whole = first.tensors is not None and second.tensors is not None
+    whole = first.whole and second.whole
     found: dict[str, list[dict[str, Any]]] = {"changed": [], "added": [], "removed": []}
     for key in {**first.places, **second.places}:
         one, other = first.places.get(key), second.places.get(key)
@@ -107,7 +109,7 @@ def side_of(model: Any) -> Side:
         root = getattr(model, "root", None)
         if facts.get("view") == "inspection":
             tensors = _tensors(root) if isinstance(root, nn.Module) else None
-            return Side(facts["model"], dict(map(_from_site, facts["sites"])), tensors)
+            return Side(facts["model"], dict(map(_from_site, facts["sites"])), tensors, whole=False)
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"a {type(model).__name__} cannot be compared",

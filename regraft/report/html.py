@@ -12,6 +12,7 @@ import re
 from html import escape
 from typing import TYPE_CHECKING
 
+from regraft.report.explorer import SCRIPT, explorer, rows_of
 from regraft.report.page import THE_MODEL, Block, Facts, Line, Page, page_of, visible
 from regraft.report.style import FRAGMENT_STYLE, PAGE_STYLE
 
@@ -26,7 +27,11 @@ def to_page(view: Facts) -> str:
     """The view of a `to_dict` as one self-contained HTML page."""
     page = page_of(view)
     title = _text(f"{page.model}: {page.headline}")
-    policy = f"default-src 'none'; style-src {_hash(PAGE_STYLE)}"
+    tree = explorer(rows_of(view))
+    script = f"<script>{SCRIPT}</script>\n" if tree else ""
+    policy = f"default-src 'none'; style-src {_hash(PAGE_STYLE)}" + (
+        f"; script-src {_hash(SCRIPT)}" if tree else ""
+    )
     return (
         "<!DOCTYPE html>\n"
         '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -34,7 +39,7 @@ def to_page(view: Facts) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{title}</title>\n<style>{PAGE_STYLE}</style>\n</head>\n"
-        f"<body>\n{_body(page)}\n</body>\n</html>\n"
+        f"<body>\n{_body(page, tree)}\n{script}</body>\n</html>\n"
     )
 
 
@@ -51,7 +56,7 @@ def _text(text: str) -> str:
     return escape(visible(text))
 
 
-def _body(page: Page) -> str:
+def _body(page: Page, tree: str = "") -> str:
     parts = [
         '<main class="regraft">',
         f'<header><p class="view">regraft {_text(page.view)}</p><h1>{_text(page.model)}</h1>',
@@ -64,6 +69,8 @@ def _body(page: Page) -> str:
     if page.answer:
         paste = f"<pre>{_text(page.paste)}</pre>" if page.paste else ""
         parts.append(f'<div class="answer"><p>{_text(page.answer)}</p>{paste}</div>')
+    if tree:
+        parts.append(tree)
     parts += [_block(block) for block in page.blocks]
     parts.append("</main>")
     return "\n".join(parts)
@@ -77,6 +84,8 @@ def _block(block: Block) -> str:
         parts.append(
             f'<pre class="diff"><del>{_text(block.before)}</del>\n<ins>{_text(block.after)}</ins></pre>'
         )
+        if block.text:
+            parts.append(f'<p class="cost">cost: {_text(block.text)}</p>')
     else:
         said = f'<span class="said">{_text(block.text)}</span>' if block.text else ""
         parts.append(f"<h2>{_text(block.title)}</h2>{said}")

@@ -83,8 +83,10 @@ def _answer(noise: Sequence[Facts], layers: Sequence[Facts]) -> tuple[str, str]:
         paste = _paste(f"Linear@{last['path']}".removesuffix("@"), "dropconnect(p=0.2)") if last else ""
         return "This model does not regularize: it has no dropout that could be switched on.", paste
     alive = [site for site in noise if site.get("calls") != 0]
-    op = "Dropout" if any(site["op"] in _ATTENTION for site in alive or noise) else noise[0]["op"]
     on = [site for site in alive if site.get("p")]
+    # A line to paste must do something, so it names what is on, if anything is.
+    chosen = on or alive or noise
+    op = "Dropout" if any(site["op"] in _ATTENTION for site in chosen) else chosen[0]["op"]
     grafted = sum(bool(site.get("variant")) for site in noise)
     if grafted:
         said = f"{counted(grafted, 'site')} of {len(noise)} carry a regraft variant."
@@ -100,7 +102,7 @@ def _answer(noise: Sequence[Facts], layers: Sequence[Facts]) -> tuple[str, str]:
         )
     verb = "run" if any(site.get("calls") for site in on) else "may run"
     rates = sorted({site["p"] for site in on})
-    span = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
+    span = f"{rates[0]:.2g}" if len(rates) == 1 else f"{rates[0]:.2g} to {rates[-1]:.2g}"
     said = f"This model regularizes: {len(on)} of its {counted(len(noise), 'site')} {verb}, at p = {span}."
     return said, _paste(op, "droppath(p='x2')" if op == "DropPath" else "multisample")
 

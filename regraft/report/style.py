@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from regraft.report.explorer_style import EXPLORER_STYLE
+
 _COLOURS_LIGHT = """
   --ground: #ffffff; --panel: #f6f7f9; --line: #e3e6ea; --text: #1c2128; --quiet: #656d76;
   --old: #b42318; --old-ground: #fdeceb; --new: #176f3b; --new-ground: #e7f6ec;
@@ -36,6 +38,7 @@ _BODY = """
   overflow-wrap: anywhere; }
 .regraft .count { color: var(--quiet); font-weight: 400; }
 .regraft .said { display: block; padding: 10px 14px 0; }
+.regraft .cost { padding: 2px 14px; color: var(--warn); font-size: 13px; }
 .regraft .remedy { padding: 2px 14px 4px; color: var(--new); }
 .regraft .diff { white-space: pre-wrap; overflow-wrap: anywhere; margin-bottom: 4px; }
 .regraft del, .regraft ins { display: block; text-decoration: none;
@@ -71,6 +74,8 @@ FRAGMENT_STYLE = (
 """For a notebook: nothing outside the fragment is touched."""
 PAGE_STYLE = (
     f":root {{{_MONO}{_COLOURS_LIGHT}}}@media (prefers-color-scheme: dark) {{ :root {{{_COLOURS_DARK}}} }}"
+    f":root[data-theme=light] {{{_COLOURS_LIGHT} color-scheme: light; }}"
+    f":root[data-theme=dark] {{{_COLOURS_DARK} color-scheme: dark; }}"
     "body { background: var(--ground); margin: 0; } .regraft { margin: 0 auto; padding: 28px 20px 48px; }"
-    f"{_BODY}"
+    f"{_BODY}{EXPLORER_STYLE}"
 )

@@ -70,7 +70,9 @@ def test_an_inspection_keeps_how_a_model_was():
     model = net()
     before = regraft.inspect(model)
     regraft.apply(model, {"Dropout": "gaussian"})
-    assert whats(regraft.diff(before, model).changed) == [("1", "Dropout(p=0.1)", "GaussianDropout(p=0.1)")]
+    made = regraft.diff(before, model)
+    assert whats(made.changed) == [("1", "Dropout(p=0.1)", "GaussianDropout(p=0.1)")]
+    assert (made.added, made.removed) == ([], [])
 
 
 def test_meta_models_are_compared_by_shape():
