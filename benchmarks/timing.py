@@ -19,7 +19,8 @@ RATE = 0.1
 LOT = 0.5
 """Seconds of one lot of runs, long enough to tell by the system's clock ticks whether others ran too."""
 OTHERS = 0.1
-"""Of one core: how much other programs may run during a lot that counts."""
+"""How much, of one core, other programs may run during a lot that counts, beside what they run on cores
+that the measurement has no thread for."""
 
 
 @dataclass
@@ -57,7 +58,7 @@ def busy() -> tuple[float, float]:
 
 
 def lot(run: Callable[[], tuple[float, float]]) -> tuple[list[tuple[float, float]], bool]:
-    """Pairs of times from half a second of runs; and did this program have the machine to itself?"""
+    """Pairs of times from half a second of runs; and did this program have its cores to itself?"""
     pairs = []
     working, own = busy()
     start = time.perf_counter()
@@ -66,7 +67,8 @@ def lot(run: Callable[[], tuple[float, float]]) -> tuple[list[tuple[float, float
     elapsed = time.perf_counter() - start
     working_after, own_after = busy()
     others = (working_after - working) - (own_after - own)
-    return pairs, others / elapsed <= OTHERS
+    spare = max(0, (os.cpu_count() or 1) - torch.get_num_threads())
+    return pairs, others / elapsed <= spare + OTHERS
 
 
 def ratio(ours: nn.Module, base: nn.Module, x: torch.Tensor, seconds: float, patience: float):
