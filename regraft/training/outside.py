@@ -98,6 +98,15 @@ def linear(axis: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = No
     return _Outside.apply(call, axis, input, weight, bias)
 
 
+def ends(axis: Tensor, shape: tuple[int, ...]) -> Any:
+    """A number from [0, 1) for each pass: 0 for the first, the greatest for the last."""
+
+    def call(n: int, *_: Any) -> Any:
+        return torch.linspace(0, 1 - 2**-24, n).view(n, *shape).to(axis.device), 0
+
+    return _Outside.apply(call, axis)
+
+
 def pass_by_pass(
     axis: Tensor, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, draws: bool
 ) -> Any:

@@ -56,6 +56,11 @@ def stochastic_passes(
     Running statistics of BatchNorm move once for each pass by "loop", once for each forward by "batch"
     and "shared"; "shared" refuses a BatchNorm in training behind the first random operation.
 
+    Under "shared", autocast works, and so do hooks, grafts and models whose attention is fused; gradient
+    checkpointing, compiled models and models sharded by FSDP do not, and "auto" repeats the batch for
+    them. Inside `torch.compile` "auto" repeats the batch. A cache of keys and values that was not asked
+    for by `use_cache=True` is None among the outputs.
+
     Raises:
         InputsError: an input that cannot be repeated, or an output without a value for each pass.
         ModelError: the strategy asked for cannot run this model, or its passes would share noise.

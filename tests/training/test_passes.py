@@ -328,6 +328,27 @@ def test_a_branch_that_all_passes_take_is_shared():
     assert regraft.stochastic_passes(model, 30, x).shape == (30, 1, 1)
 
 
+def test_a_layer_that_is_dropped_is_dropped_by_each_pass_for_itself():
+    class Dropping(nn.Module):
+        rate = 0.5
+
+        def forward(self, x):
+            return F.dropout(x, 0.1) * (0 if torch.rand([]) < self.rate else 1)
+
+    for strategy in ("shared", "batch"):
+        with pytest.raises(
+            ModelError, match="branches on a value that differs|draws once for the whole batch"
+        ):
+            regraft.stochastic_passes(Dropping(), 2, torch.ones(2, 30), strategy=strategy)
+    passes = [regraft.stochastic_passes(Dropping(), 2, torch.ones(2, 30)) for _ in range(60)]
+    agreed = sum(bool((one[0].sum() > 0) == (one[1].sum() > 0)) for one in passes)
+    assert 15 < agreed < 45
+    model = Dropping()
+    model.rate = 0.0  # the number is drawn all the same, and decides nothing
+    for strategy in STRATEGIES:
+        assert regraft.stochastic_passes(model, 2, torch.ones(2, 30), strategy=strategy).sum() > 0
+
+
 def test_a_cache_that_nobody_asked_for_is_left_out():
     from transformers import DynamicCache
 

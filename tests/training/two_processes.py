@@ -34,7 +34,7 @@ def main():
             fully_shard(layer)
         fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    torch.manual_seed(rank)  # as every launcher does: the same weights, other masks
+    torch.manual_seed(rank)  # the same weights, other masks
     y = torch.tensor([0, 1, 0, 1])
     outputs = model(input_ids=tokens(), labels=y)
     first = outputs.loss.item()

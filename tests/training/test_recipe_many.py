@@ -1,0 +1,59 @@
+"""The BERT recipe in several processes: DDP and FSDP2, on the CPU."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+OPTIONS = ["--train", "64", "--test", "32", "--epochs", "1", "--seeds", "1"]
+
+
+def recipe(folder, way, processes):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [
+            *(sys.executable, *(launcher if processes > 1 else []), TESTS / "recipe_processes.py", way),
+            *(*OPTIONS, "--batch", str(32 // processes), "--output", folder),
+        ],
+        env={**os.environ, "PYTHONPATH": str(TESTS.parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[:6000]
+    return json.loads(done.stdout.strip().splitlines()[-1]), done.stdout
+
+
+@pytest.mark.slow
+def test_the_recipe_in_two_processes(tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    (alone,), _ = recipe(tmp_path / "alone", "plain", 1)
+    made = {}
+    for way in ("ddp", "fsdp"):
+        (first, second), said = recipe(tmp_path / way, way, 2)
+        made[way] = first
+        for method, ours, theirs, one in zip(
+            ("plain", "R-Drop", "grafted"), first, second, alone, strict=True
+        ):
+            assert ours["sharded"] == (way == "fsdp"), method
+            assert ("Distributed" in ours["wrapped"]) == (way == "ddp"), method
+            assert ours["draw"] != theirs["draw"], method  # so their masks differ
+            if way == "ddp":
+                assert ours["weight"] == theirs["weight"], method
+            # As many sentences a step as in one process, so the losses are the same up to their masks.
+            assert statistics.mean([ours["loss"], theirs["loss"]]) == pytest.approx(one["loss"], rel=0.05)
+            assert 1.2 < first[1]["loss"] < 1.6  # R-Drop's two cross-entropies of two classes
+        # One process speaks and saves, and what it saved is the whole of the last model.
+        assert said.count("plain checkpoint in") == 1
+        assert said.count("on held-out data") == 1
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / way / "model")
+        assert loaded.classifier.weight.flatten()[:4].tolist() == pytest.approx(first[-1]["weight"], abs=1e-7)
+    for ours, theirs in zip(made["ddp"], made["fsdp"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
