@@ -73,11 +73,13 @@ def test_mutated_files(count, tmp_path, monkeypatch):
     for name in ("os.system", "os.posix_spawn", "subprocess.Popen", "pickle.loads", "torch.load"):
         monkeypatch.setattr(name, sing)
     chance, path = random.Random(0), tmp_path / "mutated.pt"
-    names = sorted(files)
+    hostile = sorted(name for name in files if name.endswith(("_plain", "_zip")))
+    models = sorted(files.keys() - set(hostile))
     read = refused = suspicious = 0
     worst = 0.0
     for _ in range(count):
-        path.write_bytes(mutated(files[chance.choice(names)], chance))
+        name = chance.choice(models if chance.random() < 0.7 else hostile)
+        path.write_bytes(mutated(files[name], chance))
         began = time.monotonic()
         try:
             view = FileInspection(read_file(path))
@@ -90,7 +92,7 @@ def test_mutated_files(count, tmp_path, monkeypatch):
         worst = max(worst, time.monotonic() - began)
     assert not mark.exists()
     assert set(os.listdir(tmp_path)) == {"mutated.pt", "whole"}
-    assert read > count // 50
+    assert read > count // 10
     assert suspicious > count // 20
     assert worst < 10
     print(
