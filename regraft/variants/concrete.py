@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from regraft.variants.draws import channel_axis_of, uniform_like
 from regraft.variants.module import DropoutVariant, check_rate
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
-_DEFAULTS: dict[str, Any] = {"temperature": 0.1, "entropy": 1e-5}
+_DEFAULTS: dict[str, Any] = {"temperature": 0.1, "entropy": 1e-5, "weight": 1e-6}
 
 
 def concrete_dropout(
@@ -24,6 +24,7 @@ def concrete_dropout(
     *,
     temperature: float = 0.1,
     entropy: float = 1e-5,
+    weight: float = 1e-6,
     concrete_logit: Tensor | None = None,
     concrete_features: Tensor | None = None,
 ) -> Tensor:
@@ -40,6 +41,8 @@ def concrete_dropout(
         temperature: how smooth the mask is; the paper's 0.1.
         entropy: weight of the entropy in the penalty, for each feature: about 2 / N for N training
             examples and squared error, 1 / N for cross entropy.
+        weight: weight of the squared norms in the penalty, ||W||^2 / (1 - p), of the layers that read
+            the output, where they are known: about l^2 / N for a prior of length scale l.
         concrete_logit: (1,), the learned logit(p); None is p itself.
         concrete_features: a tensor that is given the number of features, which the penalty needs.
 
@@ -100,6 +103,7 @@ class _Mask(torch.autograd.Function):
 def _check(options: Mapping[str, Any]) -> None:
     check_number("temperature", options["temperature"], above=0)
     check_number("entropy", options["entropy"], least=0)
+    check_number("weight", options["weight"], least=0)
 
 
 def _state(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -113,13 +117,18 @@ def _state_at(p: float) -> dict[str, Tensor]:
     return {"concrete_logit": nn.Parameter(torch.tensor([logit])), "concrete_features": torch.zeros(())}
 
 
-def _penalty(module: nn.Module, options: Mapping[str, Any]) -> Tensor:
+def _penalty(module: nn.Module, options: Mapping[str, Any], readers: Sequence[Tensor]) -> Tensor:
     logit: Tensor = module.concrete_logit  # type: ignore[assignment]
     features: Tensor = module.concrete_features  # type: ignore[assignment]
     # p log p + (1 - p) log(1 - p), from log-sigmoids: finite at every logit.
     negative_entropy = torch.sigmoid(logit) * nn.functional.logsigmoid(logit)
     negative_entropy = negative_entropy + torch.sigmoid(-logit) * nn.functional.logsigmoid(-logit)
     total: Tensor = (options["entropy"] * features * negative_entropy).sum()
+    if options["weight"]:
+        for matrix in readers:
+            squares = matrix.to(logit).square().sum()
+            # 1 / (1 - p), bounded as 1 - p is by what a float can hold.
+            total = total + (options["weight"] * squares / torch.sigmoid(-logit).clamp(min=1e-30)).sum()
     return total
 
 
@@ -137,8 +146,15 @@ class ConcreteDropout(DropoutVariant):
     check = staticmethod(_check)
     state = ("concrete_logit", "concrete_features")
 
-    def __init__(self, p: float = DEFAULT_RATE, *, temperature: float = 0.1, entropy: float = 1e-5) -> None:
-        super().__init__(p, temperature=temperature, entropy=entropy)
+    def __init__(
+        self,
+        p: float = DEFAULT_RATE,
+        *,
+        temperature: float = 0.1,
+        entropy: float = 1e-5,
+        weight: float = 1e-6,
+    ) -> None:
+        super().__init__(p, temperature=temperature, entropy=entropy, weight=weight)
         made = _state_at(self.p)
         self.concrete_logit = made["concrete_logit"]
         self.register_buffer("concrete_features", made["concrete_features"], persistent=False)

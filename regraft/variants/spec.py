@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     Rate = float | str | Callable[[Any], float]
     """A probability to drop in [0, 1); "x2", relative to the site's own; or a callable of the site."""
@@ -53,8 +53,9 @@ class Spec:
     """Names of buffers among them that stay out of the state dict."""
     on_mode: Callable[[nn.Module, bool], None] | None = None
     """Called with the module after its `train(mode)` or `eval()`: a new run begins."""
-    penalty: Callable[[nn.Module, Mapping[str, Any]], Any] | None = None
-    """Of the module and the complete options: what it adds to the loss; see `regraft.penalty`."""
+    penalty: Callable[[nn.Module, Mapping[str, Any], Sequence[Tensor]], Any] | None = None
+    """Of the module, the complete options and the weights that multiply its output, as far as they are
+    known: what it adds to the loss; see `regraft.penalty`."""
     rated: bool = True
     """Does it have a rate, the option `p`?"""
     linear_function: Callable[..., Any] | None = None

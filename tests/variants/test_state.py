@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+import regraft
 from regraft import nn
 from regraft.errors import ModelError
 from regraft.training.penalty import penalty
@@ -120,3 +121,72 @@ def test_the_penalty_is_finite_at_rates_of_almost_0_and_1():
         torch.nn.init.constant_(drop.concrete_logit, logit)
         (slope,) = torch.autograd.grad(penalty(drop), drop.concrete_logit)
         assert slope.isfinite().all()
+
+
+def test_the_penalty_has_the_weights_of_the_layer_that_follows_in_a_sequential():
+    drop, layer = nn.ConcreteDropout(0.2, entropy=0.0, weight=0.5), torch.nn.Linear(5, 3)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 5), drop, layer, torch.nn.Linear(3, 3))
+    net(torch.ones(2, 5))
+    torch.testing.assert_close(penalty(net), 0.5 * layer.weight.square().sum() / 0.8)
+    slopes = torch.autograd.grad(penalty(net), [drop.concrete_logit, layer.weight])
+    torch.testing.assert_close(slopes[1], layer.weight / 0.8)
+    # d/dl of 1 / (1 - p) is p / (1 - p).
+    torch.testing.assert_close(slopes[0], (0.5 * layer.weight.square().sum() * 0.25).reshape(1))
+
+
+class Reads(torch.nn.Module):
+    """Two layers read what the dropout makes, one reads what went in."""
+
+    def __init__(self):
+        super().__init__()
+        self.other, self.one, self.two = (torch.nn.Linear(4, 4) for _ in range(3))
+        self.drop = torch.nn.Dropout(0.2)
+
+    def forward(self, x, twice=True):
+        y = self.drop(x)
+        return self.one(y) + self.other(x) + (self.two(y) if twice else 0)
+
+
+def test_the_penalty_finds_the_layers_that_read_the_output_from_one_batch():
+    model = Reads()
+    regraft.apply(model, {"Dropout@drop": "concrete(entropy=0.0, weight=1.0)"})
+    assert penalty(model) == 0
+    state = torch.get_rng_state()
+    expected = (model.one.weight.square().sum() + model.two.weight.square().sum()) / 0.8
+    torch.testing.assert_close(penalty(model, torch.ones(2, 4)), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(penalty(model), expected)  # remembered
+    torch.testing.assert_close(penalty(copy.deepcopy(model), {"x": torch.ones(2, 4)}), expected)
+    regraft.revert(model)
+    assert penalty(model) == 0
+
+
+def test_the_weights_hold_the_rate_down():
+    """The entropy draws the rate towards a half, the weights towards 0."""
+    rates = []
+    for weight in (0.0, 10.0):
+        drop = nn.ConcreteDropout(0.3, entropy=1.0, weight=weight)
+        net = torch.nn.Sequential(drop, torch.nn.Linear(8, 8))
+        net(torch.ones(1, 8))
+        optimizer = torch.optim.Adam(drop.parameters(), lr=0.1)
+        for _ in range(50):
+            optimizer.zero_grad()
+            penalty(net).backward()
+            optimizer.step()
+        rates.append(torch.sigmoid(drop.concrete_logit).item())
+    assert rates[0] == pytest.approx(0.5, abs=0.02)
+    assert rates[1] < 0.1
+
+
+def test_an_optimizer_built_before_the_graft_learns_the_rate_once_it_is_given_it():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.2), torch.nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = set(model.parameters())
+    regraft.apply(model, {"Dropout": "concrete(entropy=0.1)"})
+    added = [one for one in model.parameters() if one not in before]
+    assert [name for name, one in model.named_parameters() if one not in before] == ["1.concrete_logit"]
+    optimizer.add_param_group({"params": added, "weight_decay": 0.0})
+    start = added[0].detach().clone()
+    (model(torch.ones(8, 4)).square().mean() + penalty(model)).backward()
+    optimizer.step()
+    assert not torch.equal(added[0], start)
