@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ from regraft.find.calls import Called
 from regraft.find.flows import Flow
 from regraft.find.inputs import Inputs
 from regraft.find.modes import MarkedRate, marked, set_training
-from regraft.find.unchanged import buffers_kept, random_state_kept
+from regraft.find.unchanged import buffers_kept, random_state_kept, silent
 from regraft.find.watch import watch
 
 
@@ -145,8 +144,7 @@ _FAKE_ERRORS = (
 
 def _on_fake_tensors(model: nn.Module, every: list[nn.Module], inputs: Inputs, sites: set[int]) -> Probe:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with warnings.catch_warnings(), marked(every), random_state_kept():
-        warnings.simplefilter("ignore")
+    with silent(), marked(every), random_state_kept():
         state, device = _faked_state(model, mode)
         args, kwargs = tree_map(lambda leaf: _faked(leaf, mode, device), (inputs.args, inputs.kwargs))
 
@@ -165,8 +163,7 @@ def _for_real(
         return Probe(reason=reason)
     args, kwargs = tree_map(lambda leaf: _moved(leaf, devices), (inputs.args, inputs.kwargs))
     try:
-        with warnings.catch_warnings(), buffers_kept(every), marked(every), random_state_kept():
-            warnings.simplefilter("ignore")
+        with silent(), buffers_kept(every), marked(every), random_state_kept():
             probe = _both(every, (model, args, kwargs), sites)
     except Exception as error:
         return Probe(reason=f"{reason}; nor does a real one run: {_one_line(error)}")

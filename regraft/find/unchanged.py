@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -100,3 +102,16 @@ def buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
             for (buffer, value), version in zip(before, versions, strict=True):
                 if buffer._version != version or not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """No warnings of the model's, and no log lines of torch's about inputs that did not fit, meanwhile."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = was
