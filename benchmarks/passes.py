@@ -143,7 +143,7 @@ def rivals(model, inputs):
         wrapped = patch_module(model, inplace=False).eval()
         found["baal"] = lambda: torch.stack([logits(wrapped(**inputs)) for _ in range(SAMPLES)]).var(0)
     if find_spec("torch_uncertainty") is not None:
-        from torch_uncertainty.models import mc_dropout
+        from torch_uncertainty.methods import mc_dropout
 
         ensemble = mc_dropout(Logits(model, inputs), num_estimators=SAMPLES, on_batch=False).eval()
         found["torch-uncertainty"] = lambda: ensemble(next(iter(inputs.values())))

@@ -31,19 +31,19 @@ class _RDrop:
     def __init__(self, alpha: float = 1.0, passes: int = 2, attribute: str = "model", **options: Any) -> None:
         self.options = {"alpha": alpha, "passes": passes, **options}
         self.attribute = attribute
-        self.log = RDropLog()
+        self.terms = RDropLog()  # not `log`: Lightning puts a method of that name on every callback
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Before anything wraps the model."""
         del trainer
         if stage == "fit":
-            self.log.watch(rdrop(getattr(pl_module, self.attribute), **self.options))
+            self.terms.watch(rdrop(getattr(pl_module, self.attribute), **self.options))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Log the terms of this step."""
         del trainer
-        self.log.step()
-        for name, value in self.log.means().items():
+        self.terms.step()
+        for name, value in self.terms.means().items():
             pl_module.log(name, value)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
