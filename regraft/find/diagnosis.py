@@ -144,7 +144,8 @@ def _vanished_drop_paths(modules: list[Named]) -> Iterator[Finding]:
                 named.paths[0],
                 "a DropPath of rate 0 that became nn.Identity: the site is gone",
                 None,
-                "build the model with a drop-path rate above 0",
+                f"'after:Identity@**.{name.rstrip('0123456789')}*': 'droppath(p=0.1)' brings it back, or a "
+                "model built with a rate above 0",
             )
 
 

@@ -96,9 +96,18 @@ def test_a_sound_model_has_no_findings(build, inputs):
 
 
 def test_trap_15_a_drop_path_of_rate_0_has_vanished():
-    findings = regraft.inspect(tiny.vit()).findings
+    model = tiny.vit()
+    findings = regraft.inspect(model).findings
     assert [one.path for one in findings] == [f"blocks.{i}.drop_path{j}" for i in range(2) for j in (1, 2)]
-    assert {one.remedy for one in findings} == {"build the model with a drop-path rate above 0"}
+    for one in findings:
+        key = re.search("'(after:Identity@.*?)'", one.remedy)[1]
+        plan = regraft.plan(model, {key: "droppath(p=0.1)"})
+        assert one.path in {edit.path for edit in [*plan.grafted, *plan.skipped]}
+        regraft.apply(model, plan)
+    assert {one.path for one in regraft.inspect(model).findings} == {
+        "blocks.0.drop_path1",
+        "blocks.0.drop_path2",
+    }
 
 
 @pytest.mark.parametrize("model", [DrawsInEval(), ForgetsTraining()], ids=lambda m: type(m).__name__)

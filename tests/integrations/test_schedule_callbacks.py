@@ -96,3 +96,34 @@ def test_the_classes_can_be_pickled_and_are_trainers():
     assert isinstance(made, TrainerCallback)
     assert type(made) is ScheduleCallback
     assert "resumed from a checkpoint" in ScheduleCallback.__doc__
+
+
+def test_lightnings_hooks_set_the_rates_and_leave_the_model_as_it_was(monkeypatch):
+    """The hooks in the order in which Lightning calls them, without Lightning."""
+    import importlib
+    import sys
+    import types
+
+    package, module = (
+        types.ModuleType("pytorch_lightning"),
+        importlib.import_module("regraft.integrations.lightning"),
+    )
+    package.Callback = type("Callback", (), {})
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", package)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    logs = []
+    held = types.SimpleNamespace(model=bert(), log=lambda name, value: logs.append((name, round(value, 6))))
+    trainer = types.SimpleNamespace(global_step=0, estimated_stepping_batches=4)
+    callback = module.ScheduleCallback({"end": 0.4}, "Dropout")
+    try:
+        assert isinstance(callback, package.Callback)
+        callback.setup(trainer, held, "fit")
+        callback.on_train_start(trainer, held)
+        for step in range(4):
+            trainer.global_step = step
+            callback.on_train_batch_start(trainer, held, None, step)
+        assert logs == [("rate", 0.0), ("rate", 0.1), ("rate", 0.2), ("rate", 0.3)]
+        callback.on_fit_end(trainer, held)
+        assert not [site for site in regraft.inspect(held.model).sites if site.variant]
+    finally:
+        vars(module).pop("ScheduleCallback", None)
