@@ -83,6 +83,27 @@ def doubling(levels):
     return code + b"."
 
 
+def thousands(levels):
+    """A dictionary that holds one other a thousand times, which holds one a thousand times, ..."""
+    code = b"\x80\x02}q\x00"
+    keys = [b"X\x04\x00\x00\x00%04d" % number for number in range(1_000)]
+    for _ in range(levels):
+        code += b"}(" + b"".join(key + b"h\x00" for key in keys) + b"uq\x00"
+    return code + b"."
+
+
+def many_parts():
+    """Names of hundreds of parts, each with another one first."""
+    tensor = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    return safetensors(("{" + ",".join(f'"{n}{".a" * 900}":{tensor}' for n in range(1_000)) + "}").encode())
+
+
+def names_of_names():
+    """A table of contents full of what looks like entries, and is none."""
+    table = b"PK\1\2" + b"\0" * 42 + b"PK\1\2data.pkl" * 500_000
+    return b"PK\3\4" + table + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(table), 4, 0)
+
+
 def overlapping():
     """An archive whose entries share one deflated block: it unpacks to far more than it holds."""
     packed = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -168,6 +189,7 @@ def bad_files(folder: Path, mark: Path):
         "zip_bomb.pt": (archive({"m/data.pkl": b"}" * 300_000_000}, zipfile.ZIP_DEFLATED), "more than"),
         "zip_bomb_that_lies.pt": (overlapping(), "more than"),
         "zip_strange_method.pt": (archive({"m/data.pkl": plain}, zipfile.ZIP_BZIP2), "method"),
+        "many_pickles.pt": (archive({f"{n}/data.pkl": plain for n in range(40)}), "40 pickles"),
         "a_number.pt": (saved(3), "no model in the file"),
         "a_list.pt": (saved([1, 2]), "no model in the file"),
         "empty_state_dict.pt": (saved({}), "no model in the file"),
@@ -199,6 +221,14 @@ def bad_files(folder: Path, mark: Path):
             torch_zip(b"\x80\x02" + module([(b"n" * 5_000, module())]) + b"."),
             "characters long",
         ),
+        "the_same_a_thousand_times.pkl": (thousands(4), "no model in the file"),
+        "many_entries.pkl": (b"\x80\x02cx\nThing\n)\x81" + b"NNs" * 150_000 + b".", "no model in the file"),
+        "long_text.pkl": (
+            b"\x80\x02X" + struct.pack("<I", 2**22) + b"x" * 2**22 + b".",
+            "no model in the file",
+        ),
+        "many_parts.safetensors": (many_parts(), "lead to more than"),
+        "names_of_names.pt": (names_of_names(), "no PyTorch model"),
         "lfs_pointer.bin": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS"),
         "web_page.pt": (b"<!DOCTYPE html><html></html>", "web page"),
         "gguf.bin": (b"GGUF\x03\0\0\0" + b"\0" * 64, "GGUF"),

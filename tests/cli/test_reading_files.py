@@ -88,7 +88,7 @@ def write(value, path, way):
         path.write_bytes(pickle.dumps(value, protocol=way))
 
 
-KEYS = ("path", "paths", "op", "type", "p", "shape", "parameters", "training", "kind", "variant")
+KEYS = ("path", "paths", "op", "type", "p", "shape", "parameters", "training", "kind", "variant", "calls")
 
 
 @pytest.mark.parametrize("make", [zoo, bert, gpt2, vit])

@@ -19,6 +19,9 @@ _ENTRY = Struct("<4s6H3L5H2L")
 _LOCAL = Struct("<4s5H3L2H")
 _ENCRYPTED = 1
 _FULL = 0xFFFFFFFF
+_LONGEST_NAME = 66_000
+_MOST_TRIES = 20_000
+_MOST_STARTS = 8
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ class Archive:
         found: list[Member] = []
         wanted = ending.encode()
         at = self.table.find(wanted)
-        while at >= 0 and len(found) < 10_000:
+        for _ in range(_MOST_TRIES):
+            if at < 0:
+                break
             member = self._entry_of(at, at + len(wanted))
             if member:
                 found.append(member)
@@ -88,16 +93,16 @@ class Archive:
 
     def _entry_of(self, at: int, end: int) -> Member | None:
         """The entry whose name ends at `end`, if these bytes are a name's."""
-        start = self.table.rfind(b"PK\1\2", 0, at)
-        while start >= 0:
+        start = at
+        for _ in range(_MOST_STARTS):
+            start = self.table.rfind(b"PK\1\2", 0, start)
+            if start < 0 or at - start > _LONGEST_NAME:
+                return None
             entry = _ENTRY.unpack_from(self.table, start)
             name_end = start + _ENTRY.size + entry[10]
             if name_end == end:
                 return self._member(entry, start)
-            if name_end > end or at - start > 66_000:
-                start = self.table.rfind(b"PK\1\2", 0, start)  # these four letters stood in a name
-                continue
-            return None
+            # Else these four letters stood in a name.
         return None
 
     def _member(self, entry: tuple[int, ...], start: int) -> Member:
@@ -117,8 +122,9 @@ class Archive:
         """
         if member.flags & _ENCRYPTED:
             raise FileError("the archive is encrypted", remedy="unpack it with its password first")
-        if member.size > most:
-            raise FileError(f"{member.name} in the archive claims {member.size:,} bytes, more than {most:,}")
+        claimed = max(member.size, member.packed)
+        if claimed > most:
+            raise FileError(f"{member.name} in the archive claims {claimed:,} bytes, more than {most:,}")
         try:
             local = _LOCAL.unpack(self._at(member.offset, _LOCAL.size))
             if local[0] != b"PK\3\4":

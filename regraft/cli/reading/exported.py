@@ -11,7 +11,7 @@ from regraft.cli.reading.archive import Archive, Member
 from regraft.cli.reading.limits import JSON_BYTES
 from regraft.cli.reading.model import NOT_RUN, ReadModel
 from regraft.cli.reading.tensors import ReadTensor
-from regraft.cli.reading.tree import ReadModule
+from regraft.cli.reading.tree import Planted, ReadModule
 from regraft.cli.reading.values import printable
 from regraft.errors import FileError
 
@@ -36,23 +36,23 @@ def read_program(path: Path, archive: Archive, graph: Member) -> ReadModel:
         module = program["graph_module"]
         nodes, values = module["graph"]["nodes"], module["graph"]["tensor_values"]
         inputs = module["signature"]["input_specs"]
-        root = ReadModule("ExportedProgram", "torch.export")
+        tree = Planted(ReadModule("Module"))
         for node in nodes:
-            _enter(root, node)
+            _enter(tree, node)
         for entry in inputs:
-            _weigh(root, entry, values)
+            _weigh(tree, entry, values)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         raise FileError("the exported program is damaged, or of a version that is not known") from None
     note = "a program of torch.export, whose graph is fixed; graft the Python model, then export it"
-    return ReadModel(path, "program", root, [f"{NOT_RUN}: {note}"])
+    return ReadModel(path, "program", tree.root, [f"{NOT_RUN}: {note}"])
 
 
-def _enter(root: ReadModule, node: dict[str, Any]) -> None:
+def _enter(tree: Planted, node: dict[str, Any]) -> None:
     """Put the modules on the way to a node into the tree, and the rate of a dropout to its module."""
     stack = printable(str((node.get("metadata") or {}).get("nn_module_stack") or ""))
-    place = root
+    place = tree.root
     for path, cls in _STEP.findall(stack):
-        place = _place(root, path)
+        place = tree.at(path)
         place.home, _, place.type = cls.rpartition(".")
     operation = str(node.get("target", "")).removeprefix("torch.ops.aten.").partition(".")[0]
     if operation in _DROPOUTS:
@@ -62,7 +62,7 @@ def _enter(root: ReadModule, node: dict[str, Any]) -> None:
             place.attributes["p"] = rate
 
 
-def _weigh(root: ReadModule, entry: dict[str, Any], values: dict[str, Any]) -> None:
+def _weigh(tree: Planted, entry: dict[str, Any], values: dict[str, Any]) -> None:
     """Give the module of a parameter its shape."""
     parameter = entry.get("parameter")
     if not parameter:
@@ -71,15 +71,9 @@ def _weigh(root: ReadModule, entry: dict[str, Any], values: dict[str, Any]) -> N
     sizes = [one["as_int"] for one in values[parameter["arg"]["name"]]["sizes"]]
     if not all(type(size) is int and 0 <= size < 2**50 for size in sizes):
         raise ValueError
-    place = _place(root, path)
+    place = tree.at(path)
     place.tensors[name] = ReadTensor(tuple(sizes), None)
     if name == "weight" and place.type == "Linear" and len(sizes) == 2:
         place.attributes |= {"in_features": sizes[1], "out_features": sizes[0]}
     if name == "weight" and place.type == "Embedding" and len(sizes) == 2:
         place.attributes |= {"num_embeddings": sizes[0], "embedding_dim": sizes[1]}
-
-
-def _place(root: ReadModule, path: str) -> ReadModule:
-    for part in path.split(".") if path else ():
-        root = root.children.setdefault(part, ReadModule("Module"))
-    return root

@@ -9,8 +9,8 @@ from regraft.errors import FileError
 
 STREAM_BYTES = 256 * 2**20
 """Of one pickle, without the numbers: 100,000 modules take 26 MB."""
-JSON_BYTES = 128 * 2**20
-DIRECTORY_BYTES = 512 * 2**20
+JSON_BYTES = 64 * 2**20
+DIRECTORY_BYTES = 128 * 2**20
 """Of the table of contents of an archive."""
 SHARDS = 10_000
 STACK = 4_000_000
@@ -19,7 +19,7 @@ BLOCKS = 24_000_000
 SECONDS = 60.0
 DEPTH = 1_000
 """Of a tree of modules: Python itself could not save a deeper one."""
-NAMES = 1_000_000
+NAMES = 500_000
 NAME_LENGTH = 1_000
 PATH_CHARACTERS = 200_000_000
 """Of all paths together."""

@@ -78,7 +78,8 @@ def _enter(stream: Stream, items: list[Any]) -> None:
     if type(target) is dict:
         target.update(dictionary(items))
     elif isinstance(target, Made):
-        target.entries = [*(target.entries or []), items]
+        target.entries = target.entries or []
+        target.entries.append(items)
     else:
         raise TypeError
 

@@ -43,10 +43,12 @@ def read_zip(path: Path, archive: Archive) -> ReadModel:
     found = archive.members("data.pkl") or archive.members(".pkl")
     if not found:
         raise FileError("the archive holds no PyTorch model", remedy="give a file that torch.save wrote")
+    if len(found) > _PICKLES:
+        raise FileError(f"the archive holds {len(found):,} pickles, where a model has one")
     budget = Budget()
     values, alarms, broken = [], [], None
     # Which one of several would be loaded is anyone's guess, so all are read.
-    for member in found[:_PICKLES]:
+    for member in found:
         stream = Stream(archive.read(member, STREAM_BYTES), 0, budget)
         try:
             values.append(stream.read())
@@ -105,7 +107,7 @@ def _model(path: Path, values: list[Any], alarms: list[str], broken: FileError |
     if broken:
         raise broken
     for value in values:
-        if found := _found(path, value):
+        if found := _found(path, value, set()):
             return found
     kind = type(values[0]).__name__ if values and not isinstance(values[0], Made) else "object"
     raise FileError(
@@ -125,10 +127,13 @@ def refused(alarms: list[str]) -> FileError:
     return error
 
 
-def _found(path: Path, value: Any, key: str = "", deep: int = 0) -> ReadModel | None:
+def _found(path: Path, value: Any, seen: set[int], key: str = "", deep: int = 0) -> ReadModel | None:
     """The model in a value: the value itself, or what a checkpoint calls its model."""
     if is_module(value):
         return ReadModel(path, "module", read_tree(value), [f"{NOT_RUN}: {_WHY}"], key)
+    if id(value) in seen:
+        return None  # looked into already: a value can stand in a file a million times
+    seen.add(id(value))
     entries = _entries(value)
     if entries is None:
         return None
@@ -137,9 +142,8 @@ def _found(path: Path, value: Any, key: str = "", deep: int = 0) -> ReadModel | 
         return model_of_weights(path, tensors, key)
     if deep < 4:
         for name in [*(one for one in _INSIDE if one in entries), *entries]:
-            if isinstance(name, str) and (
-                found := _found(path, entries[name], f"{key}.{name}".lstrip("."), deep + 1)
-            ):
+            inside = f"{key}.{name}".lstrip(".")
+            if isinstance(name, str) and (found := _found(path, entries[name], seen, inside, deep + 1)):
                 return found
     return None
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _I4 = Struct("<i").unpack
 _F8 = Struct(">d").unpack
 _LONGEST_NUMBER = 1_000
+_LONGEST_TEXT = 2**20
 
 
 @opcode(b")")
@@ -45,11 +46,15 @@ def _counted(code: bytes, width: int, made: Callable[[Stream, int], Any]) -> Non
         stream.stack.append(made(stream, length))
 
 
-def _text(stream: Stream, length: int) -> str:
+def _text(stream: Stream, length: int) -> Any:
+    if length > _LONGEST_TEXT:
+        return _raw(stream, length)
     return str(bytes(stream.take(length)), "utf-8", "backslashreplace")
 
 
-def _old_text(stream: Stream, length: int) -> str:
+def _old_text(stream: Stream, length: int) -> Any:
+    if length > _LONGEST_TEXT:
+        return _raw(stream, length)
     return str(bytes(stream.take(length)), "latin-1")
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from regraft.cli.reading.limits import JSON_BYTES, SHARDS
+from regraft.cli.reading.limits import JSON_BYTES, SHARDS, Budget
 from regraft.cli.reading.model import ReadModel
 from regraft.cli.reading.tensors import ReadTensor
 from regraft.cli.reading.values import printable
@@ -53,7 +53,9 @@ def read_index(path: Path) -> ReadModel:
     if len(shards) > SHARDS:
         raise FileError(f"the index names {len(shards):,} files")
     tensors: dict[str, ReadTensor] = {}
+    budget = Budget()
     for shard in shards:
+        budget.check()
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
             raise FileError(f"the index leads out of its folder: {str(shard)[:80]!r}")
         if not shard.endswith(".safetensors"):

@@ -99,7 +99,7 @@ def _state(value: Any) -> dict[Any, Any]:
     if type(state) is tuple and state and isinstance(state[0], dict):
         state = state[0]
     if state is None and isinstance(value, Made) and _called(value).endswith(".reduce_graph_module"):
-        state = value.arguments[0] if value.arguments else None
+        state = value.arguments[0] if type(value.arguments) is tuple and value.arguments else None
     return state if isinstance(state, dict) else {}
 
 
@@ -135,6 +135,30 @@ def _see_past_grafts(module: ReadModule, record: Any) -> None:
             module.grafts.append(edit)
         if isinstance(saved, dict):
             module.attributes = {**module.attributes, **saved}
+
+
+class Planted:
+    """A tree that grows by the names of what is in it.
+
+    Raises:
+        FileError: from `at`, when it grows beyond any model.
+    """
+
+    def __init__(self, root: ReadModule) -> None:
+        self.root = root
+        self.count = 0
+
+    def at(self, path: str) -> ReadModule:
+        """The module of this name, made with all above it if it is not there."""
+        place = self.root
+        for part in path.split(".") if path else ():
+            if part not in place.children:
+                self.count += 1
+                if self.count > NAMES:
+                    raise FileError(f"the names in the file lead to more than {NAMES:,} modules")
+                place.children[part] = ReadModule(self.root.type)
+            place = place.children[part]
+        return place
 
 
 def walk(root: ReadModule) -> list[ReadModule]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from regraft.cli.reading.limits import NAME_LENGTH
 from regraft.cli.reading.model import ReadModel
 from regraft.cli.reading.tensors import ReadTensor
-from regraft.cli.reading.tree import ReadModule
+from regraft.cli.reading.tree import Planted, ReadModule
 from regraft.errors import FileError
 
 _EMBEDDINGS = ("embed", "wte", "wpe", "shared", "relative_attention_bias", "tok")
@@ -24,24 +24,21 @@ def model_of_weights(path: Path, tensors: Mapping[str, ReadTensor], key: str = "
     """
     if not tensors:
         raise FileError("there are no weights in the file", remedy="give a state dict")
-    root = ReadModule("Weights")
+    tree = Planted(ReadModule("Weights"))
     for name, tensor in tensors.items():
         if len(name) > 8 * NAME_LENGTH:
             raise FileError(f"the name of a tensor is {len(name):,} characters long: {name[:40]!r}...")
-        *parents, own = name.split(".")
-        place = root
-        for part in parents:
-            place = place.children.setdefault(part, ReadModule("Weights"))
-        place.tensors[own] = replace(tensor, trainable=True)
+        parents, _, own = name.rpartition(".")
+        tree.at(parents).tensors[own] = replace(tensor, trainable=True)
     model = ReadModel(
-        path, "weights", root, [], key, {name: tensor.shape for name, tensor in tensors.items()}
+        path, "weights", tree.root, [], key, {name: tensor.shape for name, tensor in tensors.items()}
     )
     for module in model.modules:
         _name_layer(module)
     where = f" under {key!r}" if key else ""
     model.notes.append(
         f"{len(tensors):,} tensors{where}: dropout cannot be seen in weights; for it, give the "
-        " architecture, --arch timm:NAME or --arch hf:FOLDER"
+        "architecture, --arch timm:NAME or --arch hf:FOLDER"
     )
     return model
 
