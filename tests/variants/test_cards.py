@@ -1,0 +1,72 @@
+"""Every variant has its card: complete, with its picture, with code that runs and figures that were measured."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+import regraft
+from regraft.variants import registry
+
+ROOT = Path(__file__).parents[2]
+CARDS = ROOT / "docs" / "variants"
+SECTIONS = ["When", "Formula", "Use", "Cost", "Source", "How it differs"]
+registry.names()
+NAMES = sorted(registry._builtin)
+every = pytest.mark.parametrize("name", NAMES)
+
+
+def section(text: str, title: str) -> str:
+    return text.split(f"\n## {title}\n")[1].split("\n## ", maxsplit=1)[0]
+
+
+def test_there_is_a_card_for_each_variant_and_no_other():
+    cards = {path.stem for path in CARDS.glob("*.md")} - {"README"}
+    assert cards == {path.stem for path in CARDS.glob("*.png")} == set(NAMES)
+    linked = re.findall(r"^\| \[`(\w+)`\]\((\w+)\.md\)", (CARDS / "README.md").read_text(), re.M)
+    assert linked == [(name, name) for name in NAMES]
+
+
+@every
+def test_a_card_is_complete(name):
+    text = (CARDS / f"{name}.md").read_text()
+    assert text.startswith("# ")
+    assert f"`{name}`" in text.split("\n")[0]
+    assert f"]({name}.png)" in text
+    assert all(section(text, title).strip() for title in SECTIONS)
+    picture = (CARDS / f"{name}.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert 2_000 < len(picture) < 60_000
+
+
+@every
+def test_what_a_card_says_to_write_runs(name):
+    use = section((CARDS / f"{name}.md").read_text(), "Use")
+    (rule,) = re.findall(r"regraft\.apply\(model, \{.+?: \"(.+)\"\}\)", use)
+    variant = regraft.variants.parse.parse_variant(rule)
+    assert variant.name == name
+    (plain,) = re.findall(r"^(regraft\.nn\..+\))", use, re.M)
+    small = plain.replace("32000, 4096", "10, 4").replace("768, 768", "6, 6")
+    made = eval(small, {"regraft": regraft})
+    assert type(made) in {registry.spec(name).module_for(family) for family in registry.spec(name).families}
+
+
+@every
+def test_the_figures_of_a_card_are_those_measured(name):
+    rows = [
+        line
+        for line in (ROOT / "benchmarks" / "RESULTS.md").read_text().splitlines()
+        if line.startswith(f"| {name}")
+    ]
+    measured = set(re.findall(r"\d+\.\d\d", "\n".join(rows)))
+    said = set(re.findall(r"\d+\.\d\d", section((CARDS / f"{name}.md").read_text(), "Cost")))
+    assert said <= measured
+    assert said or name == "off"
+
+
+def test_every_picture_is_drawn_by_the_script():
+    script = runpy.run_path(str(CARDS / "pictures.py"))
+    assert sorted(script["PICTURES"]) == NAMES
