@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import regraft
 from regraft.errors import LossError, ModelError, RateError
 from regraft.training.rdrop import objective_of
-from tests.training.models import bert, images, tokens, vit
+from tests.training.models import bert, headed_bert, images, tokens, vit
 
 Y = torch.tensor([0, 1, 0, 1])
 
@@ -317,6 +317,27 @@ def test_a_wrapper_is_looked_into_and_compiles():
     assert logits.shape == (4, 5)
     regraft.rdrop(compiled, alpha=0.25, criterion=F.cross_entropy)
     assert objective_of(model).alpha == 0.25
+
+
+def test_passes_share_their_prefix_under_ddp(tmp_path):
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model, rows = headed_bert(), []
+        model.bert.embeddings.word_embeddings.register_forward_pre_hook(
+            lambda _, args: rows.append(len(args[0]))
+        )
+        wrapped = DistributedDataParallel(regraft.rdrop(model, strategy="shared").train())
+        wrapped(input_ids=tokens(), labels=Y)
+        rows.clear()
+        wrapped(input_ids=tokens(), labels=Y).loss.backward()
+        assert rows == [4]
+        assert objective_of(wrapped).terms.kl > 0
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_no_noise_is_said_and_so_are_missing_labels():
