@@ -38,11 +38,10 @@ import regraft
 
 SENTENCES = 480  # training sentences; 8,030 are there
 HELD_OUT = 400  # sentences for the accuracy
-EPOCHS = 3.0  # passes over the training sentences
-BATCH = 32  # sentences a step
+EPOCHS, BATCH = 3.0, 32  # passes over the training sentences, sentences a step
 LENGTH = 48  # tokens a sentence; 9 of 10 have at most 41
 LEARNING_RATE = 3e-4  # high for BERT, since only the top two layers learn
-WEIGHT_DECAY = 0.01  # the default of BERT fine-tuning
+WEIGHT_DECAY, MOMENTUM = 0.01, 0.9  # those of BERT's own fine-tuning
 FROZEN = 4  # lower layers that keep their weights, with the embeddings
 ALPHA = 1.0  # weight of R-Drop's KL; the paper uses 0.1 to 5 by task
 RULES = {"Dropout": "multisample(p='x2')", "Linear@classifier": "dropconnect(p=0.2)"}
@@ -90,6 +89,7 @@ def fit(model, tokenizer, train, test, seed: int) -> Trainer:
         per_device_train_batch_size=options.batch,
         learning_rate=options.lr,
         weight_decay=options.weight_decay,
+        adam_beta1=options.momentum,
         eval_strategy="epoch",
         save_strategy="no",
         report_to="none",
@@ -182,8 +182,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--regularize", nargs="+", default=RULES, help="such as Dropout=gaussian")
     for name, kind, value in (
         ("train", int, SENTENCES), ("test", int, HELD_OUT), ("epochs", float, EPOCHS), ("batch", int, BATCH),
-        ("lr", float, LEARNING_RATE), ("weight-decay", float, WEIGHT_DECAY), ("frozen", int, FROZEN),
-        ("seeds", int, 2), ("output", Path, Path("output/bert")),
+        ("lr", float, LEARNING_RATE), ("weight-decay", float, WEIGHT_DECAY), ("momentum", float, MOMENTUM),
+        ("frozen", int, FROZEN), ("seeds", int, 2), ("output", Path, Path("output/bert")),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")
     made = parser.parse_args()

@@ -33,12 +33,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import regraft
 
 SHOTS = 6  # labelled examples of each new digit
-EPOCHS = 40  # passes over them
-BATCH = 16  # images a step
+EPOCHS, BATCH = 40, 16  # passes over them, images a step
 LEARNING_RATE = 1e-3  # of AdamW, decayed to 0 by a cosine; high, since the model is small
-WEIGHT_DECAY = 0.05  # the usual one for ViTs
-ALPHA = 1.0  # weight of R-Drop's KL
-RATE = 0.1  # of the ViT's own dropouts
+WEIGHT_DECAY, MOMENTUM = 0.05, 0.9  # the usual ones for ViTs
+ALPHA, RATE = 1.0, 0.1  # weight of R-Drop's KL, rate of the ViT's own dropouts
 RULES = {"Dropout": "gaussian", "Linear@head": "dropconnect(p=0.2)"}
 SMALL = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
 RATES = {"drop_rate": RATE, "attn_drop_rate": RATE, "proj_drop_rate": RATE}
@@ -71,7 +69,8 @@ def main() -> None:
 def fit(model, train, test, title: str, epochs: int) -> list[tuple[int, float]]:
     """Train `model` in place; its accuracy on `test` after each tenth of the epochs."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    optimizer = torch.optim.AdamW(model.parameters(), options.lr, weight_decay=options.weight_decay)
+    settings = {"betas": (options.momentum, 0.999), "weight_decay": options.weight_decay}
+    optimizer = torch.optim.AdamW(model.parameters(), options.lr, **settings)
     loader = DataLoader(train, batch_size=BATCH, shuffle=True)
     steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -186,11 +185,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--regularize", nargs="+", default=RULES, help="such as Dropout=gaussian")
     for name, kind, value in (
         ("shots", int, SHOTS), ("epochs", int, EPOCHS), ("lr", float, LEARNING_RATE),
-        ("weight-decay", float, WEIGHT_DECAY), ("seeds", int, 3), ("output", Path, Path("output/vit")),
+        ("weight-decay", float, WEIGHT_DECAY), ("momentum", float, MOMENTUM), ("seeds", int, 3),
+        ("output", Path, Path("output/vit")),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")
     made = parser.parse_args()
-    if isinstance(made.regularize, list):
+    if made.regularize is not RULES:
         made.regularize = [rule.split("=", 1) for rule in made.regularize]
     return made
 
