@@ -40,6 +40,10 @@ Trust = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write the model.")]
 Safe = Annotated[bool, typer.Option("--safe", help="Write the weights as safetensors.")]
+Shape = Annotated[
+    str,
+    typer.Option(metavar="2x3x224x224", help="The shape of the input to probe with, if it is one tensor."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Write over what is there.")]
 
 
@@ -60,14 +64,19 @@ def _root(
 
 @app.command()
 def inspect(
-    model: Model, arch: Arch = "", trust: Trust = False, format: As = Format.table, debug: Debug = False
+    model: Model,
+    arch: Arch = "",
+    shape: Shape = "",
+    trust: Trust = False,
+    format: As = Format.table,
+    debug: Debug = False,
 ) -> None:
     """Show the sites of a model: what can be regularized, and what really runs."""
 
     def run() -> View:
         from regraft.cli.opening import view_of
 
-        return view_of(model, arch, trust=trust)
+        return view_of(model, arch, shape, trust=trust)
 
     printed(run, format, debug)
 
@@ -77,6 +86,7 @@ def plan(
     model: Model,
     rule: Rules,
     arch: Arch = "",
+    shape: Shape = "",
     trust: Trust = False,
     format: As = Format.table,
     debug: Debug = False,
@@ -86,7 +96,7 @@ def plan(
     def run() -> View:
         from regraft.cli.opening import planned
 
-        return planned(model, [pair(text) for text in rule], arch, trust=trust)
+        return planned(model, [pair(text) for text in rule], arch, shape, trust=trust)
 
     printed(run, format, debug)
 
@@ -97,6 +107,7 @@ def apply(
     rule: Rules,
     output: Out,
     arch: Arch = "",
+    shape: Shape = "",
     trust: Trust = False,
     safe: Safe = False,
     force: Force = False,
@@ -106,9 +117,11 @@ def apply(
     """Graft variants into a model and write it in the form it came in, with regraft.json beside it."""
 
     def run() -> View:
+        from regraft.cli.opening import inputs_for
         from regraft.cli.writing import apply_to_file
 
-        return apply_to_file(model, [pair(text) for text in rule], output, arch, trust, safe, force)
+        inputs = inputs_for(model, shape)
+        return apply_to_file(model, [pair(text) for text in rule], output, arch, trust, safe, force, inputs)
 
     printed(run, format, debug)
 
@@ -162,6 +175,7 @@ def verify(
         list[str] | None, typer.Option("--rule", "-r", help="SELECTOR=VARIANT to verify with.")
     ] = None,
     arch: Arch = "",
+    shape: Shape = "",
     trust: Trust = False,
     format: As = Format.table,
     debug: Debug = False,
@@ -170,13 +184,14 @@ def verify(
 
     def run() -> Any:
         import regraft
+        from regraft.cli.loading import load
+        from regraft.cli.opening import inputs_for
         from regraft.cli.progress import working
-        from regraft.cli.writing import load
 
         rules = [pair(text) for text in rule or []] or None
         found = load(model, arch, trust=trust).model
         with working("verifying"):
-            return regraft.verify(found, rules=rules)
+            return regraft.verify(found, inputs_for(model, shape), rules)
 
     made: Any = printed(run, format, debug)
     if not made.passed:

@@ -12,7 +12,7 @@ from regraft.cli.output import MODELS
 from regraft.cli.progress import working
 from regraft.cli.reading.files import read_file
 from regraft.cli.reading.inspection import FileInspection
-from regraft.errors import FileError
+from regraft.errors import FileError, OptionError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from regraft.report.view import View
 
 
-def view_of(name: str, arch: str = "", *, trust: bool = False) -> View:
+def view_of(name: str, arch: str = "", shape: str = "", *, trust: bool = False) -> View:
     """The inspection of what a name stands for; a file is read and not run, unless it is trusted.
 
     Raises:
@@ -32,13 +32,13 @@ def view_of(name: str, arch: str = "", *, trust: bool = False) -> View:
     if read is None:
         with working(f"building {name}"):
             model = build(name)
-        return _inspected(model, name)
+        return _inspected(model, name, shape)
     if trust and read.form == "module":
-        return _inspected(loaded(read), name)
+        return _inspected(loaded(read), name, shape)
     if arch:
         with working(f"building {arch}"):
             model = build(arch)
-        made: Any = _inspected(model, arch)
+        made: Any = _inspected(model, arch, shape)
         made.notes.extend(_unlike(read, model))
         return made  # type: ignore[no-any-return]
     return FileInspection(read)
@@ -50,7 +50,7 @@ def side_of(name: str, arch: str = "", *, trust: bool = False) -> Any:
     Raises:
         RegraftError: as `view_of`.
     """
-    from regraft.cli.writing import load
+    from regraft.cli.loading import load
 
     read = _read(name)
     if read is None and not Path(name).is_dir():
@@ -61,7 +61,9 @@ def side_of(name: str, arch: str = "", *, trust: bool = False) -> Any:
     return FileInspection(read)
 
 
-def planned(name: str, rules: list[tuple[str, str | None]], arch: str = "", *, trust: bool = False) -> View:
+def planned(
+    name: str, rules: list[tuple[str, str | None]], arch: str = "", shape: str = "", *, trust: bool = False
+) -> View:
     """The plan of rules for what a name stands for.
 
     Raises:
@@ -74,7 +76,7 @@ def planned(name: str, rules: list[tuple[str, str | None]], arch: str = "", *, t
         with working(f"building {arch or name}"):
             model = build(arch or name) if read is None or arch else loaded(read)
         with working("probing"):
-            return regraft.plan(model, rules)
+            return regraft.plan(model, rules, inputs_for(arch or name, shape))
     if read.form in ("script", "program"):
         raise FileError(read.notes[0], where=name)
     return _plan_unseen(read, rules)
@@ -136,11 +138,29 @@ def _read(name: str) -> ReadModel | None:
     raise FileError("there is no such file or folder", where=name, remedy=f"MODEL is {MODELS}")
 
 
-def _inspected(model: nn.Module, name: str) -> View:
+def _inspected(model: nn.Module, name: str, shape: str = "") -> View:
     import regraft
 
     with working(f"probing {name}"):
-        return regraft.inspect(model)
+        return regraft.inspect(model, inputs_for(name, shape))
+
+
+def inputs_for(name: str, shape: str) -> Any:
+    """The input of the shape that was given, of torchvision's usual one, or none.
+
+    Raises:
+        OptionError: this is no shape.
+    """
+    if not shape and name.startswith("torchvision:"):
+        shape = "2x3x299x299" if "inception" in name else "2x3x224x224"
+    if not shape:
+        return None
+    import torch
+
+    sizes = shape.replace(",", "x").split("x")
+    if not all(size.strip().isdigit() for size in sizes):
+        raise OptionError(f"{shape!r} is no shape", remedy="for example --shape 2x3x224x224")
+    return torch.zeros([int(size) for size in sizes])
 
 
 def _unlike(read: ReadModel, model: nn.Module) -> list[str]:

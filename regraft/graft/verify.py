@@ -21,6 +21,7 @@ from regraft.graft.apply import Report, apply
 from regraft.graft.portrait import portrait
 from regraft.graft.revert import revert
 from regraft.planning import Rules
+from regraft.report.page import counted
 from regraft.report.view import SCHEMA, View
 
 
@@ -151,7 +152,7 @@ class _Trial:
         grafted, skipped = self.report.grafted, self.report.skipped
         bare = [skip.path for skip in skipped if not skip.reason]
         never = [edit.path for edit in grafted if edit.calls == 0]
-        said = f"{len(grafted)} sites grafted, {len(skipped)} skipped, each with its reason"
+        said = f"{counted(len(grafted), 'site')} grafted, {len(skipped)} skipped, each with its reason"
         if not self.seen.probe.ran:
             return (None if not bare else False), f"{said}; not probed: {self.seen.probe.reason}"
         return not bare and not never, said if not never else f"{len(never)} grafted sites never run"
@@ -182,7 +183,7 @@ class _Trial:
         if self.report.mended or any(_changes_eval(edit) for edit in self.report.grafted):
             return None, "not compared: the rules, or a fault that was mended, change the eval output"
         same = len(now) == len(self.output) and all(map(_equal, now, self.output))
-        return same, f"{len(now)} output tensors are bit for bit the same"
+        return same, f"{counted(len(now), 'output')} bit for bit the same"
 
     def _travels(self) -> tuple[bool, str]:
         assert self.report is not None
@@ -195,7 +196,10 @@ class _Trial:
         same = all([type(m).__name__ for m in other.modules()] == wanted for other in (copied, loaded))
         revert(copied)
         alone = [type(module).__name__ for module in self.model.modules()] == wanted
-        return same and alone, f"both carry the {len(self.report.grafted)} grafts; the copy reverts by itself"
+        return (
+            same and alone,
+            f"both carry the {counted(len(self.report.grafted), 'graft')}; the copy reverts by itself",
+        )
 
     def _way_back(self) -> tuple[bool, str]:
         revert(self.model)

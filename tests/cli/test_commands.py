@@ -87,6 +87,18 @@ def test_timm_model_on_the_meta_device():
     assert {site["device"] for site in made["sites"] if site["device"]} == {"meta"}
 
 
+def test_a_shape_to_probe_with():
+    made = json.loads(invoke("inspect", FACTORY, "--shape", "2x4", "-f", "json").stdout)
+    assert made["probe"]["ran"]
+    assert [site["calls"] for site in made["sites"]] == [1, 1, 1]
+    assert invoke("inspect", FACTORY, "--shape", "2xfour").exit_code == 2
+
+
+def test_torchvision_is_probed_with_an_image():
+    made = json.loads(invoke("inspect", "torchvision:resnet18", "-f", "json").stdout)
+    assert made["probe"]["ran"]
+
+
 def test_hugging_face_folder(tmp_path):
     from transformers import BertConfig
 

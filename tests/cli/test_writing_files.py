@@ -120,10 +120,16 @@ def test_a_hugging_face_folder(folders):
     model = BertForSequenceClassification(BertConfig(vocab_size=50, **sizes))
     came, grafted, plain = folders
     model.save_pretrained(came)
+    (came / "vocab.txt").write_text("words")
     grafted.rmdir()
     plain.rmdir()
     done("apply", came, "-r", "Dropout=gaussian", "-o", grafted)
-    assert {path.name for path in grafted.iterdir()} == {"config.json", "model.safetensors", "regraft.json"}
+    assert {path.name for path in grafted.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "regraft.json",
+        "vocab.txt",
+    }
     done("revert", grafted, "-o", plain)
     said = done("diff", came, plain).stdout
     assert "no difference" in said
