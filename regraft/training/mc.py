@@ -95,7 +95,7 @@ def mc_predict(
     kwargs = {name: value for name, value in kwargs.items() if name != "labels"}
     sums = _Sums(task)
     with _in_eval(model), _grafted(model, rules, args, kwargs), torch.no_grad():
-        at_once = chunk or _at_once(n, prefix_of(model, (args, kwargs)))
+        at_once = chunk or _at_once(n, prefix_of(model, (args, kwargs)), _on_cpu(model))
         for passes in _bar(_sizes(n, at_once), progress):
             outputs = stochastic_passes(model, passes, *args, strategy=strategy, **kwargs)
             sums.add(logits_of(outputs, labelled=False, where=type(model).__name__))
@@ -190,12 +190,20 @@ def _inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _at_once(n: int, prefix: float) -> int:
+def _at_once(n: int, prefix: float, on_cpu: bool) -> int:
     # With little behind the first draw all passes are cheap together; with more, a chunk costs its prefix
-    # again, but stays small enough for the caches.
+    # again, but stays small enough for the caches. A CPU's are full after a few passes, and with nothing to
+    # share it gains nothing from a longer batch.
     if prefix > 0.9:
         return n
+    if on_cpu:
+        return 8 if prefix > 0.2 else 2
     return 16 if prefix > 0.5 else 8
+
+
+def _on_cpu(model: nn.Module) -> bool:
+    first = next(model.parameters(), None)
+    return first is None or first.device.type == "cpu"
 
 
 def _sizes(n: int, at_once: int) -> list[int]:
