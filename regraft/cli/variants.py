@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from html import escape
 from typing import Any
 
 import typer
@@ -35,9 +36,11 @@ def print_variants(rows: list[dict[str, Any]], format: str) -> None:
     """Print variants as a table, JSON or Markdown; a single one with its whole card."""
     if format == "json":
         typer.echo(json.dumps({"schema": 1, "variants": rows}, indent=2))
+    elif format == "html":
+        typer.echo(_page(rows))
     elif len(rows) == 1 and rows[0]["card"]:
         _print_card(rows[0])
-    elif format in ("markdown", "html"):
+    elif format == "markdown":
         typer.echo("\n".join(["| " + " | ".join(_COLUMNS) + " |", "|---|---|---|"]))
         typer.echo("\n".join("| " + " | ".join(_cells(row)) + " |" for row in rows))
     else:
@@ -62,7 +65,23 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
-def _print_card(row: dict[str, Any]) -> None:
+def _card(row: dict[str, Any]) -> str:
     options = ", ".join(f"{key}={value!r}" for key, value in row["options"].items()) or "none"
-    typer.echo(f"{row['name']}: takes the place of {', '.join(row['replaces'])}; options beside p: {options}")
-    typer.echo(f"\n{inspect.cleandoc(row['card'])}")
+    head = f"{row['name']}: takes the place of {', '.join(row['replaces'])}; options beside p: {options}"
+    return f"{head}\n\n{inspect.cleandoc(row['card'])}"
+
+
+def _print_card(row: dict[str, Any]) -> None:
+    typer.echo(_card(row))
+
+
+def _page(rows: list[dict[str, Any]]) -> str:
+    """The list, or the card of one, as a page without any script."""
+    if len(rows) == 1 and rows[0]["card"]:
+        body = f"<pre>{escape(_card(rows[0]))}</pre>"
+    else:
+        lines = [_COLUMNS, *map(_cells, rows)]
+        body = "\n".join("<tr><td>" + "</td><td>".join(map(escape, line)) + "</td></tr>" for line in lines)
+        body = f"<table>\n{body}\n</table>"
+    start = '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+    return f"{start}<title>regraft variants</title></head>\n<body>\n{body}\n</body></html>"

@@ -162,6 +162,21 @@ def hostile(mark):
     }
 
 
+def disguised(stream):
+    """A hostile pickle in files that are something else as well."""
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}\n}'
+    length = ord("V")
+    padded = header[:-2] + b" " * (length - len(header)) + header[-2:]
+    return {
+        "as_a_script.pt": torch_zip(stream, **{"m/constants.pkl": b")."}),
+        "as_a_program.pt2": torch_zip(stream, **{"m/models/model.json": b"{}"}),
+        "as_a_second_pickle.pt": archive({"m/data.pkl": b"}.", "n/data.pkl": stream}),
+        "as_constants.pt": archive({"m/data.pkl": b"}.", "m/constants.pkl": stream}),
+        "as_safetensors.pt": struct.pack("<Q", length) + padded + b"00" + stream,
+        "as_gguf.bin": b"GGUF\x03\0\0\0\0" + b"0" + stream,
+    }
+
+
 def bad_files(folder: Path, mark: Path):
     """`name -> (path, exit code, what is said)` of every bad file, written into `folder`."""
     whole, weights = saved(small()), saved(small().state_dict())
@@ -271,6 +286,10 @@ def bad_files(folder: Path, mark: Path):
         for kind, content in (("pkl", stream), ("pt", torch_zip(stream))):
             (folder / f"{name}.{kind}").write_bytes(content)
             made[f"{name}.{kind}"] = (folder / f"{name}.{kind}", SUSPICIOUS, "suspicious content")
+    evil = hostile(mark)["os_system_protocol_0"]
+    for name, content in disguised(evil).items():
+        (folder / name).write_bytes(content)
+        made[name] = (folder / name, SUSPICIOUS, "suspicious content")
     return made
 
 

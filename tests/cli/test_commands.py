@@ -235,3 +235,20 @@ def test_colours_and_width_are_the_terminals(no_color, tmp_path):
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", coloured)
     assert "Dropout: 1 site" in text
     assert max(map(len, text.splitlines())) == 70
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(1.6, True), (0.1, False)])
+def test_work_of_more_than_a_second_says_so_on_stderr(seconds, said):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        code = f"import time\nfrom regraft.cli.progress import working\nwith working('reading'): time.sleep({seconds})"
+        kept = {key: value for key, value in os.environ.items() if key in ("PATH", "PYTHONPATH", "HOME")}
+        os.execve(sys.executable, [sys.executable, "-c", code], kept | {"TERM": "xterm-256color"})
+    shown = b""
+    try:
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    except OSError:
+        pass
+    assert os.waitpid(pid, 0)[1] == 0
+    assert (b"reading" in shown) is said

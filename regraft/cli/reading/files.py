@@ -6,11 +6,12 @@ import gc
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from regraft.cli.reading.archive import Archive
 from regraft.cli.reading.exported import program_in, read_program
 from regraft.cli.reading.model import ReadModel
-from regraft.cli.reading.pickled import read_plain, read_zip
+from regraft.cli.reading.pickled import check_pickles, read_plain, read_zip
 from regraft.cli.reading.safetensors import read_index, read_safetensors
 from regraft.cli.reading.scripted import read_script
 from regraft.errors import FileError
@@ -78,6 +79,10 @@ def _read(path: Path) -> ReadModel:
             raise FileError("the file is empty")
         if start.startswith((b"PK\3\4", b"PK\5\6")):
             return _read_archive(path, Archive(path, file))
+        # A file can be a pickle and something else at once, so the pickle is looked at first.
+        found = _as_pickle(path, file, start, size)
+        if isinstance(found, FileError) and found.suspicious:
+            raise found
         for magic, (what, remedy) in _OTHERS.items():
             if start.startswith(magic):
                 raise FileError(f"the file is {what}, which regraft does not read", remedy=remedy)
@@ -89,16 +94,28 @@ def _read(path: Path) -> ReadModel:
             raise FileError("the file is damaged: it begins with zeros")
         if _is_safetensors(start, path):
             return read_safetensors(path)
-        if _could_be_pickle(start, size):
-            return read_plain(path, file)
-    raise FileError("the file is damaged, or no PyTorch file")
+    if isinstance(found, FileError):
+        raise found
+    return found
+
+
+def _as_pickle(path: Path, file: BinaryIO, start: bytes, size: int) -> ReadModel | FileError:
+    """The file as a pickle, or why it is none."""
+    if not _could_be_pickle(start, size):
+        return FileError("the file is damaged, or no PyTorch file")
+    try:
+        return read_plain(path, file)
+    except FileError as error:
+        return error
 
 
 def _read_archive(path: Path, archive: Archive) -> ReadModel:
     graph = program_in(archive)
     if graph:
+        check_pickles(archive)
         return read_program(path, archive, graph)
     if archive.members("/constants.pkl"):
+        check_pickles(archive)
         return read_script(path, archive)
     return read_zip(path, archive)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from regraft.cli.reading.archive import Archive
+from regraft.cli.reading.archive import Archive, Member
 from regraft.cli.reading.limits import STREAM_BYTES, Budget
 from regraft.cli.reading.model import NOT_RUN, ReadModel
 from regraft.cli.reading.stream import Stream
@@ -43,10 +43,28 @@ def read_zip(path: Path, archive: Archive) -> ReadModel:
     found = archive.members("data.pkl") or archive.members(".pkl")
     if not found:
         raise FileError("the archive holds no PyTorch model", remedy="give a file that torch.save wrote")
+    return _model(path, *_read_all(archive, found))
+
+
+def check_pickles(archive: Archive) -> None:
+    """Refuse an archive of another kind that has suspicious pickles in it: torch.load would find them.
+
+    Raises:
+        FileError: it has.
+    """
+    _, alarms, _ = _read_all(archive, archive.members(".pkl"))
+    if alarms:
+        raise refused(alarms)
+
+
+def _read_all(archive: Archive, found: list[Member]) -> tuple[list[Any], list[str], FileError | None]:
+    """The values of all pickles, their alarms, and the first error."""
     if len(found) > _PICKLES:
         raise FileError(f"the archive holds {len(found):,} pickles, where a model has one")
     budget = Budget()
-    values, alarms, broken = [], [], None
+    values: list[Any] = []
+    alarms: list[str] = []
+    broken: FileError | None = None
     # Which one of several would be loaded is anyone's guess, so all are read.
     for member in found:
         stream = Stream(archive.read(member, STREAM_BYTES), 0, budget)
@@ -55,7 +73,7 @@ def read_zip(path: Path, archive: Archive) -> ReadModel:
         except FileError as error:
             broken = broken or error
         alarms += [f"{what} ({member.name}, byte {at:,})" for at, what in _alarms(stream, budget)]
-    return _model(path, values, alarms, broken)
+    return values, alarms, broken
 
 
 def read_plain(path: Path, file: BinaryIO) -> ReadModel:
