@@ -104,13 +104,13 @@ def digits_job():
     """A ViT pretrained on the digits 0 to 5; a few labelled images of 6 to 9; the rest of those."""
     from sklearn.datasets import load_digits
 
-    images, labels = load_digits(return_X_y=True)
-    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    labels = torch.tensor(labels)
+    images, labels = map(torch.tensor, load_digits(return_X_y=True))
+    images = images.float().view(-1, 1, 8, 8) / 8 - 1
     old, new = labels < 6, labels >= 6
     set_seed(0)
     pretrained = timm.create_model("vit_tiny_patch16_224", num_classes=6, **SMALL, **RATES)
-    fit(pretrained, TensorDataset(images[old], labels[old]), None, "pretraining on the digits 0 to 5", 10)
+    known, epochs = TensorDataset(images[old], labels[old]), min(10, options.epochs)
+    fit(pretrained, known, None, "pretraining on the digits 0 to 5", epochs)
     weights = {name: value for name, value in pretrained.state_dict().items() if not name.startswith("head.")}
 
     def create():

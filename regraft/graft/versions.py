@@ -76,6 +76,8 @@ def _version(
     method: Callable[..., Any], name: str, acting: Mapping[str, Graft], training: bool
 ) -> Callable[..., Any] | None:
     """The method with all of `acting` in place; None if some call in it cannot be bound to anything else."""
+    if not training and not any(graft.in_eval for graft in acting.values()):
+        return method  # in eval nothing is to be done
     made = method
     for slot, graft in acting.items():
         op = slot.partition(":")[2]

@@ -11,8 +11,9 @@ import pytest
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def run(name, output, *options):
+def run(name, output, *options, threads=None):
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     command = [sys.executable, str(RECIPES / f"{name}.py"), "--output", str(output), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=output)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -40,7 +41,7 @@ def test_every_recipe_is_short():
 
 
 def test_vit_small(tmp_path):
-    stdout = run("vit", tmp_path, "--epochs", "2", "--seeds", "1", "--shots", "2")
+    stdout = run("vit", tmp_path, "--epochs", "2", "--seeds", "1", "--shots", "2", threads=1)
     check_files(tmp_path, stdout)
     assert "GaussianDropout" in stdout
 
