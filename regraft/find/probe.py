@@ -19,6 +19,7 @@ from regraft.errors import InputsError
 from regraft.find.calls import Called
 from regraft.find.flows import Flow
 from regraft.find.inputs import Inputs
+from regraft.find.memoized import forgotten
 from regraft.find.modes import MarkedRate, marked, set_training
 from regraft.find.unchanged import buffers_kept, random_state_kept, silent
 from regraft.find.watch import watch
@@ -144,7 +145,7 @@ _FAKE_ERRORS = (
 
 def _on_fake_tensors(model: nn.Module, every: list[nn.Module], inputs: Inputs, sites: set[int]) -> Probe:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with silent(), marked(every), random_state_kept():
+    with silent(), forgotten(every), marked(every), random_state_kept():
         state, device = _faked_state(model, mode)
         args, kwargs = tree_map(lambda leaf: _faked(leaf, mode, device), (inputs.args, inputs.kwargs))
 

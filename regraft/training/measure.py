@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import sys
 import warnings
@@ -18,9 +17,9 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from regraft.find.unchanged import buffers_kept, random_state_kept, unchanged
+from regraft.find.memoized import forgotten
+from regraft.find.unchanged import buffers_kept, random_state_kept, silent, unchanged
 from regraft.training.caches import own_caches
-from regraft.training.memoized import forgotten
 from regraft.training.tree import mapped
 
 Forward = Callable[..., Any]
@@ -146,7 +145,7 @@ def on_fake_tensors(
     """A forward of `model`, and inputs for it, on fake tensors; the model is as before afterwards."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     every = list(model.modules())
-    with _unheard(), forgotten(every), unchanged(every), mode:
+    with silent(), forgotten(every), unchanged(every), mode:
         state = _fake_state(model, mode)
         fake = mapped(lambda _, leaf: _fake(leaf, mode), "", own_caches((args, kwargs)))
 
@@ -154,17 +153,6 @@ def on_fake_tensors(
             return functional_call(model, state, args, kwargs)
 
         yield forward, *fake
-
-
-@contextmanager
-def _unheard() -> Iterator[None]:
-    """What is tried here may fail, and torch logs what fake tensors cannot run before it raises."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 @contextmanager

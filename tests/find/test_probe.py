@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import numpy
@@ -282,3 +283,24 @@ def test_a_twin_is_found_by_the_rate_it_lends_not_by_its_value():
         (("idle",), "module", 0),
     ]
     assert sites[1].p == 0.1
+
+
+@functools.lru_cache
+def _table(size):
+    return torch.arange(size, dtype=torch.float32)
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x):
+        return self.drop(x + _table(x.shape[-1]))
+
+
+def test_a_function_that_remembers_keeps_no_fake_tensor_of_the_look():
+    _table.cache_clear()
+    model, x = Remembers().eval(), torch.ones(2, 3)
+    assert regraft.inspect(model, x).probe.how == "fake tensors"
+    assert torch.equal(model(x), x + torch.arange(3.0))

@@ -37,8 +37,17 @@ def gradients(model, batch, seed=3):
     return output.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("variant", ["gaussian", "dropout(p=0.3)", "mc"])
-@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+DEFAULT = (("bert", "gaussian"), ("bart", "dropout(p=0.3)"), ("llama", "mc"))
+CASES = [
+    pytest.param(
+        build, variant, id=f"{name}-{variant}", marks=() if (name, variant) in DEFAULT else pytest.mark.slow
+    )
+    for name, build in MODELS.items()
+    for variant in ("gaussian", "dropout(p=0.3)", "mc")
+]
+
+
+@pytest.mark.parametrize(("build", "variant"), CASES)
 def test_one_graph_with_the_same_mask_in_the_recomputation(build, variant):
     model = build()
     model.config.use_cache = False

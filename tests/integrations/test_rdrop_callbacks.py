@@ -72,6 +72,7 @@ def test_a_forward_on_the_instance_is_refused(tmp_path):
 
 def test_lightnings_callback(tmp_path):
     import lightning.pytorch as lightning
+
     from regraft.integrations.lightning import RDropCallback
 
     class Module(lightning.LightningModule):
