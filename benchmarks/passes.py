@@ -66,7 +66,7 @@ def bert(place):
 
 
 def put(place, head, blocks):
-    """Set the rates: in the head, in the last blocks too, or in all. The nearest to a third of 4 blocks is 1."""
+    """Set the rates: in the head, in the last blocks too, or in all. A third of 4 blocks is 1."""
     head.p = RATE
     share = {"head": 0, "last third": 1 / 3, "last half": 1 / 2, "everywhere": 1}[place]
     count = round(share * len(blocks))

@@ -30,7 +30,7 @@ from zoo.entries import LIBRARIES, entries
 from zoo.entry import tensors
 
 import regraft
-from regraft.training.choice import traits_of
+from regraft.training.passes.choice import traits_of
 
 
 @dataclass

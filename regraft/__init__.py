@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from regraft.graft.verify import verify as verify
     from regraft.planning import Plan as Plan
     from regraft.planning import plan as plan
-    from regraft.training.max_norm import MaxNorm as MaxNorm
-    from regraft.training.max_norm import max_norm as max_norm
+    from regraft.training.advice.suggest import Advice as Advice
+    from regraft.training.advice.suggest import suggest as suggest
     from regraft.training.mc import MCPrediction as MCPrediction
     from regraft.training.mc import mc_predict as mc_predict
     from regraft.training.multisample import multisample_loss as multisample_loss
-    from regraft.training.objective import RDropOutput as RDropOutput
-    from regraft.training.passes import stochastic_passes as stochastic_passes
+    from regraft.training.norm.max_norm import MaxNorm as MaxNorm
+    from regraft.training.norm.max_norm import max_norm as max_norm
+    from regraft.training.passes.stochastic import stochastic_passes as stochastic_passes
     from regraft.training.penalty import penalty as penalty
-    from regraft.training.rdrop import rdrop as rdrop
-    from regraft.training.rdrop_loss import rdrop_loss as rdrop_loss
-    from regraft.training.schedule import Schedule as Schedule
-    from regraft.training.schedule import schedule as schedule
-    from regraft.training.suggest import Advice as Advice
-    from regraft.training.suggest import suggest as suggest
+    from regraft.training.rates.schedule import Schedule as Schedule
+    from regraft.training.rates.schedule import schedule as schedule
+    from regraft.training.rdrop.objective import RDropOutput as RDropOutput
+    from regraft.training.rdrop.rdrop import rdrop as rdrop
+    from regraft.training.rdrop.rdrop_loss import rdrop_loss as rdrop_loss
     from regraft.variants.registry import register as register
     from regraft.variants.registry import variant as variant
     from regraft.variants.spec import Variant as Variant
@@ -67,19 +67,19 @@ _HOMES = {
     "Plan": "planning",
     "plan": "planning",
     "penalty": "training.penalty",
-    "MaxNorm": "training.max_norm",
-    "max_norm": "training.max_norm",
+    "MaxNorm": "training.norm.max_norm",
+    "max_norm": "training.norm.max_norm",
     "MCPrediction": "training.mc",
     "mc_predict": "training.mc",
     "multisample_loss": "training.multisample",
-    "RDropOutput": "training.objective",
-    "stochastic_passes": "training.passes",
-    "rdrop": "training.rdrop",
-    "rdrop_loss": "training.rdrop_loss",
-    "Schedule": "training.schedule",
-    "schedule": "training.schedule",
-    "Advice": "training.suggest",
-    "suggest": "training.suggest",
+    "RDropOutput": "training.rdrop.objective",
+    "stochastic_passes": "training.passes.stochastic",
+    "rdrop": "training.rdrop.rdrop",
+    "rdrop_loss": "training.rdrop.rdrop_loss",
+    "Schedule": "training.rates.schedule",
+    "schedule": "training.rates.schedule",
+    "Advice": "training.advice.suggest",
+    "suggest": "training.advice.suggest",
     "register": "variants.registry",
     "variant": "variants.registry",
     "Variant": "variants.spec",

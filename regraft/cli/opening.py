@@ -88,7 +88,7 @@ def _plan_unseen(read: ReadModel, rules: list[tuple[str, str | None]]) -> View:
 
     from regraft.cli.reading.skeleton import skeleton
     from regraft.find.inspection import look
-    from regraft.find.probe import Probe
+    from regraft.find.probe.probe import Probe
     from regraft.planning import plan_of
     from regraft.rules import read_rules
 

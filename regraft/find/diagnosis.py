@@ -11,7 +11,7 @@ from torch import nn
 from regraft.find.functions import ATTENTION
 from regraft.find.kinds import PLAIN
 from regraft.find.nodes import nodes_fixed_by_tracing
-from regraft.find.probe import Probe
+from regraft.find.probe.probe import Probe
 from regraft.find.site import Site
 from regraft.find.walk import Named
 

@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 from regraft.find.diagnosis import Finding, diagnose
-from regraft.find.inputs import given_inputs, made_inputs
 from regraft.find.insertions import inserted_sites
 from regraft.find.modules import module_sites
 from regraft.find.nodes import node_sites
-from regraft.find.parts import probe_parts
-from regraft.find.probe import Probe, run_probe
+from regraft.find.probe.inputs import given_inputs, made_inputs
+from regraft.find.probe.parts import probe_parts
+from regraft.find.probe.probe import Probe, run_probe
 from regraft.find.probed import probed_sites
 from regraft.find.site import Site
 from regraft.find.walk import Named, inner_model, named_modules

@@ -14,7 +14,7 @@ from regraft.find.graphs import DROP_PATH, LINEAR, GraphNode, graph_node, graph_
 from regraft.find.kinds import FAMILIES
 from regraft.find.obstacles import owner_obstacle
 from regraft.find.original import Graft, grafts_of, original_class
-from regraft.find.probe import Probe
+from regraft.find.probe.probe import Probe
 from regraft.find.site import Site
 from regraft.find.walk import Named
 

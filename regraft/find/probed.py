@@ -12,7 +12,7 @@ from regraft.find.kinds import FAMILIES, op_of
 from regraft.find.nodes import probed_nodes
 from regraft.find.obstacles import owner_obstacle
 from regraft.find.original import grafts_of, original_class
-from regraft.find.probe import Probe
+from regraft.find.probe.probe import Probe
 from regraft.find.site import Site
 from regraft.find.walk import Named
 from regraft.find.written import written_calls

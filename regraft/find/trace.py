@@ -13,9 +13,9 @@ from torch import fx, nn
 from regraft.errors import ModelError
 from regraft.find.frames import own_line
 from regraft.find.graphs import standing_in
-from regraft.find.inputs import made_inputs
 from regraft.find.kinds import op_of
 from regraft.find.original import grafts_of
+from regraft.find.probe.inputs import made_inputs
 from regraft.find.walk import inner_model
 
 

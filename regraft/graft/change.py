@@ -13,7 +13,7 @@ from regraft.find.original import (
     original_class,
     rebind_instance_forward,
 )
-from regraft.find.unchanged import restore, snapshot
+from regraft.find.probe.unchanged import restore, snapshot
 from regraft.graft.classes import layered
 from regraft.graft.versions import prepare
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from regraft.errors import RegraftError
-from regraft.find.inputs import Inputs, given_inputs, made_inputs
 from regraft.find.inspection import Inspection
 from regraft.find.inspection import inspect as inspect_model
-from regraft.find.unchanged import random_state_kept
+from regraft.find.probe.inputs import Inputs, given_inputs, made_inputs
+from regraft.find.probe.unchanged import random_state_kept
 from regraft.graft.apply import Report, apply
 from regraft.graft.portrait import portrait
 from regraft.graft.revert import revert

@@ -18,11 +18,11 @@ from regraft.errors import LossError, nearest
 from regraft.find.walk import inner_model
 from regraft.graft.apply import grafted
 from regraft.planning import Plan, plan
-from regraft.training.choice import prefix_of
-from regraft.training.labels import TASKS
-from regraft.training.outputs import logits_of
-from regraft.training.passes import stochastic_passes
-from regraft.training.terms import wide
+from regraft.training.passes.choice import prefix_of
+from regraft.training.passes.outputs import logits_of
+from regraft.training.passes.stochastic import stochastic_passes
+from regraft.training.rdrop.labels import TASKS
+from regraft.training.rdrop.terms import wide
 
 _plans: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
 

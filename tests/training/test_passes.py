@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 import regraft
 from regraft.errors import InputsError, ModelError, RateError
-from regraft.training.choice import traits_of
-from regraft.training.measure import on_fake_tensors
-from regraft.training.shared import shared_forward
+from regraft.training.passes.choice import traits_of
+from regraft.training.passes.measure import on_fake_tensors
+from regraft.training.passes.shared import shared_forward
 from tests.training.models import DropPath, FusedAttention, bert, headed_bert, images, tokens, vit
 
 STRATEGIES = ["shared", "batch", "loop"]

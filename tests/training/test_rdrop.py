@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import regraft
 from regraft.errors import LossError, ModelError, RateError
-from regraft.training.rdrop import objective_of
+from regraft.training.rdrop.rdrop import objective_of
 from tests.training.models import bert, headed_bert, images, tokens, vit
 
 Y = torch.tensor([0, 1, 0, 1])
@@ -60,9 +60,9 @@ def t5():
 def test_it_trains_with_the_loss_of_its_passes(monkeypatch):
     model, seen = regraft.rdrop(bert(), alpha=0.7, passes=3), []
     monkeypatch.setattr(
-        "regraft.training.objective.rdrop_terms",
+        "regraft.training.rdrop.objective.rdrop_terms",
         lambda logits, *a, **k: (
-            seen.append(logits.detach()) or regraft.training.rdrop_loss.rdrop_terms(logits, *a, **k)
+            seen.append(logits.detach()) or regraft.training.rdrop.rdrop_loss.rdrop_terms(logits, *a, **k)
         ),
     )
     outputs = model.train()(input_ids=tokens(), labels=Y)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import regraft
 from regraft.errors import LossError, RateError
-from regraft.training.rdrop_loss import rdrop_terms
+from regraft.training.rdrop.rdrop_loss import rdrop_terms
 
 P = [[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
 Q = [[0.0, 2.0, 0.0], [0.0, 0.0, 1.0]]

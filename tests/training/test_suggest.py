@@ -112,7 +112,7 @@ def test_rates_out_of_the_range_and_rates_of_0_are_said():
 
 
 def test_mixout_is_for_large_models_with_few_examples(monkeypatch):
-    from regraft.training import advice as kinds
+    from regraft.training.advice import advice as kinds
 
     monkeypatch.setattr(kinds, "_BIG", 1000)
     advice = regraft.suggest(tiny.bert(), 100)

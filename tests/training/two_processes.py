@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import regraft
-from regraft.training.rdrop import objective_of
+from regraft.training.rdrop.rdrop import objective_of
 from tests.training.models import bert, tokens
 
 WAY, FOLDER = sys.argv[1:3]

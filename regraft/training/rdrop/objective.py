@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from regraft.training.learn import Call, learn, problem_of, with_named_labels, without_labels
-from regraft.training.outputs import logits_of, loss_of, pass_of, with_loss
-from regraft.training.passes import run_passes
-from regraft.training.rdrop_loss import RDropTerms, rdrop_terms
+from regraft.training.passes.outputs import logits_of, loss_of, pass_of, with_loss
+from regraft.training.passes.stochastic import run_passes
+from regraft.training.rdrop.learn import Call, learn, problem_of, with_named_labels, without_labels
+from regraft.training.rdrop.rdrop_loss import RDropTerms, rdrop_terms
 
 Forward = Callable[..., Any]
 _TASK_OF_NAME = {

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import LossError
-from regraft.find.unchanged import buffers_kept, random_state_kept
-from regraft.training.outputs import logits_of, loss_of
-from regraft.training.rdrop_loss import rdrop_terms
+from regraft.find.probe.unchanged import buffers_kept, random_state_kept
+from regraft.training.passes.outputs import logits_of, loss_of
+from regraft.training.rdrop.rdrop_loss import rdrop_terms
 
 _PROBLEMS = {
     "regression": "regression",

@@ -13,7 +13,7 @@ from regraft.find.places import places
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
 from regraft.find.walk import named_modules
-from regraft.training.rows import unit_axis
+from regraft.training.norm.rows import unit_axis
 
 Bound = float | str
 """A norm, or `"1.1x"`, relative to a row's norm when the limit was set."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import InputsError
-from regraft.find.configured import from_config, says_what_it_takes
+from regraft.find.probe.configured import from_config, says_what_it_takes
 
 _BATCH = 2
 _IMAGE_SIZES = (32, 64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384, 448, 512)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regraft.training.labels import check_options, check_passes, fitted
-from regraft.training.terms import Terms, multi_label, regression, single_label
+from regraft.training.rdrop.labels import check_options, check_passes, fitted
+from regraft.training.rdrop.terms import Terms, multi_label, regression, single_label
 
 
 class RDropTerms(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regraft.training.tree import emptied, filled, mapped
+from regraft.training.passes.tree import emptied, filled, mapped
 
 _attend: Callable[..., Tensor] = F.scaled_dot_product_attention
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from regraft.errors import InputsError
-from regraft.training.caches import is_cache, repeated, without_caches
-from regraft.training.tree import CONSTANTS, leaves, mapped
+from regraft.training.passes.caches import is_cache, repeated, without_caches
+from regraft.training.passes.tree import CONSTANTS, leaves, mapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

@@ -18,11 +18,11 @@ from regraft.find.original import RECORD, Graft, grafts_of
 from regraft.find.walk import inner_model
 from regraft.graft.change import set_graft
 from regraft.graft.classes import Namespace, layer
-from regraft.training.labels import TASKS, check_options
-from regraft.training.objective import Objective, rdrop_forward
-from regraft.training.passes import check_strategy
-from regraft.training.passing import is_passing
-from regraft.training.rdrop_loss import RDropTerms
+from regraft.training.passes.passing import is_passing
+from regraft.training.passes.stochastic import check_strategy
+from regraft.training.rdrop.labels import TASKS, check_options
+from regraft.training.rdrop.objective import Objective, rdrop_forward
+from regraft.training.rdrop.rdrop_loss import RDropTerms
 
 SLOT = "passes"
 

@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_map
 from regraft.errors import InputsError
 from regraft.find.calls import Called
 from regraft.find.flows import Flow
-from regraft.find.inputs import Inputs
-from regraft.find.memoized import forgotten
-from regraft.find.modes import MarkedRate, marked, set_training
-from regraft.find.unchanged import buffers_kept, random_state_kept, silent
-from regraft.find.watch import watch
+from regraft.find.probe.inputs import Inputs
+from regraft.find.probe.memoized import forgotten
+from regraft.find.probe.modes import MarkedRate, marked, set_training
+from regraft.find.probe.unchanged import buffers_kept, random_state_kept, silent
+from regraft.find.probe.watch import watch
 
 
 @dataclass

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from regraft.find.walk import inner_model
-from regraft.training.measure import Measured, Meter, measured, on_fake_tensors, on_real_tensors
-from regraft.training.repeated import repeated_forward
-from regraft.training.shared import SLOWER, shared_forward
-from regraft.training.tree import leaves
+from regraft.training.passes.measure import Measured, Meter, measured, on_fake_tensors, on_real_tensors
+from regraft.training.passes.repeated import repeated_forward
+from regraft.training.passes.shared import SLOWER, shared_forward
+from regraft.training.passes.tree import leaves
 
 log = logging.getLogger("regraft")
 _PROBED = 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from regraft.find.original import original_class
-from regraft.training.published import (
+from regraft.training.advice.published import (
     ALPHAS,
     DEVLIN,
     GHIASI,
@@ -21,7 +21,7 @@ from regraft.training.published import (
     SRIVASTAVA,
     drop_path_rate,
 )
-from regraft.training.traits import Traits
+from regraft.training.advice.traits import Traits
 
 _FEW = 10_000
 _BIG = 200_000_000

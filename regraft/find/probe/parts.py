@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from regraft.find.configured import says_what_it_takes
-from regraft.find.inputs import made_inputs
-from regraft.find.probe import Probe, run_probe
+from regraft.find.probe.configured import says_what_it_takes
+from regraft.find.probe.inputs import made_inputs
+from regraft.find.probe.probe import Probe, run_probe
 
 _MOST = 8
 """Parts probed: each costs a forward."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from regraft.find.kinds import op_of
 from regraft.find.original import stand_aside
-from regraft.find.unchanged import unchanged
+from regraft.find.probe.unchanged import unchanged
 
 _LAYER_DROPS = ("layerdrop", "layer_drop")
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from regraft.find.inspection import Inspection
 from regraft.find.original import original_class
-from regraft.training.published import SMALL
+from regraft.training.advice.published import SMALL
 
 
 class Traits:

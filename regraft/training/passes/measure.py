@@ -17,10 +17,10 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from regraft.find.memoized import forgotten
-from regraft.find.unchanged import buffers_kept, random_state_kept, silent, unchanged
-from regraft.training.caches import own_caches
-from regraft.training.tree import mapped
+from regraft.find.probe.memoized import forgotten
+from regraft.find.probe.unchanged import buffers_kept, random_state_kept, silent, unchanged
+from regraft.training.passes.caches import own_caches
+from regraft.training.passes.tree import mapped
 
 Forward = Callable[..., Any]
 _PER_ELEMENT = 16

@@ -17,7 +17,7 @@ from regraft.graft.change import Change
 from regraft.graft.rates import Key, Rate, key_of, rates_of
 from regraft.planning import plan_of
 from regraft.rules import read_rules
-from regraft.training.curve import Curve, level, read_curve
+from regraft.training.rates.curve import Curve, level, read_curve
 from regraft.variants.registry import variant
 
 _NOISE = {"Dropout": "dropout", "DropPath": "droppath"}

@@ -12,8 +12,8 @@ from regraft.find.inspection import Inspection, inspect
 from regraft.planning import plan_of
 from regraft.report.view import SCHEMA, View
 from regraft.rules import read_rules
-from regraft.training.advice import Suggestion, advice_for, notes_on
-from regraft.training.traits import Traits
+from regraft.training.advice.advice import Suggestion, advice_for, notes_on
+from regraft.training.advice.traits import Traits
 
 
 @dataclass(frozen=True, repr=False)

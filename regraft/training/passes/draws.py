@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from regraft.training.outside import attention, ends, linear, pass_by_pass
+from regraft.training.passes.outside import attention, ends, linear, pass_by_pass
 
 _UNINITIALIZED: tuple[Any, ...] = (torch.empty, torch.empty_like, Tensor.new_empty)
 _RECURRENT: tuple[Any, ...] = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)

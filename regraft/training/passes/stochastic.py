@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from regraft.errors import InputsError, ModelError, RateError, nearest
 from regraft.find.walk import inner_model
-from regraft.training.caches import own_caches, without_caches
-from regraft.training.choice import SHARED_DRAW, Call, Traits, log, no_batch, traits_of, why
-from regraft.training.measure import Forward
-from regraft.training.passing import passing
-from regraft.training.repeated import ScalarOutputError, repeated_forward
-from regraft.training.shared import shared_forward
-from regraft.training.tree import mapped
+from regraft.training.passes.caches import own_caches, without_caches
+from regraft.training.passes.choice import SHARED_DRAW, Call, Traits, log, no_batch, traits_of, why
+from regraft.training.passes.measure import Forward
+from regraft.training.passes.passing import passing
+from regraft.training.passes.repeated import ScalarOutputError, repeated_forward
+from regraft.training.passes.shared import shared_forward
+from regraft.training.passes.tree import mapped
 
 STRATEGIES = ("auto", "shared", "batch", "loop")
 

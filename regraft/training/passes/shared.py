@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from regraft.errors import InputsError
-from regraft.training.caches import without_caches
-from regraft.training.draws import DrawsPerPass
-from regraft.training.tree import CONSTANTS, emptied, filled, leaves
+from regraft.training.passes.caches import without_caches
+from regraft.training.passes.draws import DrawsPerPass
+from regraft.training.passes.tree import CONSTANTS, emptied, filled, leaves
 
 SLOWER = "There is a performance drop"
 

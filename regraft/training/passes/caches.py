@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from regraft.training.tree import leaves, mapped
+from regraft.training.passes.tree import leaves, mapped
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

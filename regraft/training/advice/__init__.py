@@ -1,0 +1,1 @@
+"""Advice: which regularizers a model of its kind and size has been trained with."""

@@ -1,0 +1,1 @@
+"""Max-norm: weights held down after each step of an optimizer."""

@@ -1,0 +1,1 @@
+"""Several stochastic passes over one input: what they share, and how they are run."""

@@ -1,0 +1,1 @@
+"""Rates that change in the course of a training run."""

@@ -1,0 +1,1 @@
+"""R-Drop: its loss, and the graft that makes a model train with it."""
