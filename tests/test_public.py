@@ -16,6 +16,9 @@ import regraft
 FIXED = {
     "inspect", "plan", "apply", "revert", "grafted", "Plan", "Report", "Inspection", "Site", "variant",
     "register", "save_plan", "load_plan", "rdrop_loss", "rdrop", "stochastic_passes", "errors", "nn",
+    "multisample_loss", "mc_predict", "MCPrediction", "after", "before", "max_norm", "MaxNorm", "schedule",
+    "Schedule", "suggest", "Advice", "penalty", "trace", "diff", "Difference", "verify", "Verification",
+    "Variant", "RegraftError",
 }  # fmt: skip
 HEAVY = ("torch", "timm", "transformers", "typer", "rich", "matplotlib", "numpy", "accelerate")
 MODULES = [

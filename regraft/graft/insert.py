@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from regraft.edits import Edit
 from regraft.errors import ModelError
 from regraft.find.flows import NoTensorError, first_tensor, with_first
 from regraft.find.insertions import SLOT
-from regraft.find.original import RECORD, Graft
+from regraft.find.original import RECORD, Graft, grafts_of
 from regraft.graft.calls import _Pause
 from regraft.graft.classes import Namespace, layer
 from regraft.variants.registry import complete_options, spec
@@ -29,11 +30,31 @@ class Inserted(Graft):
         position: "before" or "after".
         field: the argument, or the part of the output; "" for the first tensor.
         adds: is what the module adds to its input dropped, and not its whole output?
+        sampling: does it drop in eval, too, for the time being?
     """
 
     position: str = ""
     field: str = ""
     adds: bool = False
+    sampling: bool = False
+
+
+@contextmanager
+def inserted_on(model: nn.Module) -> Iterator[bool]:
+    """What is inserted into `model` drops in eval as it does in training; yields whether anything will."""
+    found = [
+        graft
+        for module in model.modules()
+        for graft in grafts_of(module).values()
+        if isinstance(graft, Inserted) and not graft.sampling
+    ]
+    for graft in found:
+        graft.sampling = True
+    try:
+        yield any(_rate(graft) for graft in found)
+    finally:
+        for graft in found:
+            graft.sampling = False
 
 
 def insert_graft(edit: Edit) -> tuple[str, Graft]:
@@ -83,7 +104,7 @@ def _acting(module: nn.Module) -> list[Inserted]:
     return [
         graft
         for graft in module.__dict__.get(RECORD, {}).values()
-        if isinstance(graft, Inserted) and (module.training or graft.in_eval)
+        if isinstance(graft, Inserted) and (module.training or graft.in_eval or graft.sampling)
     ]
 
 
@@ -128,7 +149,7 @@ def _on_output(graft: Inserted, given: tuple[Any, Any], output: Any, training: b
 
 def _drop(graft: Inserted, training: bool) -> Callable[[Tensor], Tensor]:
     function = spec(graft.edit["variant"]).function
-    rate = graft.edit["options"].get("p", 0.0)
+    rate, on = _rate(graft), training or graft.sampling
 
     def drop(x: Tensor) -> Tensor:
         if not x.is_floating_point():
@@ -138,10 +159,15 @@ def _drop(graft: Inserted, training: bool) -> Callable[[Tensor], Tensor]:
                 remedy="insert it after the embedding, 'after:Embedding'; or name a field",
             )
         with _alone():
-            dropped: Tensor = function(x, rate, training, **graft.options)
+            dropped: Tensor = function(x, rate, on, **graft.options)
         return dropped
 
     return drop
+
+
+def _rate(graft: Inserted) -> float:
+    rate: float = graft.edit["options"].get("p", 0.0)
+    return rate
 
 
 def _alone() -> Any:

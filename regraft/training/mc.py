@@ -6,7 +6,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,9 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from regraft.errors import LossError, nearest
+from regraft.errors import LossError, NoMatchError, nearest
 from regraft.find.walk import inner_model
 from regraft.graft.apply import grafted
+from regraft.graft.insert import inserted_on
 from regraft.planning import Plan, plan
 from regraft.training.passes.choice import prefix_of
 from regraft.training.passes.outputs import logits_of
@@ -59,8 +60,9 @@ def mc_predict(
 ) -> MCPrediction:
     """A prediction with its uncertainty, from n passes with dropout on; the model is in eval otherwise.
 
-    The variant "mc" is grafted for the call alone, and every module has its own training flag back
-    afterwards, also after an exception. What comes before the first dropout is computed once.
+    The variant "mc" is grafted for the call alone, what `after:` and `before:` rules have inserted drops as
+    in training, and every module has its own training flag back afterwards, also after an exception. What
+    comes before the first dropout is computed once.
 
     Args:
         model: any that has dropout with rates above 0.
@@ -162,10 +164,12 @@ def _grafted(model: nn.Module, rules: Any, args: tuple[Any, ...], kwargs: dict[s
     if rules is not None and not rules:
         yield
         return
-    made = rules if rules is not None else _mc_plan(model, args, kwargs)
-    inputs = None if rules is None else _inputs(model, args, kwargs)
-    with grafted(model, made, inputs) as report:
-        if not report.grafted:
+    with ExitStack() as stack:
+        inserted = rules is None and stack.enter_context(inserted_on(model))
+        made = rules if rules is not None else _mc_plan(model, args, kwargs, inserted)
+        inputs = None if rules is None else _inputs(model, args, kwargs)
+        report = None if made is None else stack.enter_context(grafted(model, made, inputs))
+        if report is not None and not (report.grafted or inserted):
             warnings.warn(
                 f"no dropout of {report.model} is at a rate above 0, so all passes are equal; "
                 "rules={'Dropout': 'mc(p=0.1)'} gives them one",
@@ -174,12 +178,18 @@ def _grafted(model: nn.Module, rules: Any, args: tuple[Any, ...], kwargs: dict[s
         yield
 
 
-def _mc_plan(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+def _mc_plan(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inserted: bool) -> Plan | None:
+    """None: the model has no dropout but what is inserted."""
     # Planning runs a probe, and prediction comes batch after batch.
     plans = _plans.setdefault(inner_model(model)[0], {})
     state = tuple((type(module), module.__dict__.get("p")) for module in model.modules())
     if state not in plans:
-        plans[state] = plan(model, {"Dropout": "mc"}, _inputs(model, args, kwargs))
+        try:
+            plans[state] = plan(model, {"Dropout": "mc"}, _inputs(model, args, kwargs))
+        except NoMatchError:
+            if not inserted:
+                raise
+            return None
     return plans[state]
 
 

@@ -122,3 +122,26 @@ def test_multi_sample_loss_is_the_mean_of_the_samples_losses():
     assert model[0].weight.grad is not None
     with pytest.raises(LossError, match="no single number"):
         regraft.multisample_loss(model, lambda logits: logits, 2, x)
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["alone", "beside a dropout"])
+def test_what_is_inserted_drops_in_the_call_and_not_afterwards(dropout):
+    net = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5) if dropout else nn.ReLU(), nn.Linear(64, 3)).eval()
+    x = torch.randn(2, 4)
+    plain = net(x)
+    regraft.apply(net, {"before:Linear@0": "gaussian(p=0.3)"})
+    without = {"Dropout": "mc"} if dropout else {}
+    alone = regraft.mc_predict(net, 400, x, rules=without, task="regression").variance
+    both = regraft.mc_predict(net, 400, x, task="regression")
+    assert (both.variance > alone + 1e-4).all()
+    assert (both.mean - plain).abs().max() < 6 * both.variance.max().sqrt() / 20
+    assert torch.equal(net(x), plain)
+
+
+def test_an_insertion_in_a_graph_drops_in_the_call():
+    graph = regraft.trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval())
+    x = torch.randn(2, 4)
+    plain = graph(x)
+    regraft.apply(graph, {"after:ReLU": "dropout(p=0.5)"}, inputs=x)
+    assert (regraft.mc_predict(graph, 50, x).variance > 0).all()
+    assert torch.equal(graph(x), plain)

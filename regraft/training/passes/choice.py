@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from regraft.find.original import grafts_of
 from regraft.find.walk import inner_model
 from regraft.training.passes.measure import Measured, Meter, measured, on_fake_tensors, on_real_tensors
 from regraft.training.passes.repeated import repeated_forward
@@ -102,7 +103,11 @@ def no_batch(traits: Traits, model: nn.Module, call: Call, options: dict[str, An
 def _state(model: nn.Module, call: Call) -> Any:
     # What a choice depends on. Where something else changes it stays right, and may be slower.
     modules = tuple(
-        (type(module), module.training, *(_number(module.__dict__.get(name)) for name in _READ))
+        (
+            *(type(module), module.training),
+            *(_number(module.__dict__.get(name)) for name in _READ),
+            *(getattr(graft, "sampling", False) for graft in grafts_of(module).values()),
+        )
         for module in model.modules()
     )
     inputs = tuple(
