@@ -114,7 +114,7 @@ def test_trap_6_in_training_every_part_of_torchs_layers_is_reached():
         assert torch.equal(layer(*args), layer(*args))
 
 
-@pytest.mark.parametrize(("need", "training"), list(itertools.product([True, False], [True, False]))
+@pytest.mark.parametrize(("need", "training"), list(itertools.product([True, False], [True, False])))
 def test_monte_carlo_in_both_modes(need, training):
     module = build({}).train(training)
     regraft.apply(module, {"Dropout": "mc"})
