@@ -91,31 +91,24 @@ def rdrop(
         >>> logits.shape
         torch.Size([2, 3])
     """
-    check_options(alpha, ce, reduction, label_smoothing)
-    check_strategy(strategy)
-    if reduction == "none":
-        raise LossError('a model trains on one number: reduction is "batchmean" or "sum"')
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < (2 if alpha else 1):
-        raise RateError(f"passes={passes!r} is too few", remedy="R-Drop compares 2 or more")
-    if task is not None and task not in TASKS:
-        raise LossError(f"task={task!r} is not one of {', '.join(map(repr, TASKS))}")
+    objective = Objective(
+        alpha=alpha,
+        passes=passes,
+        criterion=criterion,
+        task=task,
+        ce=ce,
+        reduction=reduction,
+        shift=shift,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        strategy=strategy,
+        chunk=passes if chunk is None else chunk,
+    )
+    _check(objective)
     root, _ = inner_model(model)
     if criterion is None:
         _check_returns_loss(root)
     _warn_of_no_noise(model, inputs)
-    objective = Objective(
-        alpha,
-        passes,
-        criterion,
-        task,
-        ce,
-        reduction,
-        shift,
-        label_smoothing,
-        ignore_index,
-        strategy,
-        passes if chunk is None else chunk,
-    )
     previous = set_graft(root, SLOT, Graft(SLOT, {}, {"objective": objective}))
     if _is_bypassed(root):
         set_graft(root, SLOT, previous)
@@ -125,6 +118,19 @@ def rdrop(
             remedy="call regraft.rdrop before accelerator.prepare, or before the Trainer is made",
         )
     return model
+
+
+def _check(what: Objective) -> None:
+    """Raise for settings that no model could be trained with."""
+    check_options(what.alpha, what.ce, what.reduction, what.label_smoothing)
+    check_strategy(what.strategy)
+    if what.reduction == "none":
+        raise LossError('a model trains on one number: reduction is "batchmean" or "sum"')
+    passes: Any = what.passes
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < (2 if what.alpha else 1):
+        raise RateError(f"passes={passes!r} is too few", remedy="R-Drop compares 2 or more")
+    if what.task is not None and what.task not in TASKS:
+        raise LossError(f"task={what.task!r} is not one of {', '.join(map(repr, TASKS))}")
 
 
 @contextmanager
