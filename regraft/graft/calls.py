@@ -82,7 +82,7 @@ def _entrance(method: Callable[..., Any]) -> Callable[..., Any]:
             with _CompiledMode(self, grafts if acts else {}):
                 return method(self, *args, **kwargs)
         if not acts:
-            with _Pause():
+            with Pause():
                 return method(self, *args, **kwargs)
         with CallMode(self, grafts):
             return method(self, *args, **kwargs)
@@ -99,7 +99,7 @@ def _acts(module: nn.Module, grafts: dict[str, Graft]) -> bool:
     )
 
 
-class _Pause:
+class Pause:
     """Switches the mode around off while a boundary's forward runs."""
 
     def __enter__(self) -> None:
@@ -120,7 +120,7 @@ class CallMode(Routed, TorchFunctionMode):
         TorchFunctionMode.__init__(self)
         Routed.__init__(self, module, grafts)
         self.on = True
-        self.pause = _Pause()
+        self.pause = Pause()
         self.entered = checkpoint_marks()
 
     def __enter__(self) -> CallMode:

@@ -17,7 +17,7 @@ from regraft.errors import ModelError
 from regraft.find.flows import NoTensorError, first_tensor, with_first
 from regraft.find.insertions import SLOT
 from regraft.find.original import RECORD, Graft, grafts_of
-from regraft.graft.calls import _Pause
+from regraft.graft.calls import Pause
 from regraft.graft.classes import Namespace, layer
 from regraft.variants.registry import complete_options, spec
 
@@ -172,7 +172,7 @@ def _rate(graft: Inserted) -> float:
 
 def _alone() -> Any:
     """Keeps the inserted dropout from the grafts of the calls in the modules around: it is none of those."""
-    return torch._C.DisableTorchFunction() if torch.compiler.is_compiling() else _Pause()
+    return torch._C.DisableTorchFunction() if torch.compiler.is_compiling() else Pause()
 
 
 def _nothing_there(graft: Inserted, side: str, function: str) -> ModelError:
