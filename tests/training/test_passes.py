@@ -509,3 +509,13 @@ def test_it_is_compiled_whole():
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call(nn.Linear(6, 3), torch.randn(4, 6))
+
+
+def test_passes_of_different_lengths_are_named():
+    class Speech(nn.Module):
+        def forward(self, x):
+            return {"waveform": x[:, : int(torch.randint(1, 99, ()))]}
+
+    with pytest.raises(ModelError, match="the passes differ in shape") as raised:
+        regraft.stochastic_passes(Speech(), 5, torch.ones(2, 100), strategy="loop")
+    assert "waveform" in str(raised.value)

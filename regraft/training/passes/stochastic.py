@@ -178,9 +178,16 @@ def _joined(_: str, first: Any, *others: Any) -> Any:
     return torch.cat((first, *others)) if isinstance(first, Tensor) else first
 
 
-def _stacked(_: str, first: Any, *others: Any) -> Any:
+def _stacked(name: str, first: Any, *others: Any) -> Any:
     every = (first, *others)
     if isinstance(first, Tensor):
+        shapes = sorted({tuple(one.shape) for one in every})
+        if len(shapes) > 1:
+            raise ModelError(
+                f"the passes differ in shape, {' and '.join(map(str, shapes))}, and cannot be stacked",
+                where=f"output {name or 'of the model'}",
+                remedy="its length is drawn at random: call the model once for each pass",
+            )
         return torch.stack(every)
     return first if all(one is first or one == first for one in others) else every
 
