@@ -3,7 +3,7 @@
 Every architecture of `tests/zoo`, in training and with all its rates at 0.1, makes two passes by
 `strategy="shared"` and two by "auto", each with a backward.
 
-    python benchmarks/shared.py                            # everything, about a quarter of an hour on one core
+    python benchmarks/shared.py                            # everything, a quarter of an hour on one core
     python benchmarks/shared.py --library hf --start 0 --limit 60
     python benchmarks/shared.py --library timm --every 8   # each eighth model
     python benchmarks/shared.py --json shared.json         # a row per model

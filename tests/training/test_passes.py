@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 import regraft
 from regraft.errors import InputsError, ModelError, RateError
 from regraft.training.passes.choice import traits_of
+from regraft.training.passes.functions import taken_over
 from regraft.training.passes.measure import on_fake_tensors
 from regraft.training.passes.shared import shared_forward
 from tests.training.models import DropPath, FusedAttention, bert, headed_bert, images, tokens, vit
@@ -519,3 +521,53 @@ def test_passes_of_different_lengths_are_named():
     with pytest.raises(ModelError, match="the passes differ in shape") as raised:
         regraft.stochastic_passes(Speech(), 5, torch.ones(2, 100), strategy="loop")
     assert "waveform" in str(raised.value)
+
+
+class _TimesItsSum(torch.autograd.Function):
+    """Couples all elements of what it is given, and has no `setup_context`, which vmap asks for."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x.sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * x.sum() + (gradient * x).sum()
+
+
+class _WithAFunction(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.first, self.drop, self.last = nn.Linear(4, 4), nn.Dropout(p), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(_TimesItsSum.apply(self.drop(self.first(x))))
+
+
+def test_an_autograd_function_that_vmap_refuses_runs_once_for_each_pass():
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    model = _WithAFunction(0.0)
+    shared = regraft.stochastic_passes(model, 3, x, strategy="shared")
+    assert torch.equal(shared, model(x).expand(3, 3, 2))
+    (expected,) = torch.autograd.grad(model(x).sum(), model.first.weight)
+    (found,) = torch.autograd.grad(shared.mean(0).sum(), model.first.weight)
+    torch.testing.assert_close(found, expected)
+    noisy = regraft.stochastic_passes(_WithAFunction(0.5), 2, x, strategy="shared")
+    assert not torch.equal(*noisy)
+
+
+def test_autograd_functions_are_as_they_were_afterwards():
+    before = torch.autograd.Function.__dict__["apply"]
+    regraft.stochastic_passes(_WithAFunction(0.5), 2, torch.ones(3, 4), strategy="shared")
+    assert torch.autograd.Function.__dict__["apply"] is before
+    # Somebody else's vmap refuses them as ever, also while passes are made in another thread.
+    with taken_over(lambda *_: None), ThreadPoolExecutor(1) as other:
+        assert torch.autograd.Function.__dict__["apply"] is not before
+        run = torch.func.vmap(_TimesItsSum.apply)
+        with pytest.raises(RuntimeError, match="setup_context"):
+            other.submit(run, torch.ones(2, 3)).result()
+        assert other.submit(_TimesItsSum.apply, torch.ones(2)).result().tolist() == [2, 2]
+    assert torch.autograd.Function.__dict__["apply"] is before

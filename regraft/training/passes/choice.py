@@ -38,7 +38,6 @@ _IN_OTHER_WORDS = {
     ".item()": "behind the first random operation it reads a value",
     "Cannot access data pointer": "behind the first random operation it reads values",
     "dynamic shape": "behind the first random operation a shape depends on values",
-    "override the setup_context": "it has an autograd function of its own, of the kind that vmap cannot run",
 }
 """What torch says -> what it means for the passes."""
 

@@ -45,6 +45,7 @@ class DrawsPerPass(TorchFunctionMode):
 
     def __init__(self, axis: Tensor, replaced: Callable[[Tensor], None] | None = None) -> None:
         super().__init__()
+        self.on = True
         self.axis = axis
         self.replaced = replaced
         self._handlers: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -64,8 +65,16 @@ class DrawsPerPass(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        handle = self._handlers.get(func)
+        handle = self._handlers.get(func) if self.on else None
         return func(*args, **kwargs) if handle is None else handle(func, args, kwargs)
+
+    def pass_by_pass(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call outside vmap what vmap cannot run and no function mode sees; its own draws are as ever."""
+        self.on = False
+        try:
+            return pass_by_pass(self.axis, func, args, kwargs, draws=True)
+        finally:
+            self.on = True
 
     def _attention(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return attention(self.axis, *args, **kwargs)

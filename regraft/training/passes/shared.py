@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from regraft.errors import InputsError
 from regraft.training.passes.caches import without_caches
 from regraft.training.passes.draws import DrawsPerPass
+from regraft.training.passes.functions import taken_over
 from regraft.training.passes.tree import CONSTANTS, emptied, filled, leaves
 
 SLOWER = "There is a performance drop"
@@ -52,7 +53,10 @@ def shared_forward(
 
     def one_pass(axis: Tensor) -> tuple[Tensor, ...]:
         nonlocal tree
-        with DrawsPerPass(axis, replaced) if draws else nullcontext():
+        with ExitStack() as stack:
+            if draws:
+                mode = stack.enter_context(DrawsPerPass(axis, replaced))
+                stack.enter_context(taken_over(mode.pass_by_pass))
             outputs = without_caches(forward(*args, **kwargs), kwargs)
         _check(outputs)
         tree, tensors = emptied(outputs)
