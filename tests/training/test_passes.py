@@ -571,3 +571,40 @@ def test_autograd_functions_are_as_they_were_afterwards():
             other.submit(run, torch.ones(2, 3)).result()
         assert other.submit(_TimesItsSum.apply, torch.ones(2)).result().tolist() == [2, 2]
     assert torch.autograd.Function.__dict__["apply"] is before
+
+
+class _Jittered(nn.Module):
+    """Scales its input by one number drawn for the whole batch, as the positions of DINOv3."""
+
+    def forward(self, x):
+        return x * torch.empty(1).uniform_(0.5, 2.0)
+
+
+def test_a_number_drawn_for_the_whole_batch_is_drawn_for_each_pass():
+    x = torch.ones(3, 4)
+    for strategy in ("shared", "loop", "auto"):
+        passes = regraft.stochastic_passes(_Jittered(), 4, x, strategy=strategy)
+        assert len({float(one[0, 0]) for one in passes}) == 4, strategy
+    with pytest.raises(ModelError, match="draws once for the whole batch"):
+        regraft.stochastic_passes(_Jittered(), 4, x, strategy="batch")
+
+
+class _Quantized(nn.Module):
+    """Reads `.data`, and narrows from where a tensor says, behind a dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x):
+        x = self.drop(x)
+        return (x / x.data.abs().max()).narrow(1, torch.tensor(1), 2)
+
+
+def test_what_only_reads_a_tensors_data_is_shared():
+    x = torch.randn(3, 4)
+    model = _Quantized()
+    passes = regraft.stochastic_passes(model, 2, x, strategy="shared")
+    assert torch.equal(passes, model(x).expand(2, 3, 2))
+    model.drop.p = 0.5
+    assert not torch.equal(*regraft.stochastic_passes(model, 2, x, strategy="shared"))

@@ -32,6 +32,9 @@ _AUGMENTED: dict[Any, Any] = {
 """What `x += y` and its like call -> the same out of place."""
 
 
+_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 class DrawsPerPass(TorchFunctionMode):
     """While a vmapped forward runs, gives every draw an axis of passes.
 
@@ -54,6 +57,9 @@ class DrawsPerPass(TorchFunctionMode):
             F.linear: self._linear,
             Tensor.requires_grad_: self._as_it_is,
             Tensor.__bool__: self._agreed,
+            _DATA: self._detached,
+            Tensor.narrow: self._from_a_number,
+            torch.narrow: self._from_a_number,
             torch.rand: self._decisive,
             **dict.fromkeys(_UNINITIALIZED, self._per_pass),
             **dict.fromkeys(_RECURRENT, self._recurrent),
@@ -90,6 +96,16 @@ class DrawsPerPass(TorchFunctionMode):
         # vmap refuses it. On a value within a forward it is made for the sake of checkpointing alone.
         del kwargs
         return args[0]
+
+    def _detached(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        # `x.data`, which vmap refuses; what is written into it reaches `x`, as it should.
+        del kwargs
+        return args[0].detach()
+
+    def _from_a_number(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # vmap knows no narrowing from where a tensor says, which may well be the same for all passes.
+        plain = [int(one) if isinstance(one, Tensor) and not _is_forked(one) else one for one in args[1:]]
+        return func(args[0], *plain, **kwargs)
 
     def _agreed(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         # A check that all passes answer alike, as for values that are not finite, is one branch for them all.

@@ -37,7 +37,7 @@ class Measured:
         elsewhere: whether Python's or numpy's generator was used too.
         checkpointed: whether a part of it is recomputed in the backward.
         reads_replaced: whether a tensor was read after an in-place change of it was left out.
-        scalars: how many of the draws were of one number, as LayerDrop's, which decides whether a layer runs.
+        scalars: how many were of `torch.rand` for one number, as LayerDrop's, which decides whether a layer runs.
     """
 
     cost: float
@@ -94,7 +94,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         random_draw = torch.Tag.nondeterministic_seeded in func.tags and _rate(func, args, kwargs) != 0
         if random_draw:
             self.draws += size
-            self.scalars += size == 1 and first.dim() <= 1
+            self.scalars += size == 1 and first.dim() <= 1 and func is torch.ops.aten.rand.default
         if (random_draw or formula is not None) and not self.checkpointed:
             self.checkpointed = _in_checkpoint()
 
