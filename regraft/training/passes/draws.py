@@ -100,7 +100,8 @@ class DrawsPerPass(TorchFunctionMode):
     def _detached(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         # `x.data`, which vmap refuses; what is written into it reaches `x`, as it should.
         del kwargs
-        return args[0].detach()
+        x: Tensor = args[0]
+        return x.detach()
 
     def _from_a_number(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # vmap knows no narrowing from where a tensor says, which may well be the same for all passes.

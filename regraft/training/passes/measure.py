@@ -37,7 +37,7 @@ class Measured:
         elsewhere: whether Python's or numpy's generator was used too.
         checkpointed: whether a part of it is recomputed in the backward.
         reads_replaced: whether a tensor was read after an in-place change of it was left out.
-        scalars: how many were of `torch.rand` for one number, as LayerDrop's, which decides whether a layer runs.
+        scalars: how many were `torch.rand` of one number, as LayerDrop's, which decides whether a layer runs.
     """
 
     cost: float
