@@ -88,18 +88,18 @@ def _folder(path: Path) -> Loaded:
         except (OSError, ValueError, RuntimeError) as error:
             why = next(iter(str(error).strip().splitlines()), "")
             raise FileError(f"the folder cannot be loaded: {why[:200]}", where=str(path)) from None
-    new = _graft_again(model, path)
+    new, notes = _graft_again(model, path)
     weights = path / "model.safetensors"
     if new and weights.is_file():
         state = need("safetensors.torch").load_file(weights)
         model.load_state_dict({key: state[key] for key in new if key in state}, strict=False)
-    return Loaded(model, "folder", folder=path)
+    return Loaded(model, "folder", folder=path, notes=notes)
 
 
 def _weights(read: ReadModel, arch: str) -> Loaded:
     with working(f"building {arch}"):
         model = build(arch, real=True)
-    _graft_again(model, read.path.parent)
+    _, notes = _graft_again(model, read.path.parent)
     path, container, key = read.path, None, ""
     with working(f"loading {path.name}"):
         if path.suffix == ".json" or _is_safetensors(path):
@@ -121,7 +121,7 @@ def _weights(read: ReadModel, arch: str) -> Loaded:
         raise FileError(
             f"the weights do not fit the architecture: {' '.join(lines)[:300]}", where=str(path)
         ) from None
-    return Loaded(model, form, container, key)
+    return Loaded(model, form, container, key, notes=notes)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -139,13 +139,13 @@ def _tensors(path: Path) -> dict[str, Any]:
     return {key: tensor for shard in shards for key, tensor in load_file(path.parent / shard).items()}
 
 
-def _graft_again(model: nn.Module, folder: Path) -> list[str]:
-    """Put back the grafts that a plan beside the weights tells of; returns the keys they add."""
+def _graft_again(model: nn.Module, folder: Path) -> tuple[list[str], list[str]]:
+    """Put back the grafts that a plan beside the weights tells of; returns the keys they add, and notes."""
     import regraft
 
     if not (folder / PLAN).is_file():
-        return []
+        return [], []
     try:
-        return regraft.load_plan(model, folder).state_keys
+        return regraft.load_plan(model, folder).state_keys, []
     except MisfitError:
-        return []  # the plan of another model in the same folder
+        return [], [f"{folder / PLAN} is the plan of another model: none of its grafts were put back"]

@@ -25,7 +25,7 @@ from regraft.training.passes.stochastic import stochastic_passes
 from regraft.training.rdrop.labels import TASKS
 from regraft.training.rdrop.terms import wide
 
-_plans: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[nn.Module, dict[Any, Plan | None]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -182,14 +182,14 @@ def _mc_plan(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], in
     """None: the model has no dropout but what is inserted."""
     # Planning runs a probe, and prediction comes batch after batch.
     plans = _plans.setdefault(inner_model(model)[0], {})
-    state = tuple((type(module), module.__dict__.get("p")) for module in model.modules())
+    state = (inserted, *((type(module), module.__dict__.get("p")) for module in model.modules()))
     if state not in plans:
         try:
             plans[state] = plan(model, {"Dropout": "mc"}, _inputs(model, args, kwargs))
         except NoMatchError:
             if not inserted:
                 raise
-            return None
+            plans[state] = None
     return plans[state]
 
 

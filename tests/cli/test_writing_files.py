@@ -159,13 +159,16 @@ def test_weights_that_do_not_fit(folders):
     assert "--arch" in alone.stderr
 
 
-def test_the_plan_of_another_model_in_the_folder_is_left_alone(folders):
+def test_the_plan_of_another_model_in_the_folder_is_left_alone_and_named(folders):
     came, grafted, _ = folders
     other = nn.Sequential(nn.Dropout(0.1))
     regraft.apply(other, {"Dropout": "gaussian"})
     regraft.save_plan(other, came)
     torch.save(net().state_dict(), came / "net.pt")
-    done("apply", came / "net.pt", "--arch", NET, *RULES, "-o", grafted / "net.pt")
+    output = done(
+        "apply", came / "net.pt", "--arch", NET, *RULES, "-o", grafted / "net.pt", "--format", "json"
+    )
+    assert any("the plan of another model" in note for note in json.loads(output.stdout)["notes"])
 
 
 def test_verify_passes_and_says_each_promise():

@@ -94,7 +94,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         random_draw = torch.Tag.nondeterministic_seeded in func.tags and _rate(func, args, kwargs) != 0
         if random_draw:
             self.draws += size
-            self.scalars += size == 1 and first.dim() <= 1 and func is torch.ops.aten.rand.default
+            by_rand = func._overloadpacket is torch.ops.aten.rand
+            self.scalars += by_rand and size == 1 and first.dim() <= 1
         if (random_draw or formula is not None) and not self.checkpointed:
             self.checkpointed = _in_checkpoint()
 
