@@ -143,5 +143,5 @@ def test_an_insertion_in_a_graph_drops_in_the_call():
     x = torch.randn(2, 4)
     plain = graph(x)
     regraft.apply(graph, {"after:ReLU": "dropout(p=0.5)"}, inputs=x)
-    assert (regraft.mc_predict(graph, 50, x).variance > 0).all()
+    assert (regraft.mc_predict(graph, 50, x).variance > 1e-5).all()
     assert torch.equal(graph(x), plain)
