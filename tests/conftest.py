@@ -16,6 +16,11 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_collectstart():
+    """What a file draws while it is imported is the same in every run too."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)

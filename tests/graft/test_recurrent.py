@@ -57,18 +57,18 @@ class Seen(torch.overrides.TorchFunctionMode):
 def test_layer_by_layer_is_what_the_kernel_computes(make, packed):
     for form in FORMS:
         torch.manual_seed(0)
-        net = make(num_layers=3, **form)
+        net = make(num_layers=3, **form).double()
         x = (
-            pack_padded_sequence(X, [7, 5, 4, 2] if form["batch_first"] else [4] * 7, form["batch_first"])
+            pack_padded_sequence(X.double(), [7, 5, 4, 2], batch_first=True)
             if packed and form["batch_first"]
-            else X
+            else X.double()
         )
         expected = net(x)
         with Seen(lambda x: None) as seen:
             made = net(x)
         assert seen.dropped == 2
         for one, other in zip(tensors(made), tensors(expected), strict=True):
-            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(one, other, atol=1e-13, rtol=1e-12)
 
 
 @cells
