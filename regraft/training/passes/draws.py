@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from regraft.training.passes.decisions import LAST, Decided, Look, sizes_of_decision
 from regraft.training.passes.outside import attention, ends, linear, pass_by_pass
+from regraft.training.passes.tree import leaves
 
 _UNINITIALIZED: tuple[Any, ...] = (torch.empty, torch.empty_like, Tensor.new_empty)
 _RECURRENT: tuple[Any, ...] = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
@@ -43,14 +47,13 @@ class DrawsPerPass(TorchFunctionMode):
 
     Args:
         axis: zeros with nothing but the axis of passes.
-        replaced: called with every tensor that was to change in place and did not.
+        look: told what only a look has to know, and decisions are given both ends of what they can be.
     """
 
-    def __init__(self, axis: Tensor, replaced: Callable[[Tensor], None] | None = None) -> None:
+    def __init__(self, axis: Tensor, look: Look | None = None) -> None:
         super().__init__()
-        self.on = True
         self.axis = axis
-        self.replaced = replaced
+        self.look = look
         self._handlers: dict[Callable[..., Any], Callable[..., Any]] = {
             F.scaled_dot_product_attention: self._attention,
             F.multi_head_attention_forward: self._multi_head,
@@ -71,16 +74,27 @@ class DrawsPerPass(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        handle = self._handlers.get(func) if self.on else None
+        handle = self._handlers.get(func)
         return func(*args, **kwargs) if handle is None else handle(func, args, kwargs)
 
     def pass_by_pass(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call outside vmap what vmap cannot run and no function mode sees; its own draws are as ever."""
-        self.on = False
-        try:
-            return pass_by_pass(self.axis, func, args, kwargs, draws=True)
-        finally:
-            self.on = True
+        modes = [mode for mode in _get_current_function_mode_stack() if mode is not self]  # type: ignore[no-untyped-call]
+        numbers = itertools.chain((0.0,), itertools.repeat(LAST))
+
+        def one_pass(*args: Any, **kwargs: Any) -> Any:
+            # On the way out of vmap torch takes all modes off, with those of the user and of grafts.
+            looking = [Decided(next(numbers), self.look)] if self.look is not None else []
+            with _only([*modes, *looking]):
+                return func(*args, **kwargs)
+
+        return pass_by_pass(self.axis, one_pass, args, kwargs, draws=True)
+
+    def apart(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same, for what vmap can run as long as nothing tells its arguments apart."""
+        if any(_is_forked(leaf) for _, leaf in leaves("", (args, kwargs))):
+            return self.pass_by_pass(func, args, kwargs)
+        return func(*args, **kwargs)
 
     def _attention(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return attention(self.axis, *args, **kwargs)
@@ -121,10 +135,8 @@ class DrawsPerPass(TorchFunctionMode):
     def _decisive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A number drawn to decide whether a layer runs. A look gives the passes both ends of its range: if
         # they then take the same branches, they always do.
-        sizes = args[0] if args and isinstance(args[0], (list, tuple)) else args
-        if self.replaced is None or tuple(sizes) not in ((), (1,)) or "size" in kwargs:
-            return func(*args, **kwargs)
-        return ends(self.axis, tuple(sizes))
+        sizes = sizes_of_decision(args, kwargs)
+        return func(*args, **kwargs) if sizes is None or self.look is None else ends(self.axis, sizes)
 
     def _recurrent(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return pass_by_pass(self.axis, func, args, kwargs, draws=_draws(args))
@@ -157,8 +169,8 @@ class DrawsPerPass(TorchFunctionMode):
         x = args[0] if args else kwargs["input"]
         rest = {name: value for name, value in kwargs.items() if name != "inplace"}
         result = func(*args[:at], *args[at + 1 :], **rest)
-        if result is not x and self.replaced is not None:
-            self.replaced(x)
+        if result is not x and self.look is not None:
+            self.look.replaced(x)
         return result
 
     def _augmented(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -167,9 +179,26 @@ class DrawsPerPass(TorchFunctionMode):
             return func(*args, **kwargs)
         # There is no room for the passes in `x`; the name on the left gets what this returns.
         result = _AUGMENTED[func](*args, **kwargs)
-        if self.replaced is not None:
-            self.replaced(x)
+        if self.look is not None:
+            self.look.replaced(x)
         return result
+
+
+@contextmanager
+def _only(modes: list[TorchFunctionMode]) -> Iterator[None]:
+    """These function modes and no others."""
+    before = []
+    while torch._C._len_torch_function_stack():
+        before.append(_pop_mode())  # type: ignore[no-untyped-call]
+    for mode in modes:
+        _push_mode(mode)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for _ in modes:
+            _pop_mode()  # type: ignore[no-untyped-call]
+        while before:
+            _push_mode(before.pop())  # type: ignore[no-untyped-call]
 
 
 def _is_forked(value: Any) -> bool:

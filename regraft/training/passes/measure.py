@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from regraft.find.probe.memoized import forgotten
 from regraft.find.probe.unchanged import buffers_kept, random_state_kept, silent, unchanged
 from regraft.training.passes.caches import own_caches
-from regraft.training.passes.tree import mapped
+from regraft.training.passes.tree import leaves, mapped
 
 Forward = Callable[..., Any]
 _PER_ELEMENT = 16
@@ -37,6 +37,8 @@ class Measured:
         elsewhere: whether Python's or numpy's generator was used too.
         checkpointed: whether a part of it is recomputed in the backward.
         reads_replaced: whether a tensor was read after an in-place change of it was left out.
+        outputs: how many tensors it gave.
+        decides: whether a module that each pass runs by itself drew a number, to decide something by it.
         scalars: how many were `torch.rand` of one number, as LayerDrop's, which decides whether a layer runs.
     """
 
@@ -46,6 +48,8 @@ class Measured:
     checkpointed: bool
     reads_replaced: bool
     scalars: int
+    outputs: int
+    decides: bool
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -58,6 +62,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.checkpointed = False
         self.reads_replaced = False
         self.scalars = 0
+        self.decides = False
         self._marking = False
         self._replaced: dict[int, Any] = {}
 
@@ -67,6 +72,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._marking = True
         tensor.detach()
         self._marking = False
+
+    def decided(self) -> None:
+        """A module that each pass runs by itself drew a number, to decide something by it."""
+        self.decides = True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -125,10 +134,17 @@ def measured(run: Callable[[Meter], Any]) -> Measured:
         warnings.simplefilter("ignore")
         before = _other_generators()
         with torch.no_grad(), meter:
-            run(meter)
+            outputs = run(meter)
         elsewhere = _other_generators() != before
     return Measured(
-        meter.cost, meter.draws, elsewhere, meter.checkpointed, meter.reads_replaced, meter.scalars
+        cost=meter.cost,
+        draws=meter.draws,
+        elsewhere=elsewhere,
+        checkpointed=meter.checkpointed,
+        reads_replaced=meter.reads_replaced,
+        scalars=meter.scalars,
+        outputs=sum(isinstance(leaf, Tensor) for _, leaf in leaves("", outputs)),
+        decides=meter.decides,
     )
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regraft.training.passes.tree import emptied, filled, mapped
+from regraft.training.passes.decisions import LAST
+from regraft.training.passes.tree import CONSTANTS, emptied, filled, mapped
 
 _attend: Callable[..., Tensor] = F.scaled_dot_product_attention
 
@@ -102,7 +103,7 @@ def ends(axis: Tensor, shape: tuple[int, ...]) -> Any:
     """A number from [0, 1) for each pass: 0 for the first, the greatest for the last."""
 
     def call(n: int, *_: Any) -> Any:
-        return torch.linspace(0, 1 - 2**-24, n).view(n, *shape).to(axis.device), 0
+        return torch.linspace(0, LAST, n).view(n, *shape).to(axis.device), 0
 
     return _Outside.apply(call, axis)
 
@@ -112,17 +113,38 @@ def pass_by_pass(
 ) -> Any:
     """A function that vmap cannot run, once for each pass; once for all if nothing tells them apart."""
     slots, inputs = emptied((args, kwargs))
+    tree: Any = None
 
     def call(n: int, tensors: list[Any], forked: list[bool]) -> Any:
+        nonlocal tree
+        before = _versions(tensors)
+
         def run(i: int) -> Any:
             given = [one[i] if there else one for one, there in zip(tensors, forked, strict=True)]
             args, kwargs = filled(slots, given)
             return func(*args, **kwargs)
 
-        if not any(forked) and not draws:
-            outputs = run(0)
-            return outputs, mapped(lambda *_: None, "", outputs)
-        outputs = mapped(lambda _, *every: torch.stack(every), "", *(run(i) for i in range(n)))
-        return outputs, mapped(lambda *_: 0, "", outputs)
+        alike = not any(forked) and not draws
+        outputs = run(0) if alike else mapped(_stacked, "", *(run(i) for i in range(n)))
+        if _versions(tensors) != before:
+            # A tensor without an axis of passes is one for them all; of one with it, the count of writes is.
+            raise RuntimeError("behind the first random operation it changes its arguments in place")
+        tree, found = emptied(outputs)
+        # Something has to come out, or torch has nothing to wrap.
+        return (torch.zeros(()), *found), (None, *[None if alike else 0] * len(found))
 
-    return _Outside.apply(call, axis, *inputs)
+    found: tuple[Any, ...] = _Outside.apply(call, axis, *inputs)[1:]
+    return filled(tree, found)
+
+
+def _versions(tensors: list[Any]) -> list[int]:
+    """Which writes in place there were; inference tensors count none."""
+    return [-1 if one.is_inference() else one._version for one in tensors]
+
+
+def _stacked(name: str, first: Any, *others: Any) -> Any:
+    if isinstance(first, Tensor):
+        return torch.stack((first, *others))
+    if any(other is not first and not (isinstance(first, CONSTANTS) and other == first) for other in others):
+        raise RuntimeError(f"{name or 'a value'} differs between the passes")
+    return first

@@ -7,15 +7,17 @@ passes when something random touches it, and everything before that is computed 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regraft.errors import InputsError
+from regraft.training.passes.apart import held_apart
 from regraft.training.passes.caches import without_caches
+from regraft.training.passes.decisions import Look
 from regraft.training.passes.draws import DrawsPerPass
 from regraft.training.passes.functions import taken_over
 from regraft.training.passes.tree import CONSTANTS, emptied, filled, leaves
@@ -30,7 +32,8 @@ def shared_forward(
     kwargs: dict[str, Any],
     *,
     draws: bool = True,
-    replaced: Callable[[Tensor], None] | None = None,
+    apart: Collection[nn.Module] = (),
+    look: Look | None = None,
     quiet: bool = True,
 ) -> Any:
     """All passes in one forward that forks at the first random operation.
@@ -42,7 +45,8 @@ def shared_forward(
         kwargs: for the forward.
         draws: take over the operations whose noise vmap cannot draw for each pass. Without it they
             raise, and every operation is a few microseconds faster.
-        replaced: see `DrawsPerPass`.
+        apart: modules that run outside vmap, once for each pass. They need `draws`.
+        look: see `DrawsPerPass`.
         quiet: leave out vmap's warnings.
 
     Raises:
@@ -55,8 +59,9 @@ def shared_forward(
         nonlocal tree
         with ExitStack() as stack:
             if draws:
-                mode = stack.enter_context(DrawsPerPass(axis, replaced))
+                mode = stack.enter_context(DrawsPerPass(axis, look))
                 stack.enter_context(taken_over(mode.pass_by_pass))
+                stack.enter_context(held_apart(apart, mode.apart))
             outputs = without_caches(forward(*args, **kwargs), kwargs)
         _check(outputs)
         tree, tensors = emptied(outputs)

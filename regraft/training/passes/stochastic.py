@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from regraft.errors import InputsError, ModelError, RateError, nearest
 from regraft.find.walk import inner_model
+from regraft.training.passes.apart import modules_of
 from regraft.training.passes.caches import own_caches, without_caches
-from regraft.training.passes.choice import SHARED_DRAW, Call, Traits, log, no_batch, traits_of, why
+from regraft.training.passes.choice import log, no_batch, traits_of
+from regraft.training.passes.look import SHARED_DRAW, Call, Traits, why
 from regraft.training.passes.measure import Forward
 from regraft.training.passes.passing import passing
 from regraft.training.passes.repeated import ScalarOutputError, repeated_forward
@@ -152,8 +154,11 @@ class _Passes:
         return mapped(_stacked, "", *(once() for _ in range(self.n)))
 
     def _by_sharing(self, traits: Traits) -> Any:
+        apart = modules_of(self.model, traits.apart)
+
         def run(size: int) -> Any:
-            return shared_forward(self.forward, size, *own_caches(self.call), draws=traits.draws)
+            call = own_caches(self.call)
+            return shared_forward(self.forward, size, *call, draws=traits.draws, apart=apart)
 
         return self._in_chunks(run)
 
