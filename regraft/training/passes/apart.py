@@ -39,7 +39,7 @@ def culprit(error: Exception, model: nn.Module, apart: Collection[type[nn.Module
     inside = {id(module) for module in model.modules() if module is not model}
     for frame in reversed(list(_frames(error.__traceback__))):
         module = frame.f_locals.get("self")
-        if id(module) not in inside or isinstance(module, _CONTAINERS) or type(module) in apart:
+        if id(module) not in inside or type(module) in (*_CONTAINERS, *apart):
             continue
         every = modules_of(model, {type(module)})
         return None if any(map(_moves_statistics, every)) else type(module)
