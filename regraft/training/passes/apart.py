@@ -15,8 +15,6 @@ from regraft.find.probe.unchanged import snapshot
 from regraft.training.passes.functions import Run
 from regraft.training.passes.tree import leaves
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-"""What is wrong in one of them says nothing of the others."""
 _lock = threading.Lock()
 _here = threading.local()
 _original: dict[int, tuple[int, dict[str, Any]]] = {}
@@ -39,7 +37,7 @@ def culprit(error: Exception, model: nn.Module, apart: Collection[type[nn.Module
     inside = {id(module) for module in model.modules() if module is not model}
     for frame in reversed(list(_frames(error.__traceback__))):
         module = frame.f_locals.get("self")
-        if id(module) not in inside or type(module) in (*_CONTAINERS, *apart):
+        if id(module) not in inside or type(module) in apart:
             continue
         every = modules_of(model, {type(module)})
         return None if any(map(_moves_statistics, every)) else type(module)
