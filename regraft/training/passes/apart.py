@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -13,49 +13,56 @@ from torch import Tensor, nn
 
 from regraft.find.probe.unchanged import snapshot
 from regraft.training.passes.functions import Run
+from regraft.training.passes.outside import pass_by_pass
 from regraft.training.passes.tree import leaves
 
+Apart = Mapping[type[nn.Module], bool]
+"""Classes -> whether their modules are apart even where nothing tells their arguments apart."""
 _lock = threading.Lock()
 _here = threading.local()
 _original: dict[int, tuple[int, dict[str, Any]]] = {}
 """Of a module by its id: how many threads hold it apart, and its own entry `forward`, if it has one."""
 
 
-def modules_of(model: nn.Module, classes: Collection[type[nn.Module]]) -> list[nn.Module]:
+def modules_of(model: nn.Module, apart: Apart) -> dict[nn.Module, bool]:
     """The modules of `model` that are of these classes, itself left out."""
-    if not classes:
-        return []
-    return [module for module in model.modules() if type(module) in classes and module is not model]
+    if not apart:
+        return {}
+    every = (module for module in model.modules() if module is not model)
+    return {module: apart[type(module)] for module in every if type(module) in apart}
 
 
-def culprit(error: Exception, model: nn.Module, apart: Collection[type[nn.Module]]) -> type[nn.Module] | None:
-    """The class of the innermost module that `error` came through and that is not held apart yet.
+def held_next(error: Exception, model: nn.Module, apart: Apart) -> Apart | None:
+    """`apart` with the class of the innermost module that `error` came through and that was not apart.
 
     None where there is none, or where it has a BatchNorm in training: its running statistics are of one
     forward, not of one for each pass.
     """
     inside = {id(module) for module in model.modules() if module is not model}
+    in_a_pass = False
     for frame in reversed(list(_frames(error.__traceback__))):
+        in_a_pass |= frame.f_code is pass_by_pass.__code__
         module = frame.f_locals.get("self")
-        if id(module) not in inside or type(module) in apart:
+        if id(module) not in inside or (type(module) in apart and (in_a_pass or apart[type(module)])):
             continue
-        every = modules_of(model, {type(module)})
-        return None if any(map(_moves_statistics, every)) else type(module)
+        # One that is apart, and failed outside a pass, had nothing yet that told its arguments apart.
+        held = {type(module): type(module) in apart}
+        return None if any(map(_moves_statistics, modules_of(model, held))) else {**apart, **held}
     return None
 
 
 @contextmanager
-def held_apart(modules: Collection[nn.Module], run: Run) -> Iterator[None]:
-    """While a vmapped forward runs, `run` calls the forwards of these modules."""
-    outer = getattr(_here, "run", None)
-    _here.run = run
-    for module in modules:
+def held_apart(runs: Mapping[nn.Module, Run]) -> Iterator[None]:
+    """While a vmapped forward runs, these call the forwards of their modules."""
+    outer = getattr(_here, "runs", {})
+    _here.runs = runs
+    for module in runs:
         _route(module)
     try:
         yield
     finally:
-        _here.run = outer
-        for module in modules:
+        _here.runs = outer
+        for module in runs:
             _restore(module)
 
 
@@ -94,7 +101,7 @@ def _route(module: nn.Module) -> None:
         threads, own = _original.get(id(module), (0, {}))
         if not threads:
             own = {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}
-            module.__dict__["forward"] = _routed(module.forward)
+            module.__dict__["forward"] = _routed(module, module.forward)
         _original[id(module)] = threads + 1, own
 
 
@@ -108,10 +115,10 @@ def _restore(module: nn.Module) -> None:
         module.__dict__.update(own)
 
 
-def _routed(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _routed(module: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        run: Run | None = getattr(_here, "run", None)
+        run: Run | None = getattr(_here, "runs", {}).get(module)
         return plain(*args, **kwargs) if run is None else run(plain, args, kwargs)
 
     return forward

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from regraft.training.passes.decisions import LAST, Decided, Look, sizes_of_decision
+from regraft.training.passes.functions import Run
 from regraft.training.passes.outside import attention, ends, linear, pass_by_pass
 from regraft.training.passes.tree import leaves
 
@@ -54,6 +55,7 @@ class DrawsPerPass(TorchFunctionMode):
         super().__init__()
         self.axis = axis
         self.look = look
+        self._in_a_pass = False
         self._handlers: dict[Callable[..., Any], Callable[..., Any]] = {
             F.scaled_dot_product_attention: self._attention,
             F.multi_head_attention_forward: self._multi_head,
@@ -86,15 +88,24 @@ class DrawsPerPass(TorchFunctionMode):
             # On the way out of vmap torch takes all modes off, with those of the user and of grafts.
             looking = [Decided(next(numbers), self.look)] if self.look is not None else []
             with _only([*modes, *looking]):
-                return func(*args, **kwargs)
+                self._in_a_pass = True
+                try:
+                    return func(*args, **kwargs)
+                finally:
+                    self._in_a_pass = False
 
         return pass_by_pass(self.axis, one_pass, args, kwargs, draws=True)
 
-    def apart(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The same, for what vmap can run as long as nothing tells its arguments apart."""
-        if any(_is_forked(leaf) for _, leaf in leaves("", (args, kwargs))):
+    def run_of(self, *, always: bool) -> Run:
+        """The same for a module; unless `always`, only where something tells its arguments apart."""
+
+        def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            apart = always or any(_is_forked(leaf) for _, leaf in leaves("", (args, kwargs)))
+            if self._in_a_pass or not apart:
+                return func(*args, **kwargs)
             return self.pass_by_pass(func, args, kwargs)
-        return func(*args, **kwargs)
+
+        return run
 
     def _attention(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return attention(self.axis, *args, **kwargs)

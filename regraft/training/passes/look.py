@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from regraft.find.walk import inner_model
-from regraft.training.passes.apart import culprit, keepsakes, modules_of
+from regraft.training.passes.apart import Apart, held_next, keepsakes, modules_of
 from regraft.training.passes.decisions import LAST, Decided
 from regraft.training.passes.measure import Measured, Meter, measured, on_fake_tensors, on_real_tensors
 from regraft.training.passes.repeated import repeated_forward
@@ -45,7 +45,7 @@ class Traits:
         no_sharing: why "shared" cannot be, or None.
         prefix: the part of one pass that comes before the first draw, in [0, 1].
         draws: whether "shared" has to take draws over.
-        apart: classes of modules that "shared" runs once for each pass.
+        apart: classes of modules that "shared" runs once for each pass, see there.
         decides: whether such a module draws a number to decide something.
         elsewhere: why no forward can hold several passes, or None.
         no_batch: why "batch" would not be independent passes; empty until it was looked at.
@@ -54,7 +54,7 @@ class Traits:
     no_sharing: str | None = None
     prefix: float = 0.0
     draws: bool = True
-    apart: tuple[type[nn.Module], ...] = ()
+    apart: Apart = field(default_factory=dict)
     decides: bool = False
     elsewhere: str | None = None
     no_batch: list[str | None] = field(default_factory=list)
@@ -108,9 +108,9 @@ def _look_at_sharing(traits: Traits, model: nn.Module, call: Call) -> None:
     # Without taking draws over it is faster, and fails on what there is to take over; a kernel that vmap
     # runs pass by pass, as fused attention, is better taken over too, and autocast and decisions need it.
     draws = autocasts(model) or traits.plain.scalars > 0
-    apart: tuple[type[nn.Module], ...] = ()
+    apart: Apart = {}
     while True:
-        found = None
+        more = None
         try:
             both = _tried(traits.place, model, call, _sharing(model, draws, apart))
             reason = _flaw(traits, both, _each(traits, model, call))
@@ -119,16 +119,16 @@ def _look_at_sharing(traits: Traits, model: nn.Module, call: Call) -> None:
                 return
         except Exception as error:
             reason = why(error)
-            found = culprit(error, model, apart) if draws else None
+            more = held_next(error, model, apart) if draws else None
         if draws and traits.no_sharing is None:
             # What is wrong with modules held apart would say nothing to anyone.
             traits.no_sharing = reason
-        if draws and found is None:
+        if draws and more is None:
             return
-        draws, apart = True, (*apart, found) if found is not None else apart
+        draws, apart = True, more or apart
 
 
-def _sharing(model: nn.Module, draws: bool, apart: tuple[type[nn.Module], ...]) -> Trial:
+def _sharing(model: nn.Module, draws: bool, apart: Apart) -> Trial:
     def trial(forward: Trial, args: Any, kwargs: Any, meter: Meter) -> Any:
         modules = modules_of(model, apart)
         kept = keepsakes(modules)

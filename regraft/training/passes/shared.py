@@ -7,7 +7,7 @@ passes when something random touches it, and everything before that is computed 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -32,7 +32,7 @@ def shared_forward(
     kwargs: dict[str, Any],
     *,
     draws: bool = True,
-    apart: Collection[nn.Module] = (),
+    apart: Mapping[nn.Module, bool] | None = None,
     look: Look | None = None,
     quiet: bool = True,
 ) -> Any:
@@ -45,7 +45,8 @@ def shared_forward(
         kwargs: for the forward.
         draws: take over the operations whose noise vmap cannot draw for each pass. Without it they
             raise, and every operation is a few microseconds faster.
-        apart: modules that run outside vmap, once for each pass. They need `draws`.
+        apart: modules that run outside vmap, once for each pass, and whether they do so even where nothing
+            tells their arguments apart. They need `draws`.
         look: see `DrawsPerPass`.
         quiet: leave out vmap's warnings.
 
@@ -61,7 +62,8 @@ def shared_forward(
             if draws:
                 mode = stack.enter_context(DrawsPerPass(axis, look))
                 stack.enter_context(taken_over(mode.pass_by_pass))
-                stack.enter_context(held_apart(apart, mode.apart))
+                runs = {module: mode.run_of(always=always) for module, always in (apart or {}).items()}
+                stack.enter_context(held_apart(runs))
             outputs = without_caches(forward(*args, **kwargs), kwargs)
         _check(outputs)
         tree, tensors = emptied(outputs)
