@@ -45,8 +45,10 @@ class Row:
     auto: str | None = None
     prefix: float = 0.0
     """What part of a pass comes before the first draw."""
-    apart: bool = False
+    differ: bool = False
     """Whether the passes differ."""
+    apart: tuple[str, ...] = ()
+    """Classes of modules that vmap cannot run, and that run once for each pass."""
     seconds: float = 0.0
 
 
@@ -61,7 +63,8 @@ def row_of(entry) -> Row:
         if row.shared and "BatchNorm" in row.shared:
             settle(model)
             row.settled = tried(row, "shared", model, inputs)
-        row.prefix = round(traits_of(model, called(inputs)).prefix, 3)
+        traits = traits_of(model, called(inputs))
+        row.prefix, row.apart = round(traits.prefix, 3), tuple(cls.__name__ for cls in traits.apart)
     except Exception as error:
         row.auto = row.shared = row.settled = f"the model itself: {first_line(error)}"
     row.seconds = round(time.perf_counter() - start, 2)
@@ -74,7 +77,7 @@ def tried(row: Row, strategy: str, model, inputs) -> str | None:
     try:
         found = tensors(regraft.stochastic_passes(model, 2, *args, strategy=strategy, **kwargs))
         stacked = [one for one in found if one.is_floating_point() and one.dim()]
-        row.apart = any(not torch.equal(one[0], one[1]) for one in stacked if len(one) == 2)
+        row.differ = any(not torch.equal(one[0], one[1]) for one in stacked if len(one) == 2)
         trained = [one.float().mean() for one in stacked if one.requires_grad]
         if trained:
             torch.stack(trained).sum().backward()
@@ -115,20 +118,26 @@ def main() -> None:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| library | models | shared | with BatchNorm in eval | auto | passes differ |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = ["| library | models | shared | with BatchNorm in eval | auto | modules apart | passes differ |"]
+    lines.append("|---|---|---|---|---|---|---|")
     names = [*dict.fromkeys(row.name.split(":")[0] for row in rows), ""]
     for name in names:
         some = [row for row in rows if row.name.startswith(name)]
         counts = [sum(not one for one in column) for column in columns(some)]
         cells = [name or "all", str(len(some)), *(f"{one} ({one / max(len(some), 1):.1%})" for one in counts)]
-        lines.append("| " + " | ".join([*cells, str(sum(row.apart for row in some))]) + " |")
+        lines.append(
+            "| " + " | ".join([*cells, *(str(sum(map(bool, one))) for one in traits_in(some))]) + " |"
+        )
     reasons = Counter(row.shared for row in rows if row.shared)
     return "\n".join([*lines, "", *(f"{count:4d}  {reason}" for reason, count in reasons.most_common())])
 
 
 def columns(rows: list[Row]):
     return [row.shared for row in rows], [row.settled for row in rows], [row.auto for row in rows]
+
+
+def traits_in(rows: list[Row]):
+    return [row.apart for row in rows], [row.differ for row in rows]
 
 
 def parse() -> argparse.Namespace:
