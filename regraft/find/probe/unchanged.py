@@ -44,11 +44,12 @@ def restore(module: nn.Module, before: dict[str, Any]) -> None:
     for key, (value, copied) in before.items():
         if attributes.get(key) is not value:
             attributes[key] = value
-        if copied is not None and not _same_entries(value, copied):
+        if copied is not None and not same_entries(value, copied):
             _refill(value, copied)
 
 
-def _same_entries(value: Any, copied: Any) -> bool:
+def same_entries(value: Any, copied: Any) -> bool:
+    """Whether a container still holds the very objects that a copy of it holds."""
     if len(value) != len(copied):
         return False
     if isinstance(value, dict):

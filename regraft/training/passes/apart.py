@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regraft.find.probe.unchanged import snapshot
+from regraft.find.probe.unchanged import same_entries, snapshot
 from regraft.training.passes.functions import Run
 from regraft.training.passes.outside import pass_by_pass
 from regraft.training.passes.tree import leaves
@@ -78,8 +78,12 @@ def keepsakes(modules: Collection[nn.Module]) -> Callable[[], str | None]:
         for module, attributes in before:
             for name, value in module.__dict__.items():
                 old, entries = attributes.get(name, (None, None))
-                kept = value is not old or (entries is not None and name != "_buffers" and value != entries)
-                if kept and any(isinstance(leaf, Tensor) for _, leaf in leaves("", value)):
+                kept = value is not old or (entries is not None and not same_entries(value, entries))
+                if (
+                    kept
+                    and name != "_buffers"
+                    and any(isinstance(leaf, Tensor) for _, leaf in leaves("", value))
+                ):
                     return f"{type(module).__name__}.{name}"
         return None
 

@@ -113,9 +113,11 @@ def _look_at_sharing(traits: Traits, model: nn.Module, call: Call) -> None:
         more = None
         try:
             both = _tried(traits.place, model, call, _sharing(model, draws, apart))
-            reason = _flaw(traits, both, _each(traits, model, call))
+            each = _each(traits, model, call)
+            reason = _flaw(both, each)
             if reason is None:
                 traits.no_sharing, traits.draws, traits.apart = None, draws, apart
+                traits.prefix, traits.decides = _prefix(both, each), both.decides
                 return
         except Exception as error:
             reason = why(error)
@@ -161,7 +163,7 @@ def _each(traits: Traits, model: nn.Module, call: Call) -> list[Measured]:
     return [_tried(traits.place, model, call, trial_at(number)) for number in (0.0, LAST)]
 
 
-def _flaw(traits: Traits, both: Measured, each: list[Measured]) -> str | None:
+def _flaw(both: Measured, each: list[Measured]) -> str | None:
     if both.scalars:
         return _DECIDES
     if both.draws != sum(one.draws for one in each):
@@ -170,11 +172,13 @@ def _flaw(traits: Traits, both: Measured, each: list[Measured]) -> str | None:
         return "a tensor is used after a change in place that would tell the passes apart"
     if both.outputs != each[0].outputs:
         return "its outputs are gathered by hooks in modules that run once for each pass"
-    cost = sum(one.cost for one in each)
-    suffix = (both.cost - cost / _PROBED) / max(cost / _PROBED, 1)
-    traits.prefix = min(max(1 - suffix / (_PROBED - 1), 0.0), 1.0)
-    traits.decides = both.decides
     return None
+
+
+def _prefix(both: Measured, each: list[Measured]) -> float:
+    cost = sum(one.cost for one in each) / _PROBED
+    suffix = (both.cost - cost) / max(cost, 1)
+    return min(max(1 - suffix / (_PROBED - 1), 0.0), 1.0)
 
 
 def looked_at_batch(traits: Traits, model: nn.Module, call: Call, options: dict[str, Any]) -> str | None:
