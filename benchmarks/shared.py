@@ -122,7 +122,7 @@ def table(rows: list[Row]) -> str:
     lines.append("|---|---|---|---|---|---|---|")
     names = [*dict.fromkeys(row.name.split(":")[0] for row in rows), ""]
     for name in names:
-        some = [row for row in rows if row.name.startswith(name)]
+        some = [row for row in rows if name in ("", row.name.split(":")[0])]
         counts = [sum(not one for one in column) for column in columns(some)]
         cells = [name or "all", str(len(some)), *(f"{one} ({one / max(len(some), 1):.1%})" for one in counts)]
         lines.append(
