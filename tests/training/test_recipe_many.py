@@ -13,11 +13,25 @@ TESTS = Path(__file__).parent
 OPTIONS = ["--train", "64", "--test", "32", "--epochs", "1", "--seeds", "1"]
 
 
+LAUNCHERS = {
+    "plain": [],
+    "ddp": [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ],
+    "fsdp": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+}
+
+
 def recipe(folder, way, processes):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
         [
-            *(sys.executable, *(launcher if processes > 1 else []), TESTS / "recipe_processes.py", way),
+            *(sys.executable, *LAUNCHERS[way], TESTS / "recipe_processes.py", way),
             *(*OPTIONS, "--batch", str(32 // processes), "--output", folder),
         ],
         env={**os.environ, "PYTHONPATH": str(TESTS.parents[1]), "OMP_NUM_THREADS": "1"},
