@@ -239,6 +239,59 @@ def test_outputs_that_a_hook_inside_them_gathers_are_not_shared():
     assert len(regraft.stochastic_passes(model, 3, x)["means"]) == 1
 
 
+class Store:
+    """What a module finds in it is what came before."""
+
+    def __init__(self):
+        self.total = 0.0
+
+    def add(self, x):
+        self.total = self.total + x.detach().mean()
+        return self.total
+
+
+class Cache(Store):
+    """The same, by the names that caches of keys and values have in Transformers."""
+
+    def get_seq_length(self):
+        return 0
+
+    def reorder_cache(self, order):
+        pass
+
+
+class Storing(Experts):
+    def forward(self, x, store=None):
+        return super().forward(x) + (0.0 if store is None else store.add(x))
+
+
+class Stored(Routed):
+    def __init__(self, store):
+        super().__init__(Storing())
+        self.make = store
+
+    def forward(self, x, cache=None):
+        dropped = self.dropout(self.stem(x))
+        store = self.make() if cache is None else cache
+        return {"dropped": dropped, "logits": self.head(self.experts(dropped, store))}
+
+
+def test_what_one_pass_leaves_in_an_object_is_not_found_by_the_next():
+    model, x = Stored(Store).double(), rows()
+    with pytest.raises(ModelError, match="a shape depends on values"):
+        shared(model, x)
+    assert regraft.stochastic_passes(model, 3, x)["logits"].shape == (3, 5, 3)
+
+
+def test_a_cache_that_the_forward_makes_is_left_out_and_one_that_it_is_given_counts():
+    model, x = Stored(Cache).double(), rows()
+    passes = shared(model, x)
+    logits = torch.stack([model.head(model.experts(one)) for one in passes["dropped"]])
+    torch.testing.assert_close(passes["logits"], logits, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ModelError, match="a shape depends on values"):
+        regraft.stochastic_passes(model, 3, x, cache=Cache(), strategy="shared")
+
+
 class Normalizing(Experts):
     def __init__(self):
         super().__init__()

@@ -19,7 +19,7 @@ from .entry import forward, tensors
 LAYERS = (nn.Embedding, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CHOSEN = "hf:bert hf:llama hf:wav2vec2 hf:mixtral timm:test_vit timm:test_efficientnet torchvision:vit_b_32"
 APART = """hf:autoformer hf:dac hf:grounding-dino hf:inkling2 hf:jetmoe hf:longcat_flash hf:mm-grounding-dino
-    hf:oneformer hf:openai_privacy_filter hf:switch_transformers"""
+    hf:oneformer hf:openai_privacy_filter hf:qwen3_5_moe hf:switch_transformers"""
 """Where a module runs once for each pass."""
 MORE = """hf:bart hf:t5 hf:deberta-v2 hf:swin hf:whisper hf:mamba hf:rwkv hf:detr hf:xlnet hf:clip hf:lfm3_vl
     timm:test_convnext timm:test_byobnet torchvision:densenet121 torchvision:maxvit peft:lora-bert"""

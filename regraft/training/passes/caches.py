@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import enum
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from regraft.training.passes.tree import leaves, mapped
+from regraft.training.passes.tree import CONSTANTS, leaves, mapped
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+_UNWRITTEN = (slice, range, enum.Enum, torch.Generator)
+"""Objects that hold nothing of a pass."""
 
 
 def is_cache(value: Any) -> bool:
@@ -35,6 +40,29 @@ def without_caches(outputs: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("use_cache") or not any(is_cache(leaf) for _, leaf in leaves("", outputs)):
         return outputs
     return mapped(lambda _, leaf: None if is_cache(leaf) else leaf, "", outputs)
+
+
+def stateless(call: Call, *, given: bool) -> Call:
+    """Arguments for a module that each pass calls by itself: nothing that one of them might leave a mark on.
+
+    A cache of keys and values that the forward made for itself is left out: it has no meaning across passes.
+
+    Args:
+        call: the arguments.
+        given: whether the forward was given a cache, which then has to count.
+
+    Raises:
+        RuntimeError: an object that may be written into.
+    """
+
+    def own(_: str, leaf: Any) -> Any:
+        if is_cache(leaf) and not given:
+            return None
+        if isinstance(leaf, (Tensor, nn.Module, *CONSTANTS, *_UNWRITTEN)) or callable(leaf):
+            return leaf
+        raise RuntimeError(f"a module that runs once for each pass might write into a {type(leaf).__name__}")
+
+    return cast("Call", mapped(own, "", call))
 
 
 def copied(cache: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from regraft.training.passes.caches import stateless
 from regraft.training.passes.decisions import LAST, Decided, Look, sizes_of_decision
 from regraft.training.passes.functions import Run
 from regraft.training.passes.outside import attention, ends, linear, pass_by_pass
@@ -49,10 +50,12 @@ class DrawsPerPass(TorchFunctionMode):
     Args:
         axis: zeros with nothing but the axis of passes.
         look: told what only a look has to know, and decisions are given both ends of what they can be.
+        cached: whether the forward was given a cache of keys and values.
     """
 
-    def __init__(self, axis: Tensor, look: Look | None = None) -> None:
+    def __init__(self, axis: Tensor, look: Look | None = None, *, cached: bool = False) -> None:
         super().__init__()
+        self.cached = cached
         self.axis = axis
         self.look = look
         self._in_a_pass = False
@@ -103,7 +106,7 @@ class DrawsPerPass(TorchFunctionMode):
             apart = always or any(_is_forked(leaf) for _, leaf in leaves("", (args, kwargs)))
             if self._in_a_pass or not apart:
                 return func(*args, **kwargs)
-            return self.pass_by_pass(func, args, kwargs)
+            return self.pass_by_pass(func, *stateless((args, kwargs), given=self.cached))
 
         return run
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from regraft.errors import InputsError
 from regraft.training.passes.apart import held_apart
-from regraft.training.passes.caches import without_caches
+from regraft.training.passes.caches import is_cache, without_caches
 from regraft.training.passes.decisions import Look
 from regraft.training.passes.draws import DrawsPerPass
 from regraft.training.passes.functions import taken_over
@@ -55,12 +55,13 @@ def shared_forward(
         InputsError: no tensor in the outputs, or an object that the passes cannot share.
     """
     tree: Any = None
+    cached = any(is_cache(leaf) for _, leaf in leaves("", (args, kwargs)))
 
     def one_pass(axis: Tensor) -> tuple[Tensor, ...]:
         nonlocal tree
         with ExitStack() as stack:
             if draws:
-                mode = stack.enter_context(DrawsPerPass(axis, look))
+                mode = stack.enter_context(DrawsPerPass(axis, look, cached=cached))
                 stack.enter_context(taken_over(mode.pass_by_pass))
                 runs = {module: mode.run_of(always=always) for module, always in (apart or {}).items()}
                 stack.enter_context(held_apart(runs))
