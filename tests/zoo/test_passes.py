@@ -1,16 +1,20 @@
 """On real architectures a shared pass is a pass of the model: with the same noise it gives the same numbers.
 
-The noise is put in by a hook behind the first layer, and the model is in eval, so that it draws nothing by
-itself. What the passes drew is drawn once more from the same seed, and given to plain forwards.
+The noise is put in by a hook behind the first layer, and the model is in eval, or grafted with "off", so that
+it draws nothing by itself. What the passes drew is drawn once more from the same seed, and given to plain
+forwards.
 """
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 import torch
 from torch import nn
 
 import regraft
+from regraft.errors import NoMatchError
 
 from .check import quiet
 from .entries import entry
@@ -26,6 +30,13 @@ MORE = """hf:bart hf:t5 hf:deberta-v2 hf:swin hf:whisper hf:mamba hf:rwkv hf:det
 MODELS = [
     *CHOSEN.split(),
     *(pytest.param(name, marks=pytest.mark.slow) for name in (*APART.split(), *MORE.split())),
+]
+
+STEADY = [name for name in APART.split() if name not in ("hf:dac", "hf:switch_transformers")]
+"""Those that draw by dropout alone: one drops quantizers, the other jitters."""
+IN_TRAINING = [
+    "hf:bert",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in [*STEADY, "hf:lfm3_vl", "hf:mamba"]),
 ]
 
 
@@ -61,30 +72,41 @@ def doubled(inputs):
     return tuple(map(of, inputs))
 
 
-def settled(name):
-    """The model in eval; a head that begins at 0 would hide what comes before it."""
+def settled(name, training=False):
+    """The model without draws of its own; a head that begins at 0 would hide what comes before it."""
     model, inputs = entry(name).build()
     for one in model.parameters():
         if not one.any():
             nn.init.normal_(one, std=0.1)
-    return model.eval(), inputs
+    for family in ("Dropout", "DropPath") if training else ():
+        with contextlib.suppress(NoMatchError):
+            regraft.apply(model, {family: "off"}, inputs=inputs)
+    return model.train(training), inputs
 
 
-def in_double(name):
-    """The model in eval, in float64 unless it makes tensors of its own in float32."""
-    model, inputs = settled(name)
+def in_double(name, training):
+    """The model in float64, unless it makes tensors of its own in float32."""
+    model, inputs = settled(name, training)
     try:
         with torch.no_grad():
             forward(model.double(), doubled(inputs))
     except RuntimeError:
-        return settled(name)
+        return settled(name, training)
     return model, doubled(inputs)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_shared_pass_is_a_pass_of_the_model(name):
+    compare(*in_double(name, training=False))
+
+
+@pytest.mark.parametrize("name", IN_TRAINING)
+def test_it_is_in_training_too(name):
+    compare(*in_double(name, training=True))
+
+
+def compare(model, inputs):
     quiet()
-    model, inputs = in_double(name)
     noise = Noise(model)
 
     def passes(n, strategy):
