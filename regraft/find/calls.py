@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -43,11 +43,17 @@ class Called:
 class CallRecorder(TorchFunctionMode):
     """Records functional dropouts; `owners` is the stack of modules that are running.
 
-    With `modules_too` also those of dropouts that are modules of their own, which count as the module.
+    A module that the forward itself makes (`nn.Dropout(0.1)(x)`) is no site, for it is not there yet: what
+    it calls is a call of the innermost module of the model.
+
+    Args:
+        known: the modules of the model, by id.
+        modules_too: also record those of dropouts that are modules of their own, which count as the module.
     """
 
-    def __init__(self, *, modules_too: bool = False) -> None:
+    def __init__(self, known: Container[int], *, modules_too: bool = False) -> None:
         super().__init__()
+        self.known = known
         self.modules_too = modules_too
         self.owners: list[nn.Module] = []
         self.layer_drops: list[str] = []
@@ -76,8 +82,11 @@ class CallRecorder(TorchFunctionMode):
 
     def _record_rows(self) -> None:
         """A DropPath that is no module: the draw of its mask, in a forward or a function that it calls."""
-        owner, frames = self.owners[-1], calling_frames()
-        rate = _rate_of_rows(owner, frames)
+        owners = self._known_owners()
+        if not owners:
+            return
+        owner, frames = owners[-1], calling_frames()
+        rate = _rate_of_rows(self.owners[-1], frames)
         if rate is None or op_of(owner) in FAMILIES or isinstance(owner, fx.GraphModule):
             return
         called = self._called.setdefault((id(owner), "", DROP_PATH), Called(owner, DROP_PATH))
@@ -85,12 +94,18 @@ class CallRecorder(TorchFunctionMode):
         called.sources.append(line_of(frames))
         called.methods |= _methods(owner, frames)
 
+    def _known_owners(self) -> list[nn.Module]:
+        return [owner for owner in self.owners if id(owner) in self.known]
+
     def _record(self, parsed: Parsed) -> None:
-        owner = self.owners[-1]
+        owners = self._known_owners()
+        if not owners:
+            return
+        owner = owners[-1]
         if not self.modules_too and op_of(owner) in FAMILIES and parsed.op != ATTENTION:
             return  # a module site: it is counted as the module
         frames = calling_frames()
-        owner, node = running_node(self.owners, frames)
+        owner, node = running_node(owners, frames)
         key = (id(owner), node, parsed.op)
         called = self._called.setdefault(key, Called(owner, parsed.op, node=node))
         called.rates.append(parsed.p if parsed.training or parsed.p == 0 else 0.0)  # as it came: marked

@@ -153,7 +153,7 @@ def _on_fake_tensors(model: nn.Module, every: list[nn.Module], inputs: Inputs, s
             return functional_call(model, state, args, kwargs)
 
         with mode:
-            return _both(every, (forward, args, kwargs), sites)
+            return _both(model, every, (forward, args, kwargs), sites)
 
 
 def _for_real(
@@ -165,21 +165,23 @@ def _for_real(
     args, kwargs = tree_map(lambda leaf: _moved(leaf, devices), (inputs.args, inputs.kwargs))
     try:
         with silent(), buffers_kept(every), marked(every), random_state_kept():
-            probe = _both(every, (model, args, kwargs), sites)
+            probe = _both(model, every, (model, args, kwargs), sites)
     except Exception as error:
         return Probe(reason=f"{reason}; nor does a real one run: {_one_line(error)}")
     probe.how, probe.reason = "real forward", reason
     return probe
 
 
-def _both(every: list[nn.Module], forward: Forward, sites: set[int]) -> Probe:
-    seen = watch(*forward, sites)
+def _both(model: nn.Module, every: list[nn.Module], forward: Forward, sites: set[int]) -> Probe:
+    known = {id(module) for module in every}
+    seen = watch(*forward, sites, known=known)
     probe = Probe(
         **{name: getattr(seen, name) for name in ("counts", "lines", "called", "layer_drops", "flows")}
     )
-    set_training(every, mode=False)
+    # With those that the first forward made and kept.
+    set_training([*every, *model.modules()], mode=False)
     try:
-        in_eval = watch(*forward, set(), modules_too=True).called
+        in_eval = watch(*forward, set(), known=known, modules_too=True).called
     except Exception:  # only the diagnosis of eval is lost; the training forward stands
         in_eval = []
     probe.eval_called = [called for called in in_eval if called.p > 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,15 +34,16 @@ def watch(
     kwargs: dict[str, Any],
     sites: set[int],
     *,
+    known: Container[int],
     modules_too: bool = False,
 ) -> Watched:
-    """Run `forward` and record it; `sites` are the modules whose calling lines are wanted.
+    """Run `forward` and record it; of `known` modules `sites` are those whose calling lines are wanted.
 
     The hooks are torch's global ones: hooks on the modules themselves would turn its fused paths off, and
     the user's model is not to be touched.
     """
     seen = Watched()
-    recorder = CallRecorder(modules_too=modules_too)
+    recorder = CallRecorder(known, modules_too=modules_too)
     thread = threading.get_ident()
 
     def enter(module: nn.Module, _: Any) -> None:
