@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import time
@@ -86,14 +87,15 @@ def graft_row(entry: Entry, given: bool | None = None) -> Row:
     step = "zoo"
     try:
         model, inputs = entry.build()
-        reference = _eval(model, inputs)
+        # A copy runs first, so that the model is grafted as users graft it: before its first forward.
+        twin = copy.deepcopy(model)
+        fresh = snapshot(twin.train())
+        reference = _eval(twin, inputs)
+        before = record(twin.train(), inputs)
+        _count(row, twin, before)
+        own_doing = differences(fresh, snapshot(twin))  # what a forward of this model changes by itself
         kept = _buffers(model)
-        fresh = snapshot(model.train())
-        before = record(model, inputs)
-        _put_back(kept)
-        _count(row, model, before)
         was = snapshot(model)
-        own_doing = differences(fresh, was)  # what a forward of this model changes by itself
         step = "apply"
         given = entry.library not in ("hf", "timm", "peft") if given is None else given
         report = _apply(row, model, inputs if given else None)
