@@ -105,6 +105,18 @@ def test_a_graft_reaches_it_follows_the_mode_and_goes(name):
         assert torch.equal(run(model), before)
 
 
+@pytest.mark.parametrize("name", BUILDS)
+def test_the_graft_compiles_whole(name):
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(6, 6), BUILDS[name]()).train()
+    regraft.apply(model, {"Dropout": "gaussian(p=0.4)"}, inputs=torch.ones(4, 6))
+    run(model)  # what is swapped in by the first forward is there
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    first, second = compiled(torch.ones(4, 6)), compiled(torch.ones(4, 6))
+    assert first.ne(0).all()
+    assert not torch.equal(first, second)
+
+
 def test_big_bird_on_a_short_input_is_reached_whole():
     from transformers import BigBirdConfig, BigBirdForSequenceClassification
 
