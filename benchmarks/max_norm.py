@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 import warnings
 
 import torch
+from timing import in_turns
 from torch.nn import functional as F
 
 import regraft
@@ -31,32 +30,6 @@ def build(device, batch, image):
     model = timm.create_model("vit_tiny_patch16_224", img_size=image, num_classes=10).to(device).train()
     x, y = torch.randn(batch, 3, image, image, device=device), torch.randint(0, 10, (batch,), device=device)
     return model, x, y
-
-
-def pairs(rounds, without, with_limit, device):
-    """The ratios of `rounds` pairs, and the seconds of a step without."""
-
-    def seconds(step):
-        synchronize(device)
-        began = time.perf_counter()
-        step()
-        synchronize(device)
-        return time.perf_counter() - began
-
-    ratios, times = [], []
-    for step in (without, with_limit):
-        seconds(step)
-    for turn in range(rounds):
-        order = (without, with_limit) if turn % 2 else (with_limit, without)
-        taken = {id(step): seconds(step) for step in order}
-        ratios.append(taken[id(with_limit)] / taken[id(without)])
-        times.append(taken[id(without)])
-    return statistics.median(ratios), statistics.median(times)
-
-
-def synchronize(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def measure(bound, args):
@@ -75,10 +48,14 @@ def measure(bound, args):
         whole()
         made.append((whole, optimizer.step))
     (train, step), (train_limited, step_limited) = made
-    return {
-        "training step": pairs(args.rounds, train, train_limited, args.device),
-        "optimizer.step()": pairs(4 * args.rounds, step, step_limited, args.device),
-    }
+    measured = {}
+    for part, rounds, plain, limited in (
+        ("training step", args.rounds, train, train_limited),
+        ("optimizer.step()", 4 * args.rounds, step, step_limited),
+    ):
+        ratios, seconds = in_turns({"without": plain, "with": limited}, rounds, args.device, "without")
+        measured[part] = ratios["with"], seconds
+    return measured
 
 
 def main():

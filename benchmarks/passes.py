@@ -15,15 +15,14 @@ import functools
 import gc
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from timing import in_turns
 from torch import nn
 from torch.nn import functional as F
 
@@ -183,34 +182,6 @@ def built(job, name, place, device):
     return JOBS[job](model, inputs, labels.to(device))
 
 
-def timed(methods, rounds, device):
-    """Median of each method's time over the single pass's of the same round."""
-    names = list(methods)
-    for _ in range(2):
-        for name in names:
-            methods[name]()
-    ratios = {name: [] for name in names}
-    singles = []
-    for i in range(rounds):
-        took = {}
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            wait(device)
-            began = time.perf_counter()
-            methods[name]()
-            wait(device)
-            took[name] = time.perf_counter() - began
-        singles.append(took["single pass"])
-        for name in names:
-            ratios[name].append(took[name] / took["single pass"])
-    medians = {name: statistics.median(values) for name, values in ratios.items()}
-    return medians, statistics.median(singles)
-
-
-def wait(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def peak(job, name, place, method, device):
     """MiB above the model and its inputs, in this process, which did nothing else."""
     methods = built(job, name, place, device)
@@ -272,7 +243,7 @@ def main():
                     continue
                 methods = built(job, name, place, arguments.device)
                 rounds = arguments.rounds if job.startswith("R-Drop") else max(3, arguments.rounds // 3)
-                ratios, single = timed(methods, rounds, arguments.device)
+                ratios, single = in_turns(methods, rounds, arguments.device, "single pass")
                 line = {"case": title, "single_ms": single * 1e3, "ratios": ratios}
                 if not arguments.no_memory:
                     line["peak_mib"] = {m: peak_elsewhere(arguments, job, name, place, m) for m in methods}

@@ -1,4 +1,4 @@
-"""Ratios of what two modules cost, forward and backward: in time, in turns and undisturbed; in memory."""
+"""Ratios measured in turns: of modules in time, undisturbed, and in memory; of whole steps in time."""
 
 from __future__ import annotations
 
@@ -37,13 +37,37 @@ class Row:
     """Time it in eval: a variant that acts there. The base stays in training."""
 
 
-def timed(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> float:
-    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+def seconds_of(run: Callable[[], object], device: str) -> float:
+    """What a run takes, all that it asked of a GPU included."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wait()
     start = time.perf_counter()
-    torch.autograd.grad(module(x), [x, *module.parameters()], upstream, allow_unused=True)
+    run()
     wait()
     return time.perf_counter() - start
+
+
+def in_turns(
+    methods: dict[str, Callable[[], object]], rounds: int, device: str, base: str
+) -> tuple[dict[str, float], float]:
+    """The median over rounds of each method's time over the base's in the same round, and the base's in
+    seconds. The methods take turns in an order that rotates, after two rounds that do not count."""
+    names = list(methods)
+    took: list[dict[str, float]] = []
+    for i in range(-2, rounds):
+        order = names[i % len(names) :] + names[: i % len(names)]
+        times = {name: seconds_of(methods[name], device) for name in order}
+        if i >= 0:
+            took.append(times)
+    ratios = {name: statistics.median(times[name] / times[base] for times in took) for name in names}
+    return ratios, statistics.median(times[base] for times in took)
+
+
+def timed(module: nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> float:
+    def run() -> None:
+        torch.autograd.grad(module(x), [x, *module.parameters()], upstream, allow_unused=True)
+
+    return seconds_of(run, x.device.type)
 
 
 def busy() -> tuple[float, float]:
