@@ -19,11 +19,14 @@ from regraft.find.walk import inner_model
 from regraft.graft.apply import grafted
 from regraft.graft.insert import inserted_on
 from regraft.planning import Plan, plan
-from regraft.training.passes.choice import prefix_of
+from regraft.training.passes.choice import work_of
 from regraft.training.passes.outputs import logits_of
 from regraft.training.passes.stochastic import stochastic_passes
 from regraft.training.rdrop.labels import TASKS
 from regraft.training.rdrop.terms import wide
+
+_CHUNK_FLOPS = 4e9
+"""With more than this in a batch, a CPU core's caches are full and longer batches cost more, not less."""
 
 _plans: WeakKeyDictionary[nn.Module, dict[Any, Plan | None]] = WeakKeyDictionary()
 
@@ -97,7 +100,7 @@ def mc_predict(
     kwargs = {name: value for name, value in kwargs.items() if name != "labels"}
     sums = _Sums(task)
     with _in_eval(model), _grafted(model, rules, args, kwargs), torch.no_grad():
-        at_once = chunk or _at_once(n, prefix_of(model, (args, kwargs)), _on_cpu(model))
+        at_once = chunk or _at_once(n, *work_of(model, (args, kwargs)), _on_cpu(model))
         for passes in _bar(_sizes(n, at_once), progress):
             outputs = stochastic_passes(model, passes, *args, strategy=strategy, **kwargs)
             sums.add(logits_of(outputs, labelled=False, where=type(model).__name__))
@@ -200,15 +203,16 @@ def _inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _at_once(n: int, prefix: float, on_cpu: bool) -> int:
+def _at_once(n: int, prefix: float, flops: float, on_cpu: bool) -> int:
     # With little behind the first draw all passes are cheap together; with more, a chunk costs its prefix
-    # again, but stays small enough for the caches. A CPU's are full after a few passes, and with nothing to
-    # share it gains nothing from a longer batch.
+    # again, but stays small enough for the caches.
     if prefix > 0.9:
         return n
-    if on_cpu:
-        return 8 if prefix > 0.2 else 2
-    return 16 if prefix > 0.5 else 8
+    if not on_cpu:
+        return 16 if prefix > 0.5 else 8
+    # Passes of a small model are mostly calls of operators, which a longer batch shares.
+    busy = max(1, int(_CHUNK_FLOPS / max(flops, 1.0)))
+    return min(n, max(8, busy) if prefix > 0.2 else busy)
 
 
 def _on_cpu(model: nn.Module) -> bool:

@@ -91,6 +91,32 @@ def test_the_prefix_runs_once_and_chunks_bound_the_rest():
     assert rows[-4:] == [40, 40, 40, 8]
 
 
+def test_passes_of_a_small_model_go_together_and_of_a_large_one_by_themselves():
+    model, rows = nn.Sequential(nn.Dropout(0.5), nn.Linear(512, 512), nn.Dropout(0.5)), []
+    small, large = torch.randn(4, 512), torch.randn(4, 512).expand(8192, 4, 512)
+    regraft.mc_predict(model, 2, small)  # what is looked at once, at the first call
+    model[1].register_forward_pre_hook(lambda _, args: rows.append(args[0].numel() // 512))
+    regraft.mc_predict(model, 20, small)
+    assert rows == [80]
+    rows.clear()
+    regraft.mc_predict(model, 2, large.flatten(0, 1))  # 17 Gflop, known from the small one
+    assert rows == [32768, 32768]
+
+
+def test_one_pass_is_one_forward_of_the_model():
+    model = headed_bert().train()
+    torch.manual_seed(3)
+    expected = model(**(batch := {"input_ids": tokens()})).logits
+    torch.manual_seed(3)
+    assert torch.equal(regraft.stochastic_passes(model, 1, **batch).logits, expected[None])
+    with torch.no_grad():
+        torch.manual_seed(3)
+        one, two = model(**batch).logits, model(**batch).logits
+        torch.manual_seed(3)
+        chunked = regraft.stochastic_passes(model, 2, **batch, chunk=1).logits
+    assert torch.equal(chunked, torch.stack((one, two)))
+
+
 def test_no_noise_is_said_and_a_grafted_model_is_taken_as_it_is():
     dry = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     with pytest.warns(UserWarning, match="so all passes are equal"):

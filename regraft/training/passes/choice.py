@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,15 +31,24 @@ def traits_of(model: nn.Module, call: Call) -> Traits:
     key = _state(model, call)
     if key not in known:
         known[key] = looked(model, call)
+        known[key].elements = _elements(call)
         if known[key].no_sharing is not None:
             log.info("%s: passes share nothing: %s", type(model).__name__, known[key].no_sharing)
     return known[key]
 
 
-def prefix_of(model: nn.Module, call: Call) -> float:
-    """The part of one pass that passes can share, in [0, 1]."""
+def work_of(model: nn.Module, call: Call) -> tuple[float, float]:
+    """The part of one pass that passes can share, in [0, 1]; and about how many flops a pass has."""
     traits = traits_of(model, call)
-    return 0.0 if traits.no_sharing is not None else traits.prefix
+    prefix = 0.0 if traits.no_sharing is not None else traits.prefix
+    if traits.plain is None:
+        return prefix, math.inf
+    # It was measured once, perhaps for a smaller batch.
+    return prefix, traits.plain.cost * _elements(call) / max(1, traits.elements)
+
+
+def _elements(call: Call) -> int:
+    return sum(leaf.numel() for _, leaf in leaves("", call) if isinstance(leaf, Tensor))
 
 
 def no_batch(traits: Traits, model: nn.Module, call: Call, options: dict[str, Any]) -> str | None:

@@ -49,6 +49,8 @@ class Traits:
         decides: whether such a module draws a number to decide something.
         elsewhere: why no forward can hold several passes, or None.
         no_batch: why "batch" would not be independent passes; empty until it was looked at.
+        plain: one pass as it is, measured for inputs of so many `elements`; None where it could not be.
+        place: on what tensors that was.
     """
 
     no_sharing: str | None = None
@@ -59,6 +61,7 @@ class Traits:
     elsewhere: str | None = None
     no_batch: list[str | None] = field(default_factory=list)
     plain: Measured | None = None
+    elements: int = 0
     place: Any = on_fake_tensors
 
     def cost(self, n: int, chunk: int) -> float:

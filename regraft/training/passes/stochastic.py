@@ -118,8 +118,10 @@ class _Passes:
     options: dict[str, Any]
 
     def auto(self) -> Any:
+        if self.chunk == 1:  # nothing to share, and nothing to repeat
+            return self.loop()
         traits = traits_of(self.model, self.call)
-        if traits.no_sharing is None and (self.n == 1 or traits.cost(self.n, self.chunk) < self.n):
+        if traits.no_sharing is None and traits.cost(self.n, self.chunk) < self.n:
             try:
                 return self._by_sharing(traits)
             except torch.OutOfMemoryError:
