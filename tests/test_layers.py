@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,20 @@ def test_imports_point_down(path):
         elif other in FREE:
             assert layer == "cli", f"{path.name} imports {name}"
     assert upward == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    names = {".".join(("regraft", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
+    needs = {
+        file: {name if name in names else name.rpartition(".")[0] for name, _ in imported(path)}
+        & names.keys() - {file}
+        for file, path in names.items()
+    }
+    assert len(needs["regraft.planning"]) > 5
+    try:
+        TopologicalSorter(needs).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 @files

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.architectures import build, is_architecture, need
-from regraft.cli.opening import loaded
 from regraft.cli.progress import working
 from regraft.cli.reading.files import read_file
 from regraft.errors import FileError, MisfitError
@@ -70,6 +69,27 @@ def load(name: str, arch: str = "", *, trust: bool = False) -> Loaded:
             remedy="--arch timm:NAME, --arch hf:FOLDER, …",
         )
     return _weights(read, arch)
+
+
+def loaded(read: ReadModel) -> nn.Module:
+    """The module of a trusted file, for which its code is run.
+
+    Raises:
+        FileError: it cannot be loaded, for one because its classes are not installed.
+    """
+    import torch
+
+    with working(f"loading {read.path.name}"):
+        try:
+            value = torch.load(read.path, map_location="cpu", weights_only=False)
+        except Exception as error:
+            why = next(iter(str(error).strip().splitlines()), "")
+            raise FileError(
+                f"the file cannot be loaded: {type(error).__name__}: {why[:200]}", where=str(read.path)
+            ) from error
+    for part in read.key.split(".") if read.key else ():
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return value  # type: ignore[no-any-return]
 
 
 def _only_inside(read: ReadModel) -> list[str]:

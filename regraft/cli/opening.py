@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.architectures import build, is_architecture
+from regraft.cli.loading import load, loaded
 from regraft.cli.output import MODELS
 from regraft.cli.progress import working
 from regraft.cli.reading.files import read_file
@@ -50,8 +51,6 @@ def side_of(name: str, arch: str = "", *, trust: bool = False) -> Any:
     Raises:
         RegraftError: as `view_of`.
     """
-    from regraft.cli.loading import load
-
     read = _read(name)
     if read is None and not Path(name).is_dir():
         with working(f"building {name}"):
@@ -95,27 +94,6 @@ def _plan_unseen(read: ReadModel, rules: list[tuple[str, str | None]]) -> View:
     seen = look(skeleton(read))
     read_only = replace(seen, notes=list(read.notes), probe=Probe(reason="the file was read, not run"))
     return plan_of(read_only, read_rules(rules))
-
-
-def loaded(read: ReadModel) -> nn.Module:
-    """The module of a trusted file, for which its code is run.
-
-    Raises:
-        FileError: it cannot be loaded, for one because its classes are not installed.
-    """
-    import torch
-
-    with working(f"loading {read.path.name}"):
-        try:
-            value = torch.load(read.path, map_location="cpu", weights_only=False)
-        except Exception as error:
-            why = next(iter(str(error).strip().splitlines()), "")
-            raise FileError(
-                f"the file cannot be loaded: {type(error).__name__}: {why[:200]}", where=str(read.path)
-            ) from error
-    for part in read.key.split(".") if read.key else ():
-        value = value[part] if isinstance(value, dict) else getattr(value, part)
-    return value  # type: ignore[no-any-return]
 
 
 def _read(name: str) -> ReadModel | None:

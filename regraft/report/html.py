@@ -13,7 +13,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from regraft.report.explorer import SCRIPT, explorer, rows_of
-from regraft.report.page import THE_MODEL, Block, Facts, Line, Page, page_of, visible
+from regraft.report.page import THE_MODEL, Block, Facts, Line, Page, visible
+from regraft.report.pages import page_of
 from regraft.report.style import FRAGMENT_STYLE, PAGE_STYLE
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from regraft.report.page import THE_MODEL, Block, Facts, Line, page_of, visible
+from regraft.report.page import THE_MODEL, Block, Facts, Line, visible
+from regraft.report.pages import page_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

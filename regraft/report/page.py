@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from regraft.errors import RegraftError
 
 Facts = Mapping[str, Any]
 THE_MODEL = "(the model itself)"
@@ -81,26 +79,6 @@ class Page:
     answer: str = ""
     paste: str = ""
     blocks: list[Block] = field(default_factory=list)
-
-
-def page_of(view: Facts) -> Page:
-    """The page of the dictionary that a view's `to_dict` returns."""
-    from regraft.report import advice, changes, limits, outcomes, sites
-
-    pages: dict[str, Callable[[Facts], Page]] = {
-        "inspection": sites.inspection_page,
-        "plan": changes.changes_page,
-        "report": changes.changes_page,
-        "max_norm": limits.limits_page,
-        "advice": advice.advice_page,
-        "diff": outcomes.diff_page,
-        "verification": outcomes.verification_page,
-    }
-    try:
-        page = pages[view["view"]]
-    except KeyError:
-        raise RegraftError(f"a view of the kind {view.get('view')!r} cannot be shown") from None
-    return page(view)
 
 
 def visible(text: str) -> str:

@@ -7,7 +7,8 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
-from regraft.report.page import THE_MODEL, Block, Facts, Line, Page, page_of, visible
+from regraft.report.page import THE_MODEL, Block, Facts, Line, Page, visible
+from regraft.report.pages import page_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from regraft.cli.reading.archive import Archive, Member
+from regraft.cli.reading.follow import read
 from regraft.cli.reading.limits import STREAM_BYTES, Budget
 from regraft.cli.reading.model import NOT_RUN, ReadModel
 from regraft.cli.reading.stream import Stream
@@ -69,7 +70,7 @@ def _read_all(archive: Archive, found: list[Member]) -> tuple[list[Any], list[st
     for member in found:
         stream = Stream(archive.read(member, STREAM_BYTES), 0, budget)
         try:
-            values.append(stream.read())
+            values.append(read(stream))
         except FileError as error:
             broken = broken or error
         alarms += [f"{what} ({member.name}, byte {at:,})" for at, what in _alarms(stream, budget)]
@@ -87,7 +88,7 @@ def read_plain(path: Path, file: BinaryIO) -> ReadModel:
         for _ in range(_PICKLES):
             stream = Stream(data, at, budget)
             try:
-                values.append(stream.read())
+                values.append(read(stream))
             except FileError as error:
                 broken = broken or error
             alarms += [f"{what} (byte {place:,})" for place, what in _alarms(stream, budget)]
@@ -111,7 +112,7 @@ def _alarms(stream: Stream, budget: Budget) -> Iterator[tuple[int, str]]:
         for _ in range(5):
             inner = Stream(data, at, budget)
             try:
-                inner.read()
+                read(inner)
             except FileError:
                 yield from ((start + place, what) for place, what in inner.alarms.items())
                 break

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.cli.reading.archive import Archive
+from regraft.cli.reading.follow import read
 from regraft.cli.reading.limits import STREAM_BYTES
 from regraft.cli.reading.model import NOT_RUN, ReadModel
 from regraft.cli.reading.stream import Stream
@@ -33,7 +34,7 @@ def read_script(path: Path, archive: Archive) -> ReadModel:
     if not found:
         raise FileError("the TorchScript archive has no modules in it")
     stream = Stream(archive.read(found[0], STREAM_BYTES))
-    value = stream.read()
+    value = read(stream)
     if not _is_module(value):
         raise FileError("the TorchScript archive holds no module")
     constants = _constants(archive)
