@@ -56,15 +56,19 @@ def _matched(sites: list[Site], rule: InsertRule) -> list[int]:
         _check_fits(variant, where)
     found = [position for position, site in enumerate(sites) if means(selector, site)]
     if not found:
-        kinds = sorted({site.op for site in sites})
-        paths = [site.path for site in sites]
+        raise NoMatchError("the rule matches nothing", where=where, remedy=_near(sites, selector))
+    return found
+
+
+def _near(sites: list[Site], selector: Selector) -> str:
+    kinds = sorted({site.op for site in sites})
+    paths = [path for site in sites for path in site.paths]
+    if selector.paths is None and selector.type in paths:
+        close = f"{selector.type!r} is a path: write '{selector.position}:*@{selector.type}'"
+    else:
         word = selector.text.partition(":")[2].partition("#")[0]
         close = nearest(word.partition("@")[0], kinds) or nearest(word.rpartition("@")[2], paths)
-        has = f"this model has {', '.join(kinds)}"
-        raise NoMatchError(
-            "the rule matches nothing", where=where, remedy="; ".join(filter(None, [close, has]))
-        )
-    return found
+    return "; ".join(filter(None, [close, f"this model has {', '.join(kinds)}"]))
 
 
 def _check_fits(variant: Variant, where: str) -> None:

@@ -534,6 +534,15 @@ def test_bad_rules_change_nothing(rules, error, said):
     assert [type(one) for one in model] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
+def test_a_path_of_one_word_is_not_a_type_and_the_error_says_what_to_write():
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(6, 6))
+    model.add_module("head", nn.Linear(6, 3))
+    with pytest.raises(NoMatchError, match="'head' is a path: write 'before:\\*@head'"):
+        regraft.apply(model, {"before:head": "dropout(p=0.5)"}, X)
+    assert len(regraft.apply(model, {"before:*@head": "dropout(p=0.5)"}, X).grafted) == 1
+
+
 def test_bad_keys():
     with pytest.raises(RuleSyntaxError, match="says where already"):
         regraft.after("before:Linear")
