@@ -26,7 +26,8 @@ from regraft.training.rdrop.labels import TASKS
 from regraft.training.rdrop.terms import wide
 
 _CHUNK_FLOPS = 4e9
-"""With more than this in a batch, a CPU core's caches are full and longer batches cost more, not less."""
+"""With more than this in a batch, a CPU core's caches are full and longer batches cost more, not less. As an
+element that an operator writes counts as 16, this bounds the memory too, by a gigabyte."""
 
 _plans: WeakKeyDictionary[nn.Module, dict[Any, Plan | None]] = WeakKeyDictionary()
 
@@ -74,7 +75,8 @@ def mc_predict(
         task: "classification" (softmax over the last axis), "multilabel" (sigmoid) or "regression".
         rules: what to graft instead of `{"Dropout": "mc"}`; `{}` for a model that is grafted already.
         strategy: see `regraft.stochastic_passes`.
-        chunk: at most this many passes at once: the memory's bound. The results are added up.
+        chunk: at most this many passes at once: the memory's bound. The results are added up. By default all
+            where nearly everything is shared, else what is fast on the model's device.
         progress: show a bar; by default on a terminal, for more than one chunk.
         kwargs: for the model's forward; `labels` are left out.
 
