@@ -70,6 +70,8 @@ class _Rebinding:
             closure,
         )
         made.__kwdefaults__ = function.__kwdefaults__
+        # A name in these globals is not what it is in the module: the compiler of torch 2.6 would look there.
+        made.__globals__.pop("__name__", None)
         return made
 
     def _value(self, value: Any, depth: int) -> Any:

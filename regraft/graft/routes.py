@@ -64,8 +64,7 @@ def _handle_attention(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: di
     graft = mode.grafts.get(ATTENTION)
     if graft is None:
         return func(*args, **kwargs)
-    call = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False))
-    call.update(kwargs)
+    call = {**dict(zip(_ATTENTION_NAMES[: len(args)], args, strict=True)), **kwargs}
     carried = float(call.pop("dropout_p", 0.0))
     if graft.edit["variant"] in ("dropout", "off"):
         # Only the number changes, so the fused kernel stays; under vmap it cannot draw for each pass.
@@ -78,6 +77,9 @@ def _handle_attention(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: di
     if not (mode.module.training or graft.in_eval):
         return func(**call, dropout_p=0.0)
     return attend(**call, drop=lambda scores: mode.drop(ATTENTION, scores, carried, training=True))
+
+
+_ATTENTION_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 def _vmapped() -> bool:
@@ -94,7 +96,7 @@ def _handle_mha(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str
         return mode.drop(MULTI_HEAD, scores, rate, training=True)
 
     # A rate above 0 makes the function call its dropout; which rate, our dropout knows.
-    call = dict(zip(_MHA_NAMES, args, strict=False)) | kwargs
+    call = {**dict(zip(_MHA_NAMES[: len(args)], args, strict=True)), **kwargs}
     return multi_head_attention(drop, **{**call, "dropout_p": 0.5, "training": True})
 
 

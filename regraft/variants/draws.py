@@ -18,6 +18,7 @@ CODES = 1 << 16
 SMALLEST_RATE = 2.0**-10
 """Below it, for p or 1 - p, a 16-bit draw is too coarse and an exact one takes its place."""
 _PIECE = 1 << 19
+_VIEWS_UNDER_VMAP = torch._C._dispatch_has_kernel_for_dispatch_key("aten::view.dtype", "FuncTorchBatched")
 
 
 def keep_mask(x: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -56,7 +57,12 @@ def times_mask(x: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 def coarse(x: Tensor, p: float, exact: bool) -> bool:
     """May a 16-bit draw be used? Not under a compiler (it fuses the plain draw), nor for subclasses."""
-    return not exact and plain(x) and SMALLEST_RATE <= p <= 1 - SMALLEST_RATE
+    return not exact and plain(x) and SMALLEST_RATE <= p <= 1 - SMALLEST_RATE and _words_are_read_in_parts()
+
+
+def _words_are_read_in_parts() -> bool:
+    # vmap in older torch cannot: it has no rule for a view in another dtype.
+    return _VIEWS_UNDER_VMAP or not torch._C._are_functorch_transforms_active()
 
 
 def plain(x: Tensor) -> bool:

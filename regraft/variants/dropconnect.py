@@ -97,7 +97,9 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 def _autocast_on(x: Tensor) -> bool:
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
+        return False  # such as meta; an older compiler does not know the question
+    return torch.is_autocast_enabled(device)
 
 
 def _as_autocast_has_them(
