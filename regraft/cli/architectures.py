@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
+import inspect
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,28 +61,47 @@ def build(name: str, *, real: bool = False) -> nn.Module:
     )
 
 
-def _place(real: bool) -> contextlib.AbstractContextManager[Any]:
+def usual_input(name: str) -> Any:
+    """An input for an architecture of torchvision's, for which `regraft.inspect` makes none; else None."""
+    source, _, rest = name.partition(":")
+    if source != "torchvision":
+        return None
+    torch, models = need("torch"), need("torchvision").models
+    kind = models.get_model_builder(rest).__module__
+    if ".video" in kind:
+        return torch.zeros(2, 3, 16, 224, 224)
+    if ".optical_flow" in kind:
+        return torch.zeros(2, 3, 128, 128), torch.zeros(2, 3, 128, 128)
+    size = 299 if "inception" in kind else 224
+    return torch.zeros(2, 3, size, size)
+
+
+def _built(make: Callable[[], nn.Module], real: bool) -> nn.Module:
     torch = need("torch")
-    return contextlib.nullcontext() if real else torch.device("meta")
+    if real:
+        return make()
+    try:
+        with torch.device("meta"):
+            return make()
+    except (NotImplementedError, RuntimeError):  # it reads numbers of its own tensors, as RegNets do
+        return make().to("meta")
 
 
 def _timm(name: str, real: bool) -> nn.Module:
     timm = need("timm")
     if name.partition(".")[0] not in timm.list_models():
         raise NoMatchError(f"timm has no model {name!r}", remedy=nearest(name, timm.list_models()))
-    with _place(real):
-        model: nn.Module = timm.create_model(name, pretrained=False)
-    return model
+    return _built(lambda: timm.create_model(name, pretrained=False), real)
 
 
 def _torchvision(name: str, real: bool) -> nn.Module:
     models = need("torchvision").models
     if name not in models.list_models():
         raise NoMatchError(f"torchvision has no model {name!r}", remedy=nearest(name, models.list_models()))
-    backbone = {"weights_backbone": None} if "rcnn" in name or name.startswith(("fcn", "deeplab")) else {}
-    with _place(real):
-        model: nn.Module = models.get_model(name, weights=None, **backbone)
-    return model
+    # By default a detector downloads the weights of its backbone.
+    takes = inspect.signature(models.get_model_builder(name)).parameters
+    backbone = {"weights_backbone": None} if "weights_backbone" in takes else {}
+    return _built(lambda: models.get_model(name, weights=None, **backbone), real)
 
 
 def _hugging_face(folder: str, real: bool) -> nn.Module:
@@ -94,11 +114,10 @@ def _hugging_face(folder: str, real: bool) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         names = [name for name in config.architectures or [] if hasattr(transformers, str(name))]
-        with _place(real):
-            if names:
-                model: nn.Module = getattr(transformers, names[0])(config)
-            else:
-                model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+        if names:
+            model = _built(lambda: getattr(transformers, names[0])(config), real)
+        else:
+            model = _built(lambda: transformers.AutoModel.from_config(config, trust_remote_code=False), real)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FileError(f"the config cannot be read: {why}", where=folder) from None

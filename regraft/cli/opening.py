@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.cli.architectures import build, is_architecture
+from regraft.cli.architectures import build, is_architecture, usual_input
 from regraft.cli.loading import load, loaded
 from regraft.cli.output import MODELS
 from regraft.cli.progress import working
@@ -124,15 +124,13 @@ def _inspected(model: nn.Module, name: str, shape: str = "") -> View:
 
 
 def inputs_for(name: str, shape: str) -> Any:
-    """The input of the shape that was given, of torchvision's usual one, or none.
+    """The input of the shape that was given, or the architecture's usual one, or none.
 
     Raises:
         OptionError: this is no shape.
     """
-    if not shape and name.startswith("torchvision:"):
-        shape = "2x3x299x299" if "inception" in name else "2x3x224x224"
     if not shape:
-        return None
+        return usual_input(name)
     import torch
 
     sizes = shape.replace(",", "x").split("x")

@@ -22,7 +22,7 @@ def checkpoint_marks() -> tuple[bool, Any]:
 
 
 def _hooks_now() -> Any:
-    """The hooks on saved tensors; where torch does not tell (before 2.8), how many checkpoints are running."""
+    """The hooks on saved tensors; before torch 2.8, how many checkpoints are running."""
     if _TOP_HOOKS is not None:
         return _TOP_HOOKS(True)
     frames = traceback.walk_stack(None)

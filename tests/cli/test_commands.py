@@ -17,6 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import regraft
+from regraft.cli.architectures import build
 from regraft.cli.commands import app
 
 
@@ -94,9 +95,15 @@ def test_a_shape_to_probe_with():
     assert invoke("inspect", FACTORY, "--shape", "2xfour").exit_code == 2
 
 
-def test_torchvision_is_probed_with_an_image():
-    made = json.loads(invoke("inspect", "torchvision:resnet18", "-f", "json").stdout)
+@pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf", "r3d_18", "raft_small", "inception_v3"])
+def test_torchvision_is_probed_with_what_it_takes(name):
+    made = json.loads(invoke("inspect", f"torchvision:{name}", "-f", "json").stdout)
     assert made["probe"]["ran"]
+
+
+def test_a_detectors_backbone_is_not_downloaded(monkeypatch):
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *_, **__: pytest.fail("a download"))
+    assert not any(value.device.type != "meta" for value in build("torchvision:ssd300_vgg16").parameters())
 
 
 def test_hugging_face_folder(tmp_path):
