@@ -7,24 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regraft.errors import RegraftError as RegraftError
-    from regraft.find.difference import Difference as Difference
-    from regraft.find.difference import diff as diff
-    from regraft.find.insertions import after as after
-    from regraft.find.insertions import before as before
-    from regraft.find.inspection import Inspection as Inspection
-    from regraft.find.inspection import inspect as inspect
+    from regraft.find.diff import Difference as Difference
+    from regraft.find.diff import diff as diff
+    from regraft.find.insertion_points import after as after
+    from regraft.find.insertion_points import before as before
+    from regraft.find.inspect import Inspection as Inspection
+    from regraft.find.inspect import inspect as inspect
     from regraft.find.site import Site as Site
     from regraft.find.trace import trace as trace
     from regraft.graft.apply import Report as Report
     from regraft.graft.apply import apply as apply
     from regraft.graft.apply import grafted as grafted
     from regraft.graft.revert import revert as revert
-    from regraft.graft.saved import load_plan as load_plan
-    from regraft.graft.saved import save_plan as save_plan
+    from regraft.graft.save import load_plan as load_plan
+    from regraft.graft.save import save_plan as save_plan
     from regraft.graft.verify import Verification as Verification
     from regraft.graft.verify import verify as verify
-    from regraft.planning import Plan as Plan
-    from regraft.planning import plan as plan
+    from regraft.planning.plan import Plan as Plan
+    from regraft.planning.plan import plan as plan
     from regraft.training.advice.suggest import Advice as Advice
     from regraft.training.advice.suggest import suggest as suggest
     from regraft.training.mc import MCPrediction as MCPrediction
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from regraft.training.multisample import multisample_loss as multisample_loss
     from regraft.training.norm.max_norm import MaxNorm as MaxNorm
     from regraft.training.norm.max_norm import max_norm as max_norm
-    from regraft.training.passes.stochastic import stochastic_passes as stochastic_passes
+    from regraft.training.passes.api import stochastic_passes as stochastic_passes
     from regraft.training.penalty import penalty as penalty
     from regraft.training.rates.schedule import Schedule as Schedule
     from regraft.training.rates.schedule import schedule as schedule
@@ -48,24 +48,24 @@ __version__ = "0.1.0"
 # Loaded on first use (PEP 562), so that `import regraft` and the command line start without torch.
 _HOMES = {
     "RegraftError": "errors",
-    "Difference": "find.difference",
-    "diff": "find.difference",
-    "after": "find.insertions",
-    "before": "find.insertions",
-    "Inspection": "find.inspection",
-    "inspect": "find.inspection",
+    "Difference": "find.diff",
+    "diff": "find.diff",
+    "after": "find.insertion_points",
+    "before": "find.insertion_points",
+    "Inspection": "find.inspect",
+    "inspect": "find.inspect",
     "Site": "find.site",
     "trace": "find.trace",
     "Report": "graft.apply",
     "apply": "graft.apply",
     "grafted": "graft.apply",
     "revert": "graft.revert",
-    "load_plan": "graft.saved",
-    "save_plan": "graft.saved",
+    "load_plan": "graft.save",
+    "save_plan": "graft.save",
     "Verification": "graft.verify",
     "verify": "graft.verify",
-    "Plan": "planning",
-    "plan": "planning",
+    "Plan": "planning.plan",
+    "plan": "planning.plan",
     "penalty": "training.penalty",
     "MaxNorm": "training.norm.max_norm",
     "max_norm": "training.norm.max_norm",
@@ -73,7 +73,7 @@ _HOMES = {
     "mc_predict": "training.mc",
     "multisample_loss": "training.multisample",
     "RDropOutput": "training.rdrop.objective",
-    "stochastic_passes": "training.passes.stochastic",
+    "stochastic_passes": "training.passes.api",
     "rdrop": "training.rdrop.rdrop",
     "rdrop_loss": "training.rdrop.rdrop_loss",
     "Schedule": "training.rates.schedule",

@@ -13,12 +13,8 @@ import regraft
 PACKAGE = Path(regraft.__file__).parent
 LAYERS = [
     {"errors"},
-    {"variants", "report"},
+    {"record", "variants", "report"},
     {"find"},
-    {"choices"},
-    {"insertions"},
-    {"rules"},
-    {"edits"},
     {"planning"},
     {"graft"},
     {"training"},
@@ -39,7 +35,6 @@ HEAVY = {
     "lightning",
     "pytorch_lightning",
 }
-MOST_LINES = 260
 ids = [str(path.relative_to(PACKAGE)) for path in FILES]
 files = pytest.mark.parametrize("path", FILES, ids=ids)
 
@@ -108,7 +103,7 @@ def test_no_files_import_each_other_in_a_circle():
         & names.keys() - {file}
         for file, path in names.items()
     }
-    assert len(needs["regraft.planning"]) > 5
+    assert len(needs["regraft.planning.plan"]) > 5
     try:
         TopologicalSorter(needs).prepare()
     except CycleError as error:
@@ -130,25 +125,3 @@ def test_heavy_packages_are_imported_where_they_are_used(path):
     top = {name.split(".")[0] for name, at_top in imported(path) if at_top}
     allowed = {"typer", "rich"} if layer == "cli" else {"rich"} if path.name == "text.py" else set()
     assert top & HEAVY <= allowed
-
-
-@files
-def test_files_stay_small(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) < MOST_LINES
-
-
-@files
-def test_functions_stay_small(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    long = [
-        f"{node.name}: {_length(node)} lines"
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and _length(node) > 40
-    ]
-    assert long == []
-
-
-def _length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of code: without the docstring and the signature."""
-    body = node.body[1:] if ast.get_docstring(node) else node.body
-    return 0 if not body else (body[-1].end_lineno or 0) - body[0].lineno + 1

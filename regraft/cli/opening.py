@@ -86,10 +86,10 @@ def _plan_unseen(read: ReadModel, rules: list[tuple[str, str | None]]) -> View:
     from dataclasses import replace
 
     from regraft.cli.reading.skeleton import skeleton
-    from regraft.find.inspection import look
-    from regraft.find.probe.probe import Probe
-    from regraft.planning import plan_of
-    from regraft.rules import read_rules
+    from regraft.find.inspect import look
+    from regraft.find.probe.run import Probe
+    from regraft.planning.plan import plan_of
+    from regraft.planning.rules import read_rules
 
     seen = look(skeleton(read))
     read_only = replace(seen, notes=list(read.notes), probe=Probe(reason="the file was read, not run"))

@@ -57,7 +57,7 @@ def revert_file(
 
 
 def _looked(model: nn.Module) -> Any:
-    from regraft.find.difference import side_of
+    from regraft.find.diff import side_of
 
     return side_of(model)
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from regraft.find.frames import caller_line, calling_frames, line_of
 from regraft.find.functions import ATTENTION, DRAWS, DROP_PATH, FUNCTIONS, Parsed, draws_rows
-from regraft.find.graphs import running_node
+from regraft.find.graph_calls import running_node
 from regraft.find.kinds import FAMILIES, op_of
 
 

@@ -14,7 +14,7 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep  # with the s
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 _LAYERS = os.path.join(_TORCH, "nn", "modules")
-_WATCH = os.path.join(_OWN, "find", "probe", "watch.py")
+_WATCH = os.path.join(_OWN, "find", "probe", "trace_forward.py")
 _GENERATED = "<eval_with_key>"
 _TRACED = re.compile(r'File "([^"]+)", line (\d+)')
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from regraft.find.original import original_attribute, original_class
+from regraft.record import original_attribute, original_class
 
 # A subclass keeps the name of its base while it keeps the base's forward: it computes the same.
 _NAMED: dict[type[nn.Module], str] = {

@@ -6,10 +6,10 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from regraft.find.kinds import family_of, never_runs, op_of, rate_name
-from regraft.find.obstacles import obstacle, weight_of
-from regraft.find.original import grafts_of, original_attribute, original_class
 from regraft.find.site import Site
+from regraft.find.ungraftable import obstacle, weight_of
 from regraft.find.walk import Named
+from regraft.record import grafts_of, original_attribute, original_class
 
 _SLOTS = (
     "variant",

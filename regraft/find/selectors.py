@@ -11,9 +11,9 @@ from torch import nn
 
 from regraft.errors import RuleSyntaxError
 from regraft.find.kinds import PLAIN
-from regraft.find.original import original_class
 from regraft.find.paths import compile_path
 from regraft.find.site import Site
+from regraft.record import original_class
 
 _POSITIONS = ("after", "before")
 _TYPE = re.compile(r"[A-Za-z_]\w*|\*")

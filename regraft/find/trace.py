@@ -12,11 +12,11 @@ from torch import fx, nn
 
 from regraft.errors import ModelError
 from regraft.find.frames import own_line
-from regraft.find.graphs import standing_in
+from regraft.find.graph_calls import standing_in
 from regraft.find.kinds import op_of
-from regraft.find.original import grafts_of
-from regraft.find.probe.inputs import made_inputs
+from regraft.find.probe.example_inputs import made_inputs
 from regraft.find.walk import inner_model
+from regraft.record import grafts_of
 
 
 def trace(model: nn.Module, concrete_args: Mapping[str, Any] | None = None) -> fx.GraphModule:

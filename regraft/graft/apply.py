@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from regraft.edits import Edit, Skip
-from regraft.find.inspection import inspect, look
-from regraft.graft.change import Change, rival, set_graft, stands
-from regraft.graft.nodes import compiled_once, set_slot
+from regraft.find.inspect import inspect, look
+from regraft.graft.graph_nodes import compiled_once, set_slot
+from regraft.graft.slots import Change, rival, set_graft, stands
 from regraft.graft.steps import Step, steps_of
-from regraft.planning import Plan, Rules, plan_of
+from regraft.planning.edits import Edit, Skip
+from regraft.planning.plan import Plan, Rules, plan_of
+from regraft.planning.rules import read_rules
 from regraft.report.view import SCHEMA, View
-from regraft.rules import read_rules
 
 _MENDED = (
     "{} dropped in eval too; the graft follows .training",

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from regraft.edits import Edit
 from regraft.find.functions import MULTI_HEAD
-from regraft.find.original import RECORD, Graft
 from regraft.graft.checkpoints import checkpoint_marks, inside_checkpoint
 from regraft.graft.classes import Namespace, layer
-from regraft.graft.routes import ROUTES, Routed
-from regraft.graft.versions import SLOT, VERSIONS, Versions, settings_of
+from regraft.graft.compiled_variants import SLOT, VERSIONS, Versions, settings_of
+from regraft.graft.handlers import ROUTES, Routed
+from regraft.planning.edits import Edit
+from regraft.record import RECORD, Graft
 from regraft.variants.registry import complete_options, spec
 
 BOUNDARY = "calls:boundary"

@@ -17,8 +17,8 @@ from typing import Any, cast
 from torch import nn
 
 from regraft.errors import RevertError
-from regraft.find.original import BASE, LAYER, foreign_base, is_foreign, is_generated
-from regraft.graft.graphs import graph_methods, steady
+from regraft.graft.graph_classes import graph_methods, steady
+from regraft.record import BASE, LAYER, foreign_base, is_foreign, is_generated
 
 Namespace = dict[str, Any]
 LayerBuilder = Callable[[type[nn.Module], str], Namespace]
@@ -27,7 +27,7 @@ Class = type[nn.Module]
 _HOMES = {
     "variant": "regraft.graft.modules",
     "calls": "regraft.graft.calls",
-    "insert": "regraft.graft.insert",
+    "insert": "regraft.graft.insertions",
     "passes": "regraft.training.rdrop.rdrop",
 }
 """Where each kind of layer is registered: a model can be unpickled before any of them was imported."""

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regraft.edits import Edit
 from regraft.find.kinds import rate_name
-from regraft.find.original import RECORD, Graft
 from regraft.find.site import Site
 from regraft.graft.classes import Namespace, layer
+from regraft.planning.edits import Edit
+from regraft.record import RECORD, Graft
 from regraft.variants.module import written_options
 from regraft.variants.registry import complete_options, spec
 from regraft.variants.spec import Spec

@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from regraft.find.functions import ATTENTION
-from regraft.find.graphs import graph_node
-from regraft.find.original import Graft, grafts_of
+from regraft.find.graph_calls import graph_node
 from regraft.find.site import Site
 from regraft.find.walk import named_modules
-from regraft.graft.nodes import SLOT as NODE
-from regraft.graft.nodes import inside_slot, placed_grafts
+from regraft.graft.graph_nodes import SLOT as NODE
+from regraft.graft.graph_nodes import inside_slot, placed_grafts
+from regraft.record import Graft, grafts_of
 from regraft.variants.registry import complete_options, spec
 
 Key = tuple[str, str, str]

@@ -6,17 +6,17 @@ from typing import Any
 
 from torch import nn
 
-from regraft.choices import acts_in_eval
 from regraft.errors import NoMatchError
-from regraft.find.insertions import INSERTED, family_to_insert
-from regraft.find.original import Graft, grafts_of, original_class
+from regraft.find.insertion_points import INSERTED, family_to_insert
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
 from regraft.find.walk import Named, inner_model, named_modules
 from regraft.graft.apply import undo
 from regraft.graft.calls import BOUNDARY
-from regraft.graft.change import Change
-from regraft.graft.nodes import compiled_once, placed_grafts, set_slot
+from regraft.graft.graph_nodes import compiled_once, placed_grafts, set_slot
+from regraft.graft.slots import Change
+from regraft.planning.resolve import acts_in_eval
+from regraft.record import Graft, grafts_of, original_class
 from regraft.variants.spec import Variant
 
 

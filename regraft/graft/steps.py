@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from torch import nn
 
-from regraft.choices import acts_in_eval
-from regraft.edits import Edit
-from regraft.find.graphs import graph_node
-from regraft.find.insertions import INSERTED
-from regraft.find.inspection import Inspection
+from regraft.find.graph_calls import graph_node
+from regraft.find.insertion_points import INSERTED
+from regraft.find.inspect import Inspection
 from regraft.find.kinds import OPAQUE
-from regraft.find.original import Graft
 from regraft.find.site import Site
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
-from regraft.graft.insert import insert_graft
+from regraft.graft.compiled_variants import SLOT
+from regraft.graft.graph_nodes import node_slot, outside_slot
+from regraft.graft.insertions import insert_graft
 from regraft.graft.modules import SLOT as VARIANT
 from regraft.graft.modules import module_graft, rate_graft
-from regraft.graft.nodes import node_slot, outside_slot
-from regraft.graft.versions import SLOT
-from regraft.planning import Plan
+from regraft.planning.edits import Edit
+from regraft.planning.plan import Plan
+from regraft.planning.resolve import acts_in_eval
+from regraft.record import Graft
 from regraft.variants.spec import Variant
 
 Step = tuple[nn.Module, str, Graft]

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from regraft.errors import RegraftError
-from regraft.find.inspection import Inspection
-from regraft.find.inspection import inspect as inspect_model
-from regraft.find.probe.inputs import Inputs, given_inputs, made_inputs
-from regraft.find.probe.unchanged import random_state_kept
+from regraft.find.inspect import Inspection
+from regraft.find.inspect import inspect as inspect_model
+from regraft.find.probe.example_inputs import Inputs, given_inputs, made_inputs
+from regraft.find.probe.preserve_state import random_state_kept
 from regraft.graft.apply import Report, apply
-from regraft.graft.portrait import portrait
 from regraft.graft.revert import revert
-from regraft.planning import Rules
+from regraft.graft.snapshot import portrait
+from regraft.planning.plan import Rules
 from regraft.report.page import counted
 from regraft.report.view import SCHEMA, View
 
@@ -244,7 +244,7 @@ def _pairs(rules: Rules) -> list[tuple[Any, Any]]:
 
 
 def _changes_eval(edit: Any) -> bool:
-    from regraft.choices import acts_in_eval
+    from regraft.planning.resolve import acts_in_eval
     from regraft.variants.spec import Variant
 
     return acts_in_eval(Variant(edit.variant, edit.options))

@@ -12,10 +12,10 @@ import re
 from html import escape
 from typing import TYPE_CHECKING
 
-from regraft.report.explorer import SCRIPT, explorer, rows_of
 from regraft.report.page import THE_MODEL, Block, Facts, Line, Page, visible
-from regraft.report.pages import page_of
+from regraft.report.registry import page_of
 from regraft.report.style import FRAGMENT_STYLE, PAGE_STYLE
+from regraft.report.tree_view import SCRIPT, explorer, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

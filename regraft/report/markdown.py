@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from regraft.report.page import THE_MODEL, Block, Facts, Line, visible
-from regraft.report.pages import page_of
+from regraft.report.registry import page_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

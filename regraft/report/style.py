@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from regraft.report.explorer_style import EXPLORER_STYLE
+from regraft.report.tree_style import EXPLORER_STYLE
 
 _COLOURS_LIGHT = """
   --ground: #ffffff; --panel: #f6f7f9; --line: #e3e6ea; --text: #1c2128; --quiet: #656d76;

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from regraft.report.page import THE_MODEL, Block, Facts, Line, Page, visible
-from regraft.report.pages import page_of
+from regraft.report.registry import page_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

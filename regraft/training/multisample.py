@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import LossError
+from regraft.training.passes.api import stochastic_passes
 from regraft.training.passes.outputs import pass_of
-from regraft.training.passes.stochastic import stochastic_passes
 
 
 def multisample_loss(

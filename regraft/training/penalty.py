@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from regraft.errors import ModelError
-from regraft.find.original import grafts_of, original_class
-from regraft.find.probe.inputs import Inputs, given_inputs
-from regraft.find.probe.unchanged import buffers_kept, random_state_kept
+from regraft.find.probe.example_inputs import Inputs, given_inputs
+from regraft.find.probe.preserve_state import buffers_kept, random_state_kept
+from regraft.record import grafts_of, original_class
 from regraft.variants.registry import names, spec
 from regraft.variants.spec import Spec
 

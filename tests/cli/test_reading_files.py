@@ -97,7 +97,7 @@ def test_the_sites_are_those_of_the_loaded_model(make, way, tmp_path):
     model, path = make(), tmp_path / "model.pt"
     write(model, path, way)
     read = sites_of(read_file(path))
-    from regraft.find.inspection import look
+    from regraft.find.inspect import look
 
     seen = [site.to_dict() for site in look(model).sites]
     assert [{key: site[key] for key in KEYS} for site in read] == [
@@ -109,7 +109,7 @@ def test_the_sites_are_those_of_the_loaded_model(make, way, tmp_path):
 
 @pytest.mark.parametrize("make", [zoo, bert])
 def test_the_skeleton_has_the_same_sites_again(make, tmp_path):
-    from regraft.find.inspection import look
+    from regraft.find.inspect import look
 
     torch.save(make(), tmp_path / "model.pt")
     read = read_file(tmp_path / "model.pt")

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import regraft
-from regraft.find.written import written_calls
+from regraft.find.bytecode_scan import written_calls
 
 
 def _drop(x, training):

@@ -18,14 +18,14 @@ from regraft.errors import (
     UnknownVariantError,
     WrongKindError,
 )
-from regraft.graft import change
+from regraft.graft import slots
 
 RULES = {"Dropout": "gaussian", "Linear": "standout(gate='learned')", "Embedding": "neftune"}
 
 
 def fails_at(monkeypatch, step):
     """Make the change number `step` of an `apply` raise, once: the way back must still work."""
-    original, done = change.layered, []
+    original, done = slots.layered, []
 
     def layered(*args):
         done.append(args)
@@ -33,7 +33,7 @@ def fails_at(monkeypatch, step):
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(change, "layered", layered)
+    monkeypatch.setattr(slots, "layered", layered)
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 12, 20])
@@ -68,7 +68,7 @@ def test_one_change_is_done_completely_or_not_at_all(monkeypatch, inside):
     net = tiny.mlp()
     regraft.apply(net, {"Dropout": "multisample(p=0.3)"})
     before = snapshot(net)
-    original, failed = getattr(change, inside), []
+    original, failed = getattr(slots, inside), []
 
     def fails_late(*args):
         if not failed:
@@ -77,7 +77,7 @@ def test_one_change_is_done_completely_or_not_at_all(monkeypatch, inside):
             raise MemoryError
         return original(*args)
 
-    monkeypatch.setattr(change, inside, fails_late)
+    monkeypatch.setattr(slots, inside, fails_late)
     with pytest.raises(MemoryError):
         regraft.apply(net, {"Dropout": "gaussian(p=0.2)"})
     assert failed

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import regraft
-from regraft.graft.rebound import rebound
+from regraft.graft.compiled import rebound
 
 MODELS = {
     "bert": lambda: tiny.bert(layers=2),

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import regraft
 from regraft.errors import MisfitError, NoMatchError
-from regraft.graft import graphs, nodes
+from regraft.graft import graph_classes, graph_nodes
 from regraft.variants import registry
 
 
@@ -322,7 +322,7 @@ def test_an_error_on_the_way_leaves_the_graph_as_it_was(fails, monkeypatch):
             raise RuntimeError("broken")
         return original(*args)
 
-    place = (nodes, "set_graft") if fails == "at a node" else (nodes, "compile_graph")
+    place = (graph_nodes, "set_graft") if fails == "at a node" else (graph_nodes, "compile_graph")
     original = getattr(*place)
     monkeypatch.setattr(*place, fail)
     with pytest.raises(RuntimeError, match="broken"):
@@ -397,7 +397,7 @@ def test_a_graph_is_grafted_below_r_drop():
     assert type(graph) is layered
     other = copy.deepcopy(graph)
     assert "passes" in other._regraft
-    assert graphs.compile_graph(other).src == graph.code
+    assert graph_classes.compile_graph(other).src == graph.code
     regraft.revert(graph)
     assert graph.code == before
     assert zeros(graph) > 0.4

@@ -18,7 +18,7 @@ from regraft.errors import InputsError, ModelError, RateError
 from regraft.training.passes.choice import traits_of
 from regraft.training.passes.functions import taken_over
 from regraft.training.passes.measure import on_fake_tensors
-from regraft.training.passes.shared import shared_forward
+from regraft.training.passes.vmap import shared_forward
 from tests.training.models import DropPath, FusedAttention, bert, headed_bert, images, tokens, vit
 
 STRATEGIES = ["shared", "batch", "loop"]

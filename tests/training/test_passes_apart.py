@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 import regraft
 from regraft.errors import ModelError
-from regraft.training.passes.apart import held_apart
 from regraft.training.passes.choice import traits_of
+from regraft.training.passes.per_pass_modules import held_apart
 
 WIDTH = 6
 

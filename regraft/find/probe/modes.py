@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from regraft.find.kinds import op_of
-from regraft.find.original import stand_aside
-from regraft.find.probe.unchanged import unchanged
+from regraft.find.probe.preserve_state import unchanged
+from regraft.record import stand_aside
 
 _LAYER_DROPS = ("layerdrop", "layer_drop")
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from regraft.find.original import original_class
+from regraft.record import original_class
+from regraft.training.advice.profile import Traits
 from regraft.training.advice.published import (
     ALPHAS,
     DEVLIN,
@@ -21,7 +22,6 @@ from regraft.training.advice.published import (
     SRIVASTAVA,
     drop_path_rate,
 )
-from regraft.training.advice.traits import Traits
 
 _FEW = 10_000
 _BIG = 200_000_000

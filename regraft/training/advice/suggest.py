@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 from regraft.errors import OptionError, RegraftError
-from regraft.find.inspection import Inspection, inspect
-from regraft.planning import plan_of
+from regraft.find.inspect import Inspection, inspect
+from regraft.planning.plan import plan_of
+from regraft.planning.rules import read_rules
 from regraft.report.view import SCHEMA, View
-from regraft.rules import read_rules
 from regraft.training.advice.advice import Suggestion, advice_for, notes_on
-from regraft.training.advice.traits import Traits
+from regraft.training.advice.profile import Traits
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,7 +13,7 @@ from regraft.errors import MisfitError, OptionError
 from regraft.find.site import Site
 from regraft.find.walk import inner_model
 from regraft.report.view import SCHEMA, View
-from regraft.training.norm.limits import Bound, limited_sites, read_limits
+from regraft.training.norm.bounds import Bound, limited_sites, read_limits
 from regraft.training.norm.rows import Rows, bounds_of, local_part, row_norms, scale_back, unit_axis, why_not
 
 _MOST = 0.5

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from regraft.errors import ModelError
 from regraft.find.kinds import op_of
-from regraft.find.original import original_class
+from regraft.record import original_class
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from regraft.training.passes.tree import CONSTANTS, leaves, mapped
+from regraft.training.passes.nested import CONSTANTS, leaves, mapped
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

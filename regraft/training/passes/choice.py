@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from regraft.find.original import grafts_of
-from regraft.training.passes.look import Call, Traits, autocasts, looked, looked_at_batch
-from regraft.training.passes.tree import leaves
+from regraft.record import grafts_of
+from regraft.training.passes.analyze import Call, Traits, autocasts, looked, looked_at_batch
+from regraft.training.passes.nested import leaves
 
 log = logging.getLogger("regraft")
 _READ = (

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from regraft.training.passes.caches import stateless
-from regraft.training.passes.decisions import LAST, Decided, Look, sizes_of_decision
 from regraft.training.passes.functions import Run
-from regraft.training.passes.outside import attention, ends, linear, pass_by_pass
-from regraft.training.passes.tree import leaves
+from regraft.training.passes.nested import leaves
+from regraft.training.passes.scalar_draws import LAST, Decided, Look, sizes_of_decision
+from regraft.training.passes.vmap_escape import attention, ends, linear, pass_by_pass
 
 _UNINITIALIZED: tuple[Any, ...] = (torch.empty, torch.empty_like, Tensor.new_empty)
 _RECURRENT: tuple[Any, ...] = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)

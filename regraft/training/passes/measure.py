@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from regraft.find.probe.memoized import forgotten
-from regraft.find.probe.unchanged import buffers_kept, random_state_kept, silent, unchanged
+from regraft.find.probe.preserve_state import buffers_kept, random_state_kept, silent, unchanged
 from regraft.training.passes.caches import own_caches
-from regraft.training.passes.tree import leaves, mapped
+from regraft.training.passes.nested import leaves, mapped
 
 Forward = Callable[..., Any]
 _PER_ELEMENT = 16

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from regraft.errors import LossError
-from regraft.training.passes.tree import mapped
+from regraft.training.passes.nested import mapped
 
 
 def logits_of(outputs: Any, *, labelled: bool, where: str = "") -> Tensor:

@@ -8,15 +8,15 @@ from typing import Any
 from torch import nn
 
 from regraft.errors import MisfitError, NoMatchError, RateError, WrongKindError
-from regraft.find.inspection import Inspection, inspect
-from regraft.find.original import Graft, grafts_of
+from regraft.find.inspect import Inspection, inspect
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
 from regraft.graft.apply import graft_rules, undo
-from regraft.graft.change import Change
 from regraft.graft.rates import Key, Rate, key_of, rates_of
-from regraft.planning import plan_of
-from regraft.rules import read_rules
+from regraft.graft.slots import Change
+from regraft.planning.plan import plan_of
+from regraft.planning.rules import read_rules
+from regraft.record import Graft, grafts_of
 from regraft.training.rates.curve import Curve, level, read_curve
 from regraft.variants.registry import variant
 

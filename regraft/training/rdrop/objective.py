@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from regraft.training.passes.api import run_passes
 from regraft.training.passes.outputs import logits_of, loss_of, pass_of, with_loss
-from regraft.training.passes.stochastic import run_passes
-from regraft.training.rdrop.learn import Call, learn, problem_of, with_named_labels, without_labels
+from regraft.training.rdrop.infer_loss import Call, learn, problem_of, with_named_labels, without_labels
 from regraft.training.rdrop.rdrop_loss import RDropTerms, rdrop_terms
 
 Forward = Callable[..., Any]

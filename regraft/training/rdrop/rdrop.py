@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from regraft.errors import LossError, ModelError, RateError
-from regraft.find.inspection import inspect as inspect_sites
-from regraft.find.original import RECORD, Graft, grafts_of
+from regraft.find.inspect import inspect as inspect_sites
 from regraft.find.walk import inner_model
-from regraft.graft.change import set_graft
 from regraft.graft.classes import Namespace, layer
-from regraft.training.passes.passing import is_passing
-from regraft.training.passes.stochastic import check_strategy
+from regraft.graft.slots import set_graft
+from regraft.record import RECORD, Graft, grafts_of
+from regraft.training.passes.api import check_strategy
+from regraft.training.passes.reentrancy import is_passing
 from regraft.training.rdrop.labels import TASKS, check_options
 from regraft.training.rdrop.objective import Objective, rdrop_forward
 from regraft.training.rdrop.rdrop_loss import RDropTerms

@@ -1,0 +1,164 @@
+"""A diagnosis: what is wrong with a model's regularization as it stands, from its sites and its probe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from regraft.find.functions import ATTENTION
+from regraft.find.graph_nodes import nodes_fixed_by_tracing
+from regraft.find.kinds import PLAIN
+from regraft.find.probe.run import Probe
+from regraft.find.site import Site
+from regraft.find.walk import Named
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with the model as it stands: where, what, which line, and what to do."""
+
+    path: str
+    finding: str
+    source: str | None
+    remedy: str
+
+
+def diagnose(sites: list[Site], modules: list[Named], probe: Probe) -> list[Finding]:
+    """Every finding, the most serious kinds first."""
+    noise = [site for site in sites if site.family in ("Dropout", "DropPath")]
+    other_rates = list(_other_rate(noise))
+    return [
+        *_draws_in_eval(modules, probe),
+        *_baked_in(noise),
+        *_fixed_nodes(sites, modules),
+        *other_rates,
+        *_never_used(noise, {finding.path for finding in other_rates}),
+        *_frozen(noise, modules),
+        *_every_rate_zero(noise),
+        *_vanished_drop_paths(modules),
+        *_out_of_reach(modules, probe),
+    ]
+
+
+def _draws_in_eval(modules: list[Named], probe: Probe) -> Iterator[Finding]:
+    names = {id(named.module): named.paths[0] for named in modules}
+    for called in probe.eval_called:
+        if called.node:
+            continue
+        why = " (it does not know about .eval())" if called.op == ATTENTION else ""
+        yield Finding(
+            names[id(called.owner)],
+            f"{called.op} drops at p={called.p:g} in eval too{why}",
+            called.sources[0],
+            "apply {'Dropout': 'dropout'}: the graft follows .training; or pass the rate only in training",
+        )
+
+
+def _baked_in(noise: list[Site]) -> Iterator[Finding]:
+    """Nodes of a graph that drop, or do not, whatever the mode, until a graft stands there."""
+    for site in noise:
+        if site.kind == "node" and site.variant is None and (site.draws_in_eval or site.baked is False):
+            selected = "Dropout" if site.op in PLAIN else site.op
+            when = "in eval too" if site.draws_in_eval else "not in training either"
+            yield Finding(
+                site.path,
+                f"{site.written} was fixed by tracing: it drops {when}",
+                site.source,
+                f"apply {{'{selected}': '{'droppath' if site.op == 'DropPath' else 'dropout'}'}}: "
+                "the graft follows .training",
+            )
+
+
+def _fixed_nodes(sites: list[Site], modules: list[Named]) -> Iterator[Finding]:
+    """Nodes that no rule can mend."""
+    for path, what, source in nodes_fixed_by_tracing(modules, {site.path for site in sites}):
+        yield Finding(path, what, source, "trace with regraft.trace, which keeps more modules whole")
+
+
+def _other_rate(noise: list[Site]) -> Iterator[Finding]:
+    """A dropout that is made and never called, beside a call with a number of its own."""
+    calls = [site for site in noise if site.kind == "call" and site.p]
+    for dead in noise:
+        if dead.calls != 0 or dead.kind != "module" or not dead.p:
+            continue
+        for call in calls:
+            beside = dead.path.rpartition(".")[0] == call.path
+            if beside and len(call.paths) == 1 and dead.p != call.p:
+                yield Finding(
+                    dead.path,
+                    f"declares a rate of {dead.p:g}, but {call.op} beside it applies {call.p:g}",
+                    call.source,
+                    "set the rate where it is used: "
+                    f"{{'{call.op}@{call.path or '**'}': 'dropout(p={dead.p:g})'}}",
+                )
+
+
+def _never_used(noise: list[Site], told: set[str]) -> Iterator[Finding]:
+    for site in noise:
+        if (
+            site.calls == 0
+            and site.kind == "module"
+            and site.p
+            and site.obstacle is None
+            and site.path not in told
+        ):
+            yield Finding(
+                site.path,
+                f"{site.written} is made but never used by this forward",
+                None,
+                "nothing drops there; delete it, or call it",
+            )
+
+
+def _frozen(noise: list[Site], modules: list[Named]) -> Iterator[Finding]:
+    if not modules[0].module.training:
+        return
+    for site in noise:
+        if site.p and not site.training:
+            yield Finding(
+                site.path,
+                f"{site.written} is in eval while the model trains, so it drops nothing",
+                site.source,
+                "model.train() switches it on again, if that is not meant",
+            )
+
+
+def _every_rate_zero(noise: list[Site]) -> Iterator[Finding]:
+    if noise and not any(site.p for site in noise):
+        yield Finding(
+            "",
+            f"every rate is 0: all {len(noise)} dropout sites do nothing, and R-Drop's KL would be 0",
+            None,
+            "give a rate in the rule, 'Dropout': 'dropout(p=0.1)', or build the model with rates above 0",
+        )
+
+
+def _vanished_drop_paths(modules: list[Named]) -> Iterator[Finding]:
+    for named in modules:
+        name = named.paths[0].rpartition(".")[2]
+        if type(named.module) is nn.Identity and name.startswith(("drop_path", "stochastic_depth")):
+            yield Finding(
+                named.paths[0],
+                "a DropPath of rate 0 that became nn.Identity: the site is gone",
+                None,
+                f"'after:Identity@**.{name.rstrip('0123456789')}*': 'droppath(p=0.1)' brings it back, or a "
+                "model built with a rate above 0",
+            )
+
+
+def _out_of_reach(modules: list[Named], probe: Probe) -> Iterator[Finding]:
+    for line in dict.fromkeys(probe.layer_drops):
+        yield Finding("", "LayerDrop skips whole layers by a scalar draw: out of reach", line, _SET_IT)
+    for named in modules:
+        config: Any = getattr(named.module, "config", None)
+        if named.paths[0] == "" and getattr(config, "apply_spec_augment", False):
+            rates = [getattr(config, name, 0) for name in ("mask_time_prob", "mask_feature_prob")]
+            if any(rates):
+                what = f"SpecAugment masks spans at {max(rates):g}, drawn from numpy: out of reach"
+                yield Finding("", what, None, _SET_IT)
+
+
+_SET_IT = "set its rate in the model's config"

@@ -1,0 +1,162 @@
+"""Insertions: places before and after modules, where a model has no regularizer and one can be put."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.container import ModuleDict, ModuleList, ParameterDict, ParameterList
+
+from regraft.errors import RuleSyntaxError
+from regraft.find.all_modules import places
+from regraft.find.graph_calls import graph_nodes, standing_in
+from regraft.find.graph_nodes import node_path
+from regraft.find.modules import module_sites
+from regraft.find.selectors import Selector, read_selector
+from regraft.find.site import Site
+from regraft.find.ungraftable import owner_obstacle
+from regraft.find.walk import Named
+from regraft.record import grafts_of, original_class
+from regraft.variants.registry import spec
+
+INSERTED = "inserted"
+SLOT = "insert"
+_CONTAINERS = (ModuleList, ModuleDict, ParameterList, ParameterDict)
+
+
+def after(selector: Any, field: str | None = None) -> Selector:
+    """A rule's key: put a dropout behind each module that the selector matches, on what it returns.
+
+    Args:
+        selector: a string, a class, or a function of a `Site`, as any rule's key; of any module.
+        field: which part of an output of several: a name, or a number as text. By default the first
+            tensor that is more than a single number.
+
+    Raises:
+        RuleSyntaxError: a key that cannot be read.
+
+    Example:
+        >>> import regraft
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> report = regraft.apply(net, {regraft.after(nn.ReLU): "dropout(p=0.5)"})
+        >>> [(edit.path, edit.after) for edit in report.grafted]
+        [('1', 'ReLU, then Dropout(p=0.5)')]
+    """
+    return _placed("after", selector, field)
+
+
+def before(selector: Any, field: str | None = None) -> Selector:
+    """A rule's key: put a dropout in front of each module that the selector matches, on its input.
+
+    Args:
+        selector: as of `regraft.after`.
+        field: which argument of its forward, by name. By default the first tensor.
+
+    Raises:
+        RuleSyntaxError: a key that cannot be read.
+
+    Example:
+        >>> import regraft
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> report = regraft.apply(net, {regraft.before("Linear@0"): "dropout(p=0.1)"})
+        >>> [(edit.path, edit.after) for edit in report.grafted]
+        [('0', 'Dropout(p=0.1), then Linear(4, 8)')]
+    """
+    return _placed("before", selector, field)
+
+
+def _placed(position: str, selector: Any, field: str | None) -> Selector:
+    found = read_selector(selector)
+    if found.position:
+        raise RuleSyntaxError(f"{found.text!r} says where already", where=f"regraft.{position}")
+    if field is not None and not (isinstance(field, str) and field):
+        raise RuleSyntaxError(f"field={field!r} is no name", where=f"regraft.{position}")
+    text = f"{position}:{found.text}" + (f"#{field}" if field else "")
+    return replace(found, text=text, position=position, field=field or "")
+
+
+def insertable(modules: list[Named]) -> list[Site]:
+    """Every module whose forward can be called, as a site to insert at."""
+    shapes = {id(site.module): site for site in module_sites(modules)}
+    found = []
+    for place in places(modules):
+        if isinstance(place.module, _CONTAINERS) or standing_in(place.module) is not None:
+            continue
+        known = shapes.get(id(place.module))
+        shape, calls = (known.shape, known.calls) if known else (None, None)
+        found.append(replace(place, shape=shape, calls=calls, obstacle=owner_obstacle(place.module)))
+    return [*found, *_functions(modules)]
+
+
+def _functions(modules: list[Named]) -> Iterator[Site]:
+    """The nodes of graphs that call functions."""
+    for named in modules:
+        for one in graph_nodes(named.module):
+            yield Site(
+                path=node_path(named.paths[0], one.called.name),
+                paths=tuple(node_path(path, one.called.name) for path in named.paths),
+                kind="node",
+                op=getattr(one.called.function, "__name__", "function"),
+                type=original_class(named.module).__name__,
+                p=None,
+                calls=None if one.node.users else 0,
+                source=None,
+                family=None,
+                module=named.module,
+                training=named.module.training,
+            )
+
+
+def means(selector: Selector, place: Site) -> bool:
+    """Does the selector mean the place? A function in a graph is meant only where it is named itself.
+
+    Among all that lies on a path there are sizes and indices too, and no dropout fits behind those.
+    """
+    if place.kind == "node" and selector.any_type:
+        return selector.text.endswith(tuple(place.paths)) and selector.means(place)
+    return selector.means(place)
+
+
+def operation(selector: Selector, place: Site) -> str:
+    """How an insertion is named: `after:Linear`, `after:LlamaModel#last_hidden_state`."""
+    return f"{selector.position}:{place.op}" + (f"#{selector.field}" if selector.field else "")
+
+
+def is_block(place: Site) -> bool:
+    """Is the module one of a stack, so that what it adds to its input is what can be dropped?"""
+    return place.path.rpartition(".")[2].isdigit() and not isinstance(place.module, nn.Identity)
+
+
+def family_to_insert(variant: str) -> str | None:
+    """The family that a variant has where it is inserted; None if it cannot be."""
+    if variant in ("off", "droppath"):
+        return "DropPath" if variant == "droppath" else None
+    families = spec(variant).families
+    return next((one for one in ("Dropout", "DropPath") if one in families), None)
+
+
+def inserted_sites(modules: list[Named]) -> list[Site]:
+    """What has been inserted, as sites."""
+    sites = []
+    for place in places([named for named in modules if grafts_of(named.module)]):
+        node = standing_in(place.module)
+        for slot, graft in grafts_of(place.module).items():
+            if slot.startswith(f"{SLOT}:"):
+                sites.append(
+                    replace(
+                        place,
+                        path=place.path if node is None else graft.edit["path"],
+                        paths=place.paths if node is None else tuple(graft.edit["paths"]),
+                        type=graft.edit["type"],
+                        kind=INSERTED,
+                        op=graft.edit["op"],
+                        p=graft.edit["options"].get("p"),
+                        family=family_to_insert(graft.edit["variant"]),
+                        variant=graft.edit["after"],
+                    )
+                )
+    return sites

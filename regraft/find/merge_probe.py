@@ -1,0 +1,102 @@
+"""What the probe adds to the sites: how often each one runs, and the calls that are no modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import nn
+
+from regraft.find.bytecode_scan import written_calls
+from regraft.find.calls import Called
+from regraft.find.graph_nodes import probed_nodes
+from regraft.find.kinds import FAMILIES, op_of
+from regraft.find.probe.run import Probe
+from regraft.find.site import Site
+from regraft.find.ungraftable import owner_obstacle
+from regraft.find.walk import Named
+from regraft.record import grafts_of, original_class
+
+
+def probed_sites(sites: list[Site], modules: list[Named], probe: Probe) -> list[Site]:
+    """The sites with their calls, and the call sites, in the order in which the modules were registered.
+
+    A dead twin (a dropout that is never called, but whose rate a call uses) and that call are one site.
+    """
+    order = {id(named.module): position for position, named in enumerate(modules)}
+    names = {id(named.module): named for named in modules}
+    drawn = {(id(called.owner), called.op) for called in probe.eval_called}
+    placed: list[tuple[int, Site]] = []
+    merged: set[int] = set()
+    for called in probe.called:
+        if called.node:
+            continue
+        twins = [
+            names[id(twin)]
+            for twin in probe.twins.get((id(called.owner), called.op), [])
+            if not probe.counts.get(id(twin))
+        ]
+        merged |= {id(twin.module) for twin in twins}
+        first = min(order[id(twin.module)] for twin in twins) if twins else order[id(called.owner)]
+        placed.append(
+            (
+                first,
+                _call_site(
+                    names[id(called.owner)], called, twins, drew=(id(called.owner), called.op) in drawn
+                ),
+            )
+        )
+    placed += [(order[id(site.module)], site) for site in _written_sites(modules, probe)]
+    if not probe.ran:
+        placed += [(order[id(site.module)], site) for site in sites]
+        return [site for _, site in sorted(placed, key=lambda pair: pair[0])]
+    nodes = probed_nodes([site for site in sites if site.kind == "node"], modules, probe)
+    placed += [(order[id(site.module)], site) for site in nodes]
+    for site in sites:
+        if site.kind != "node" and id(site.module) not in merged:
+            placed.append((order[id(site.module)], _with_calls(site, probe)))
+    return [site for _, site in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _written_sites(modules: list[Named], probe: Probe) -> Iterator[Site]:
+    """Calls that the code of a module names, where the probe has not run the module."""
+    for named in modules:
+        module = named.module
+        if probe.counts.get(id(module)) or op_of(module) in FAMILIES:
+            continue
+        for op, methods in written_calls(original_class(module)).items():
+            site = _call_site(named, Called(module, op, methods=set(methods)), [], drew=False)
+            yield replace(site, p=None, calls=0 if probe.covers(module) else None)
+
+
+def _with_calls(site: Site, probe: Probe) -> Site:
+    key = id(site.module)
+    if not probe.covers(site.module):
+        return site
+    drew = any(called.owner is site.module for called in probe.eval_called)
+    return replace(
+        site, calls=probe.counts.get(key, 0), source=probe.lines.get(key) or None, draws_in_eval=drew
+    )
+
+
+def _call_site(owner: Named, called: Called, twins: list[Named], *, drew: bool) -> Site:
+    module: nn.Module = owner.module
+    graft = grafts_of(module).get(f"calls:{called.op}")
+    running = [source for source, rate in zip(called.sources, called.rates, strict=True) if rate > 0]
+    return Site(
+        path=owner.paths[0],
+        paths=(*owner.paths, *(path for twin in twins for path in twin.paths)),
+        kind="call",
+        op=called.op,
+        type=original_class(module).__name__,
+        p=called.p,
+        calls=len(called.rates),
+        source=next(iter(running or called.sources), None) or None,
+        family=FAMILIES[called.op],
+        module=module,
+        training=module.training,
+        variant=graft.edit["after"] if graft else None,
+        draws_in_eval=drew,
+        obstacle=owner_obstacle(module),
+        call=called,
+    )

@@ -1,0 +1,44 @@
+"""Modules where a graft would be lost: known from the module itself, whatever the variant."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from regraft.find.kinds import never_runs
+from regraft.record import original_class
+
+_PLAIN_TENSORS = ("Parameter", "Tensor", "DTensor", "FakeTensor", "Buffer", "UninitializedParameter")
+
+
+def obstacle(module: nn.Module, op: str) -> tuple[str, str] | None:
+    """Why a graft on `module` would be lost, and the remedy; None if nothing stands in the way."""
+    if never_runs(module):
+        return (
+            f"its forward never runs: the {op.lower()}'s parent reads its weight",
+            "write the parent's attention out with plain linears",
+        )
+    found = owner_obstacle(module)
+    if found is not None:
+        return found
+    weight = module._parameters.get("weight")
+    if weight is not None and type(weight).__name__ not in _PLAIN_TENSORS:
+        return f"its weight is a {type(weight).__name__}, not plain numbers", "graft before quantizing"
+    return None
+
+
+def owner_obstacle(module: nn.Module) -> tuple[str, str] | None:
+    """Why a change of what the forward of `module` does would be lost, and the remedy."""
+    if original_class(module).__module__.startswith("torch.jit"):
+        return "it is compiled TorchScript, which ignores a change of class", "graft before scripting"
+    if isinstance(module, LazyModuleMixin):
+        return "it is lazy and changes its class at its first forward", "run one forward first"
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+        return "something put a forward on the instance, which hides the class's", "graft before that"
+    return None
+
+
+def weight_of(module: nn.Module) -> Tensor | None:
+    """The weight, also where a parametrization or weight norm computes it."""
+    weight = module._parameters.get("weight")
+    return weight if weight is not None else getattr(module, "weight", None)

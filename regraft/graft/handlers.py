@@ -1,0 +1,137 @@
+"""What becomes of each function that drops, or draws, while the mode of a module is on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regraft.find.functions import ATTENTION, DRAWS, DROP_PATH, FUNCTIONS, MULTI_HEAD, draws_rows
+from regraft.graft.attention import attend, multi_head_attention
+from regraft.graft.recurrent import RECURRENT, layer_by_layer, read_recurrence
+from regraft.record import Graft
+from regraft.variants.registry import spec
+
+
+class Routed:
+    """The grafts of one module's calls, by operation, and what they make of a call.
+
+    Args:
+        module: the module, or what has its `training`.
+        grafts: its grafts of calls, by slot.
+    """
+
+    def __init__(self, module: Any, grafts: Mapping[str, Graft]) -> None:
+        self.module = module
+        self.grafts = {slot.partition(":")[2]: graft for slot, graft in grafts.items()}
+
+    def drop(self, op: str, x: Tensor, p: float, training: bool) -> Tensor | None:
+        """What the variant at `op` makes of x; None if the call is to stay as it is."""
+        graft = self.grafts.get(op)
+        if graft is None:
+            return None
+        self.refuse_recompute(op)
+        rate = call_rate(graft, p)
+        function = spec(graft.edit["variant"]).function
+        made: Tensor = function(x, rate, training and self.module.training, **graft.options)
+        return made
+
+    def refuse_recompute(self, op: str) -> None:
+        """Raise where a checkpoint would draw another mask; compiled code keeps its random state itself."""
+
+
+def call_rate(graft: Graft, carried: float) -> float:
+    """The rate of one call: the rule's own, or relative to the one that the call carries."""
+    p = graft.edit["options"].get("p")
+    if p is None:
+        return carried
+    if isinstance(p, str):
+        return min(carried * float(p[1:]), 1 - 2**-24)
+    return float(p)
+
+
+def _handle_dropout(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    parsed = FUNCTIONS[func](*args, **kwargs)
+    made = mode.drop(parsed.op, parsed.x, parsed.p, parsed.training)
+    return func(*args, **kwargs) if made is None else made
+
+
+def _handle_attention(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    graft = mode.grafts.get(ATTENTION)
+    if graft is None:
+        return func(*args, **kwargs)
+    call = {**dict(zip(_ATTENTION_NAMES[: len(args)], args, strict=True)), **kwargs}
+    carried = float(call.pop("dropout_p", 0.0))
+    if graft.edit["variant"] in ("dropout", "off"):
+        # Only the number changes, so the fused kernel stays; under vmap it cannot draw for each pass.
+        rate = (
+            call_rate(graft, carried) if graft.edit["variant"] == "dropout" and mode.module.training else 0.0
+        )
+        if rate > 0 and _vmapped():
+            return attend(**call, drop=lambda scores: mode.drop(ATTENTION, scores, carried, training=True))
+        return func(**call, dropout_p=rate)
+    if not (mode.module.training or graft.in_eval):
+        return func(**call, dropout_p=0.0)
+    return attend(**call, drop=lambda scores: mode.drop(ATTENTION, scores, carried, training=True))
+
+
+_ATTENTION_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+def _vmapped() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+
+
+def _handle_mha(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    graft = mode.grafts.get(MULTI_HEAD)
+    if graft is None or not (mode.module.training or graft.in_eval):
+        return func(*args, **kwargs)
+    rate = FUNCTIONS[func](*args, **kwargs).p
+
+    def drop(scores: Tensor) -> Tensor | None:
+        return mode.drop(MULTI_HEAD, scores, rate, training=True)
+
+    # A rate above 0 makes the function call its dropout; which rate, our dropout knows.
+    call = {**dict(zip(_MHA_NAMES[: len(args)], args, strict=True)), **kwargs}
+    return multi_head_attention(drop, **{**call, "dropout_p": 0.5, "training": True})
+
+
+_MHA_NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+
+
+def _handle_recurrent(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    op = RECURRENT[func]
+    graft = mode.grafts.get(op)
+    if graft is None or not (mode.module.training or graft.in_eval):
+        return func(*args, **kwargs)
+    call = read_recurrence(func, args)
+
+    def drop(x: Tensor) -> Tensor | None:
+        return mode.drop(op, x, call.p, training=True)
+
+    return layer_by_layer(call, drop)
+
+
+def _handle_rows(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if DROP_PATH not in mode.grafts or not mode.module.training or not draws_rows(func, args, kwargs):
+        return func(*args, **kwargs)
+    mode.refuse_recompute(DROP_PATH)
+    if func is not Tensor.bernoulli_:
+        return func(*args, **kwargs)
+    # Out of place and then copied: the module may go on with the tensor, not with what this returns.
+    keep = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+    return args[0].copy_(torch.bernoulli(torch.ones_like(args[0]) * keep))
+
+
+ROUTES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(FUNCTIONS, _handle_dropout),
+    F.scaled_dot_product_attention: _handle_attention,
+    F.multi_head_attention_forward: _handle_mha,
+    **dict.fromkeys(RECURRENT, _handle_recurrent),
+    **dict.fromkeys(DRAWS, _handle_rows),
+}
+"""Function -> what is done in its place."""

@@ -1,0 +1,184 @@
+"""The layer of insertions: a module's input or output goes through a dropout that the model never had."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regraft.errors import ModelError
+from regraft.find.insertion_points import SLOT
+from regraft.find.tensor_io import NoTensorError, first_tensor, with_first
+from regraft.graft.calls import Pause
+from regraft.graft.classes import Namespace, layer
+from regraft.planning.edits import Edit
+from regraft.record import RECORD, Graft, grafts_of
+from regraft.variants.registry import complete_options, spec
+
+
+@dataclass
+class Inserted(Graft):
+    """The graft of an insertion.
+
+    Attributes:
+        position: "before" or "after".
+        field: the argument, or the part of the output; "" for the first tensor.
+        adds: is what the module adds to its input dropped, and not its whole output?
+        sampling: does it drop in eval, too, for the time being?
+    """
+
+    position: str = ""
+    field: str = ""
+    adds: bool = False
+    sampling: bool = False
+
+
+@contextmanager
+def inserted_on(model: nn.Module) -> Iterator[bool]:
+    """What is inserted into `model` drops in eval as it does in training; yields whether anything will."""
+    found = [
+        graft
+        for module in model.modules()
+        for graft in grafts_of(module).values()
+        if isinstance(graft, Inserted) and not graft.sampling
+    ]
+    for graft in found:
+        graft.sampling = True
+    try:
+        yield any(_rate(graft) for graft in found)
+    finally:
+        for graft in found:
+            graft.sampling = False
+
+
+def insert_graft(edit: Edit) -> tuple[str, Graft]:
+    """The slot and the graft that insert what `edit` says.
+
+    One variant stands at one place once, so that a rule applied again sets its rate; two variants stack.
+    """
+    found = spec(edit.variant)
+    options = complete_options(found, edit.options)
+    options.pop("fused", None)
+    position, _, place = edit.op.partition(":")
+    field = place.partition("#")[2]
+    graft = Inserted(
+        SLOT,
+        vars(edit),
+        options,
+        in_eval=found.changes_eval is not None and found.changes_eval(options),
+        position=position,
+        field=field,
+        adds=edit.after.endswith("on what it adds"),
+    )
+    return f"{SLOT}:{position}#{field}:{edit.variant}", graft
+
+
+@layer(SLOT)
+def _insert_layer(base: type[nn.Module], _: str) -> Namespace:
+    own = base.forward
+    names = tuple(inspect.signature(own).parameters)[1:]
+
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        grafts = _acting(self)
+        for graft in grafts:
+            if graft.position == "before":
+                args, kwargs = _on_input(graft, names, args, kwargs, self.training)
+        output = own(self, *args, **kwargs)
+        for graft in grafts:
+            if graft.position == "after":
+                output = _on_output(graft, (args, kwargs), output, self.training)
+        return output
+
+    return {"forward": forward}
+
+
+def _acting(module: nn.Module) -> list[Inserted]:
+    # After a revert somebody may still hold this forward (accelerate does): then nothing is inserted.
+    return [
+        graft
+        for graft in module.__dict__.get(RECORD, {}).values()
+        if isinstance(graft, Inserted) and (module.training or graft.in_eval or graft.sampling)
+    ]
+
+
+def _on_input(
+    graft: Inserted, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    drop = _drop(graft, training)
+    where = graft.field or next(
+        (name for name in names if isinstance(kwargs.get(name), Tensor)), next(iter(kwargs), "")
+    )
+    if graft.field and graft.field in names[: len(args)]:
+        at = names.index(graft.field)
+        return (*args[:at], with_first(args[at], "", drop), *args[at + 1 :]), kwargs
+    try:
+        if args and not graft.field:
+            return with_first(args, "", drop), kwargs
+        return args, {**kwargs, where: with_first(kwargs[where], "", drop)}
+    except (NoTensorError, KeyError):
+        raise _nothing_there(graft, "input", "before") from None
+
+
+def _on_output(graft: Inserted, given: tuple[Any, Any], output: Any, training: bool) -> Any:
+    drop = _drop(graft, training)
+    try:
+        if not graft.adds:
+            return with_first(output, graft.field, drop)
+        x = first_tensor(given[0] or tuple(given[1].values()))
+    except NoTensorError:
+        raise _nothing_there(graft, "output", "after") from None
+
+    def drop_what_it_adds(y: Tensor) -> Tensor:
+        if y.shape != x.shape:
+            raise ModelError(
+                f"{tuple(x.shape)} went in and {tuple(y.shape)} came out: it is no residual block",
+                where=graft.edit["path"],
+                remedy="insert the drop-path after its branches",
+            )
+        return x + drop(y - x)
+
+    return with_first(output, graft.field, drop_what_it_adds)
+
+
+def _drop(graft: Inserted, training: bool) -> Callable[[Tensor], Tensor]:
+    function = spec(graft.edit["variant"]).function
+    rate, on = _rate(graft), training or graft.sampling
+
+    def drop(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise ModelError(
+                f"{graft.edit['op']} is {str(x.dtype).removeprefix('torch.')}, and cannot be dropped",
+                where=graft.edit["path"],
+                remedy="insert it after the embedding, 'after:Embedding'; or name a field",
+            )
+        with _alone():
+            dropped: Tensor = function(x, rate, on, **graft.options)
+        return dropped
+
+    return drop
+
+
+def _rate(graft: Inserted) -> float:
+    rate: float = graft.edit["options"].get("p", 0.0)
+    return rate
+
+
+def _alone() -> Any:
+    """Keeps the inserted dropout from the grafts of the calls in the modules around: it is none of those."""
+    return torch._C.DisableTorchFunction() if torch.compiler.is_compiling() else Pause()
+
+
+def _nothing_there(graft: Inserted, side: str, function: str) -> ModelError:
+    what = f"there is no {graft.field!r}" if graft.field else "there is no tensor"
+    return ModelError(
+        f"{what} in its {side}",
+        where=graft.edit["path"],
+        remedy=f"name the part: regraft.{function}(..., field=...)",
+    )

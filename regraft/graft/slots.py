@@ -1,0 +1,116 @@
+"""The one step that all changes are made of: put a graft into a slot of a module, or take it out."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from regraft.errors import ModelError
+from regraft.find.probe.preserve_state import restore, snapshot
+from regraft.graft.classes import layered
+from regraft.graft.compiled_variants import prepare
+from regraft.record import (
+    MISSING,
+    RECORD,
+    Graft,
+    grafts_of,
+    original_class,
+    rebind_instance_forward,
+)
+
+Change = tuple[nn.Module, str, Graft | None]
+"""A module, a slot, and what was in it before."""
+
+ORDER = ("rate", "variant", "calls", "insert", "passes")
+"""Kinds of slots in the order of their layers, the lowest first. `calls:dropout` is of kind `calls`."""
+
+_WRITTEN_OUT = tuple(f"calls:{op}" for op in ("multi_head_attention_forward", "LSTM", "GRU", "RNN"))
+
+
+def rival(module: nn.Module, slot: str) -> str | None:
+    """The slot that must be emptied first: an `nn.LSTM` has its rate set or is written out, never both."""
+    others = _WRITTEN_OUT if slot == "rate" else ("rate",) if slot in _WRITTEN_OUT else ()
+    return next((other for other in others if other in grafts_of(module)), None)
+
+
+def set_graft(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None:
+    """Put `graft` into a slot, or empty it; returns what was there. Done completely or not at all."""
+    grafts = dict(grafts_of(module))
+    previous = grafts.pop(slot, None)
+    if graft is not None:
+        grafts[slot] = graft
+    was, before = type(module), snapshot(module)
+    try:
+        module.__class__ = layered(was, _layers(grafts))  # may refuse: an incompatible layout
+        if previous is not None:
+            _take_back(module, previous)
+        if graft is not None:
+            _write(module, graft)
+        if grafts:
+            module.__dict__[RECORD] = grafts
+        else:
+            module.__dict__.pop(RECORD, None)
+        rebind_instance_forward(module)
+        prepare(module)
+    except BaseException:
+        module.__class__ = was
+        restore(module, before)
+        raise
+    return previous
+
+
+def stands(module: nn.Module, slot: str, graft: Graft) -> bool:
+    """Whether the same graft is in place already, as it was made: then what it has learned is kept."""
+    there = grafts_of(module).get(slot)
+    if there is None or any(module.__dict__.get(name) != value for name, value in graft.written.items()):
+        return False
+    return _meaning(there) == _meaning(graft)
+
+
+def _meaning(graft: Graft) -> tuple[object, ...]:
+    rule = (graft.edit.get("variant"), graft.edit.get("options"))
+    return (graft.layer, graft.options, graft.in_eval, graft.mends, rule)
+
+
+def _layers(grafts: dict[str, Graft]) -> list[str]:
+    """The layers that the grafts need, each once: all call sites of a module share one."""
+    slots = sorted(grafts, key=lambda slot: ORDER.index(slot.partition(":")[0]))
+    layers = [grafts[slot].layer for slot in slots if grafts[slot].layer]
+    calls = {name for one in layers if one.startswith("calls:") for name in one[6:].split(",")}
+    # Several insertions, too, are one layer.
+    plain = list(dict.fromkeys(one for one in layers if not one.startswith("calls:")))
+    at = next((i for i, one in enumerate(plain) if not one.startswith("variant:")), len(plain))
+    return [*plain[:at], *([f"calls:{','.join(sorted(calls))}"] if calls else []), *plain[at:]]
+
+
+def _write(module: nn.Module, graft: Graft) -> None:
+    for name, value in graft.written.items():
+        graft.saved[name] = module.__dict__.get(name, MISSING)
+        module.__dict__[name] = value
+    for name, value in graft.state.items():
+        if hasattr(module, name):
+            raise ModelError(
+                f"{original_class(module).__name__} has an attribute {name!r}, which the variant brings too",
+                where=graft.edit["path"],
+                remedy="rename it, or leave the site alone: a rule with None",
+            )
+        if isinstance(value, nn.Parameter):
+            module.register_parameter(name, value)
+        else:
+            module.register_buffer(name, value, persistent=name not in graft.transient)
+        graft.state[name] = None  # the module has it now, and may move it
+
+
+def _take_back(module: nn.Module, graft: Graft) -> None:
+    for name, value in graft.saved.items():
+        if module.__dict__.get(name) != graft.written[name]:
+            continue  # somebody set it since: that is not ours to undo
+        if isinstance(value, str) and value == MISSING:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = value
+    for name in graft.state:
+        # Kept as trained, in case this graft is put back.
+        graft.state[name] = module._parameters.pop(name, None)
+        if graft.state[name] is None:
+            graft.state[name] = module._buffers.pop(name, None)
+        module._non_persistent_buffers_set.discard(name)

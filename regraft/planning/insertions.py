@@ -1,0 +1,172 @@
+"""Insertion rules: what is put before and after which module, and at which rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from regraft.errors import NoMatchError, RegraftError, WrongKindError, nearest
+from regraft.find.insertion_points import INSERTED, family_to_insert, insertable, is_block, means, operation
+from regraft.find.inspect import Inspection
+from regraft.find.selectors import Selector
+from regraft.find.site import Site
+from regraft.planning.resolve import Choice, choose
+from regraft.variants.registry import complete_options, spec
+from regraft.variants.spec import DEFAULT_RATE, Variant
+
+InsertRule = tuple[int, Selector, Variant | None]
+"""The number of a rule, and what it says."""
+
+
+def insertions(
+    inspection: Inspection, rules: Iterable[InsertRule], fused: str
+) -> tuple[list[Choice], list[RegraftError]]:
+    """What the rules insert, and every problem they have; of two at one place the later wins."""
+    rules = list(rules)
+    if not rules:
+        return [], []
+    sites = insertable(inspection.modules)
+    problems: list[RegraftError] = []
+    decided: dict[tuple[int, str], InsertRule] = {}
+    for rule in rules:
+        try:
+            found = _matched(sites, rule)
+        except RegraftError as error:
+            problems.append(error)
+            continue
+        for position in found:
+            decided[position, operation(rule[1], sites[position])] = rule
+    choices = []
+    rates = _growing(sites, decided)
+    for (position, op), (index, selector, variant) in sorted(decided.items(), key=lambda one: one[0]):
+        if variant is None:
+            continue
+        p = rates.get((position, op))
+        try:
+            choices.append(_chosen(inspection, sites[position], op, (index, selector, variant), fused, p))
+        except RegraftError as error:
+            problems.append(error)
+    return choices, problems
+
+
+def _matched(sites: list[Site], rule: InsertRule) -> list[int]:
+    index, selector, variant = rule
+    where = f"rule {index}: {selector.text!r}"
+    if variant is not None:
+        _check_fits(variant, where)
+    found = [position for position, site in enumerate(sites) if means(selector, site)]
+    if not found:
+        raise NoMatchError("the rule matches nothing", where=where, remedy=_near(sites, selector))
+    return found
+
+
+def _near(sites: list[Site], selector: Selector) -> str:
+    kinds = sorted({site.op for site in sites})
+    paths = [path for site in sites for path in site.paths]
+    if selector.paths is None and selector.type in paths:
+        close = f"{selector.type!r} is a path: write '{selector.position}:*@{selector.type}'"
+    else:
+        word = selector.text.partition(":")[2].partition("#")[0]
+        close = nearest(word.partition("@")[0], kinds) or nearest(word.rpartition("@")[2], paths)
+    return "; ".join(filter(None, [close, f"this model has {', '.join(kinds)}"]))
+
+
+def _check_fits(variant: Variant, where: str) -> None:
+    family = family_to_insert(variant.name)
+    if family is None:
+        raise WrongKindError(
+            f"{variant.name!r} cannot be inserted: it takes the place of "
+            f"{' or '.join(spec(variant.name).families)}",
+            where=where,
+            remedy="insert a variant of dropout or drop-path, for example 'dropout(p=0.2)'",
+        )
+    options = {key: value for key, value in variant.options.items() if key != "fused"}
+    if spec(variant.name).adds_state(complete_options(spec(variant.name), options)):
+        raise WrongKindError(
+            f"{variant.name!r} brings state of its own, and an insertion has no keys in the state dict",
+            where=where,
+            remedy="choose a variant without state, or write an nn.Dropout and graft that",
+        )
+
+
+def _growing(sites: list[Site], decided: dict[tuple[int, str], InsertRule]) -> dict[tuple[int, str], float]:
+    """Of drop-paths, the rate at each depth: from 0 at the first to the rule's own at the last."""
+    by_rule: dict[int, list[tuple[int, str]]] = {}
+    for key, (index, _, variant) in decided.items():
+        p = None if variant is None else variant.options.get("p", DEFAULT_RATE)
+        if variant is not None and variant.name == "droppath" and isinstance(p, (int, float)):
+            by_rule.setdefault(index, []).append(key)
+    rates = {}
+    for keys in by_rule.values():
+        depths = list(dict.fromkeys(_depth(sites[position].path) for position, _ in sorted(keys)))
+        for position, op in keys:
+            variant = decided[position, op][2]
+            assert variant is not None
+            last = float(variant.options.get("p", DEFAULT_RATE))
+            at = depths.index(_depth(sites[position].path))
+            rates[position, op] = last if len(depths) == 1 else last * at / (len(depths) - 1)
+    return rates
+
+
+def _depth(path: str) -> str:
+    """The block that a path lies in: up to its last number. The branches of a block are of one depth."""
+    parts = path.split(".")
+    last = max((at for at, part in enumerate(parts) if part.isdigit()), default=len(parts) - 1)
+    return ".".join(parts[: last + 1])
+
+
+def _chosen(
+    inspection: Inspection, place: Site, op: str, rule: InsertRule, fused: str, p: float | None
+) -> Choice:
+    index, selector, variant = rule
+    assert variant is not None
+    probe, calls = inspection.probe, place.calls
+    if place.kind == "module" and probe.covers(place.module):
+        calls = probe.counts.get(id(place.module), 0)
+    site = replace(
+        place,
+        kind=INSERTED,
+        op=op,
+        family=family_to_insert(variant.name),
+        calls=calls,
+        source=probe.lines.get(id(place.module)),
+    )
+    if site.obstacle is None:
+        site = replace(site, obstacle=_obstacle(inspection, place, selector, variant))
+    if p == 0:
+        remedy = "nothing: the rates grow with the depth, from 0; a function as p sets each"
+        return Choice(site, index, reason="the first of the growing rates is 0", remedy=remedy)
+    if p is not None:
+        variant = Variant(variant.name, {**variant.options, "p": p})
+    choice = choose(replace(site, shape=None), index, selector.text, variant, fused)
+    if choice.reason is not None:
+        return choice
+    return replace(choice, site=site, after=_written(choice, site, selector))
+
+
+def _obstacle(
+    inspection: Inspection, place: Site, selector: Selector, variant: Variant
+) -> tuple[str, str] | None:
+    """What the probe saw flow there that cannot be dropped."""
+    if place.kind == "node":
+        return None  # the probe sees modules
+    into, out = inspection.probe.flows.get(id(place.module), (None, None))
+    if selector.position == "before" and place.op == "Embedding":
+        return "its input is token numbers", f"'after:Embedding@{place.path}'"
+    if selector.field:
+        return None
+    seen = into if selector.position == "before" else out
+    if seen is not None and not seen[1]:
+        side = "input" if selector.position == "before" else "output"
+        return f"its {side} is whole numbers, and cannot be dropped", "after the embedding: 'after:Embedding'"
+    if variant.name == "droppath" and is_block(place) and into and out and into[0] != out[0]:
+        return "its output has another shape than its input: it is no residual block", "name its branches"
+    return None
+
+
+def _written(choice: Choice, place: Site, selector: Selector) -> str:
+    noise, module = choice.after, place.written
+    if selector.position == "before":
+        return f"{noise}, then {module}"
+    adds = choice.variant is not None and choice.variant.name == "droppath" and is_block(place)
+    return f"{module}, then {noise}" + (" on what it adds" if adds else "")
