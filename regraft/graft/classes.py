@@ -28,6 +28,7 @@ _HOMES = {
     "variant": "regraft.graft.modules",
     "calls": "regraft.graft.calls",
     "insert": "regraft.graft.insertions",
+    "weights": "regraft.graft.weights",
     "passes": "regraft.training.rdrop.rdrop",
 }
 """Where each kind of layer is registered: a model can be unpickled before any of them was imported."""

@@ -20,7 +20,7 @@ from regraft.record import (
 Change = tuple[nn.Module, str, Graft | None]
 """A module, a slot, and what was in it before."""
 
-ORDER = ("rate", "variant", "calls", "insert", "passes")
+ORDER = ("rate", "variant", "calls", "insert", "weights", "passes")
 """Kinds of slots in the order of their layers, the lowest first. `calls:dropout` is of kind `calls`."""
 
 _WRITTEN_OUT = tuple(f"calls:{op}" for op in ("multi_head_attention_forward", "LSTM", "GRU", "RNN"))

@@ -92,10 +92,15 @@ def linear_weight(module: nn.Module) -> Tensor:
     return weight.T if any(base.__name__ == "Conv1D" for base in type(module).__mro__) else weight
 
 
+_NOT_WORTH_SHOWING = (("exact", False), ("noise", "bernoulli"), ("eval", "plain"))
+
+
 def written_options(p: float | None, options: dict[str, Any]) -> str:
-    """`p=0.1, num_samples=8`, as a module's repr shows it, without options at None and `exact=False`."""
+    """`p=0.1, num_samples=8`, as a module's repr shows it, without options at None and the usual ones."""
     shown = {} if p is None else {"p": p}
     shown |= {
-        key: value for key, value in options.items() if value is not None and (key, value) != ("exact", False)
+        key: value
+        for key, value in options.items()
+        if value is not None and (key, value) not in _NOT_WORTH_SHOWING
     }
     return ", ".join(f"{key}={value!r}" for key, value in shown.items())
