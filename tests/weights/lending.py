@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from recording import record_products
 from torch import nn
 
 from regraft.find.walk import named_modules
@@ -12,7 +13,6 @@ from regraft.find.weights import Weight, weights_of
 from regraft.graft.slots import set_graft
 from regraft.graft.weights import lending, slot_of
 from regraft.variants.registry import complete_options, spec
-from recording import record_products
 
 
 def weights(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Weight]:
