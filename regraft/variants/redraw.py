@@ -62,11 +62,7 @@ def noisy_linear(
 
 def _redraws(weight: Tensor) -> bool:
     # Whether gradients are on must not matter: a checkpoint runs with and without, and draws the same.
-    return (
-        plain(weight)
-        and not weight.is_meta
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return plain(weight) and not weight.is_meta and not torch._C._are_functorch_transforms_active()
 
 
 def _seed() -> int:

@@ -44,7 +44,9 @@ def main() -> None:
         for (name, parameter), other in zip(model.named_parameters(), whole.parameters(), strict=True):
             if other.grad is None:  # a bias that its parent does not read
                 continue
-            torch.testing.assert_close(parameter.grad.full_tensor(), other.grad, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                parameter.grad.full_tensor(), other.grad, msg=lambda text, name=name: f"{name}: {text}"
+            )
         model.zero_grad(), whole.zero_grad()
     late = ParentReads()
     lend(late, weights(late, x))

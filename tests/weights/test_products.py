@@ -95,9 +95,21 @@ def test_a_choice_behind_another_product_makes_no_router():
             self.embed, self.gate = nn.Linear(6, 6), nn.Linear(6, 4)
 
         def forward(self, x):
-            return self.gate(self.embed(x)).argmax(-1)
+            return F.one_hot(self.gate(self.embed(x)).argmax(-1), 4)
 
     assert kinds(Model(), X) == {"embed.weight": "Linear direct", "gate.weight": "router direct"}
+
+
+def test_the_largest_values_alone_are_no_choice():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.score = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.score(x).topk(2).values
+
+    assert kinds(Model(), X) == {"score.weight": "Linear direct"}
 
 
 def test_the_reader_is_the_smallest_module_with_all_that_multiply():

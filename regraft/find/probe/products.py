@@ -65,7 +65,8 @@ class Product:
         weight: the shape of the weight as it multiplied: of one expert, where each is multiplied alone.
         calls: how often it ran.
         shapes: the shapes of the other operand, each once.
-        selects: whether its result reaches a top-k or an argmax with no other product between: a router.
+        selects: whether its result reaches, with no other product between, a top-k or an argmax whose choice is
+            used: a router.
     """
 
     parameters: tuple[str, ...]
@@ -101,6 +102,7 @@ class ProductRecorder:
         self._parameters: dict[StorageWeakRef, list[tuple[int, int, str]]] = {}
         self._derived: dict[StorageWeakRef, _Roots] = {}
         self._scores: dict[StorageWeakRef, list[Product]] = {}
+        self._choices: dict[StorageWeakRef, list[Product]] = {}
         self._shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._fake = any(isinstance(tensor, FakeTensor) for tensor in state.values())
         seen: set[int] = set()
@@ -139,9 +141,14 @@ class ProductRecorder:
         name = func._schema.name
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if name in _SELECT:
-            for product in self._scores_of(given):
+        for tensor in given if self._choices else ():
+            for product in self._choices.get(_storage(tensor), ()):  # type: ignore[arg-type]
                 product.selects = True
+        if name in _SELECT:
+            # The choice is made once its indices are used: the largest values alone are a statistic.
+            for tensor in returned:
+                if not tensor.is_floating_point() and (key := _storage(tensor)) is not None:
+                    self._choices[key] = self._scores_of(given)
             return
         found = list(self._weights(name, func, args, kwargs))
         if found or name in _OPERANDS or name in _RECURRENT:
