@@ -22,11 +22,9 @@ from torch.utils import checkpoint
 
 from regraft.errors import ModelError
 from regraft.graft.checkpoints import checkpoint_marks, inside_checkpoint
-from regraft.graft.classes import Namespace, layer
-from regraft.record import RECORD, Graft
+from regraft.graft.classes import Namespace
+from regraft.record import RECORD, Graft, Layer, Slot
 from regraft.variants.registry import spec
-
-SLOT = "weights"
 
 
 class _ForwardLock:
@@ -46,37 +44,42 @@ class Lending(Graft):
     Attributes:
         holder: path from the reader to the module that has the weight.
         name: the weight's attribute there.
-        variant: the variant that perturbs it.
         lock: two threads in one reader wait for each other.
     """
 
     holder: str = ""
     name: str = "weight"
-    variant: str = ""
     lock: _ForwardLock = field(default_factory=_ForwardLock, compare=False, repr=False)
 
 
 def lending(
-    holder: str, name: str, variant: str, options: Mapping[str, Any], edit: dict[str, Any] | None = None
+    holder: str,
+    name: str,
+    variant: str,
+    rate: float | None,
+    options: Mapping[str, Any],
+    edit: dict[str, Any] | None = None,
 ) -> Lending:
     """The graft that lends `name` of the module at `holder`, seen from the reader, perturbed by a variant.
 
-    `options` are complete, with the rate.
+    `options` are the variant's, all but the rate.
     """
     found = spec(variant)
-    in_eval = found.changes_eval is not None and found.changes_eval(options)
     return Lending(
-        SLOT, edit or {}, dict(options), in_eval=in_eval, holder=holder, name=name, variant=variant
+        Slot("lend", f"{holder}.{name}" if holder else name),
+        Layer(lend_layer),
+        variant,
+        rate,
+        dict(options),
+        edit or {},
+        in_eval=found.changes_eval is not None and found.changes_eval(options),
+        holder=holder,
+        name=name,
     )
 
 
-def slot_of(graft: Lending) -> str:
-    """The slot of a lending on its reader: one for each weight."""
-    return f"{SLOT}:{graft.holder}.{graft.name}" if graft.holder else f"{SLOT}:{graft.name}"
-
-
-@layer(SLOT)
-def _weights_layer(base: type[nn.Module], argument: str) -> Namespace:
+def lend_layer(base: type[nn.Module]) -> Namespace:
+    """The layer of a reader: its forward sees the weights that are lent to it."""
     method = base.forward
 
     @functools.wraps(method)
@@ -101,7 +104,8 @@ def _perturbed(module: nn.Module, graft: Lending, weight: Tensor) -> Tensor:
     function = spec(graft.variant).weight_function
     assert function is not None
     state = {name.partition("__")[0]: getattr(module, name) for name in graft.state}
-    perturbed: Tensor = function(weight, **graft.options, **state)
+    rate = {} if graft.rate is None else {"p": graft.rate}
+    perturbed: Tensor = function(weight, **rate, **graft.options, **state)
     return perturbed
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from regraft.find.walk import named_modules
 from regraft.find.weights import Weight, weights_of
 from regraft.graft.slots import set_graft
-from regraft.graft.weights import lending, slot_of
+from regraft.graft.weights import lending
 from regraft.variants.registry import complete_options, spec
 
 
@@ -30,13 +30,13 @@ def lend(
     **options: Any,
 ) -> Callable[[], None]:
     """Lend the weights; returns what takes them all back."""
-    complete = {**complete_options(spec(variant), options), "p": p}
+    complete = complete_options(spec(variant), options)
     slots = []
     for weight in chosen.values():
         if keep(weight) and weight.obstacle is None:
-            graft = lending(weight.holder_path, weight.attribute, variant, complete)
-            set_graft(weight.reader, slot_of(graft), graft)
-            slots.append((weight.reader, slot_of(graft)))
+            graft = lending(weight.holder_path, weight.attribute, variant, p, complete)
+            set_graft(weight.reader, graft.slot, graft)
+            slots.append((weight.reader, graft.slot))
 
     def back() -> None:
         for reader, slot in slots:

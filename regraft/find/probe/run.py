@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from regraft.find.probe.example_inputs import Inputs
 from regraft.find.probe.memoized import forgotten
 from regraft.find.probe.modes import MarkedRate, marked, set_training
 from regraft.find.probe.preserve_state import buffers_kept, random_state_kept, silent
+from regraft.find.probe.products import ProductRecorder
 from regraft.find.probe.trace_forward import watch
 from regraft.find.tensor_io import Flow
 
@@ -82,7 +83,11 @@ Forward = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 def run_probe(
-    model: nn.Module, every: list[nn.Module], candidates: Iterable[Inputs], sites: set[int]
+    model: nn.Module,
+    every: list[nn.Module],
+    candidates: Iterable[Inputs],
+    sites: set[int],
+    recorders: Sequence[ProductRecorder] = (),
 ) -> Probe:
     """Look at a training and an eval forward of `model`, which is left as it was.
 
@@ -93,7 +98,7 @@ def run_probe(
         # A lazy module makes its weights in its first forward, which is not the probe's to run.
         return Probe(reason="a module of it is lazy, and has no weights before its first forward")
     began = time.perf_counter()
-    probe = _first_that_runs(model, every, candidates, sites)
+    probe = _first_that_runs(model, every, candidates, sites, recorders)
     probe.seconds = None if probe.reason == _UNKNOWN else round(time.perf_counter() - began, 3)
     return probe
 
@@ -102,7 +107,11 @@ _UNKNOWN = "regraft does not know this model's inputs; give inputs="
 
 
 def _first_that_runs(
-    model: nn.Module, every: list[nn.Module], candidates: Iterable[Inputs], sites: set[int]
+    model: nn.Module,
+    every: list[nn.Module],
+    candidates: Iterable[Inputs],
+    sites: set[int],
+    recorders: Sequence[ProductRecorder],
 ) -> Probe:
     failed: list[tuple[Inputs, Exception]] = []
     for inputs in candidates:
@@ -110,7 +119,7 @@ def _first_that_runs(
             if any(hasattr(module, "reshard") for module in every):
                 # Fake tensors would stay behind in the state that FSDP keeps of its shards.
                 raise InputsError("its parameters are sharded by FSDP")
-            probe = _on_fake_tensors(model, every, inputs, sites)
+            probe = _on_fake_tensors(model, every, inputs, sites, recorders)
         except Exception as error:
             failed.append((inputs, error))
         else:
@@ -123,7 +132,7 @@ def _first_that_runs(
     probes = []
     for inputs, why in faked[:_MOST_REAL] or failed[:1]:
         reason = f"the forward cannot run on fake tensors: {_one_line(why)}"
-        probes.append(_for_real(model, every, inputs, sites, reason))
+        probes.append(_for_real(model, every, inputs, sites, reason, recorders))
         if probes[-1].ran:
             return probes[-1]
     return probes[0]
@@ -143,7 +152,13 @@ _FAKE_ERRORS = (
 )
 
 
-def _on_fake_tensors(model: nn.Module, every: list[nn.Module], inputs: Inputs, sites: set[int]) -> Probe:
+def _on_fake_tensors(
+    model: nn.Module,
+    every: list[nn.Module],
+    inputs: Inputs,
+    sites: set[int],
+    recorders: Sequence[ProductRecorder],
+) -> Probe:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with silent(), forgotten(every), marked(every), random_state_kept():
         state, device = _faked_state(model, mode)
@@ -152,12 +167,19 @@ def _on_fake_tensors(model: nn.Module, every: list[nn.Module], inputs: Inputs, s
         def forward(*args: Any, **kwargs: Any) -> Any:
             return functional_call(model, state, args, kwargs)
 
+        for recorder in recorders:
+            recorder.start(state)
         with mode:
-            return _both(model, every, (forward, args, kwargs), sites)
+            return _both(model, every, (forward, args, kwargs), sites, recorders)
 
 
 def _for_real(
-    model: nn.Module, every: list[nn.Module], inputs: Inputs, sites: set[int], reason: str
+    model: nn.Module,
+    every: list[nn.Module],
+    inputs: Inputs,
+    sites: set[int],
+    reason: str,
+    recorders: Sequence[ProductRecorder],
 ) -> Probe:
     devices = {p.device for p in model.parameters()}
     if torch.device("meta") in devices or len(devices) > 1:
@@ -165,16 +187,24 @@ def _for_real(
     args, kwargs = tree_map(lambda leaf: _moved(leaf, devices), (inputs.args, inputs.kwargs))
     try:
         with silent(), buffers_kept(every), marked(every), random_state_kept():
-            probe = _both(model, every, (model, args, kwargs), sites)
+            for recorder in recorders:
+                recorder.start({**dict(model.named_parameters()), **dict(model.named_buffers())})
+            probe = _both(model, every, (model, args, kwargs), sites, recorders)
     except Exception as error:
         return Probe(reason=f"{reason}; nor does a real one run: {_one_line(error)}")
     probe.how, probe.reason = "real forward", reason
     return probe
 
 
-def _both(model: nn.Module, every: list[nn.Module], forward: Forward, sites: set[int]) -> Probe:
+def _both(
+    model: nn.Module,
+    every: list[nn.Module],
+    forward: Forward,
+    sites: set[int],
+    recorders: Sequence[ProductRecorder],
+) -> Probe:
     known = {id(module) for module in every}
-    seen = watch(*forward, sites, known=known)
+    seen = watch(*forward, sites, known=known, recorders=recorders)
     probe = Probe(
         **{name: getattr(seen, name) for name in ("counts", "lines", "called", "layer_drops", "flows")}
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from regraft.find.calls import Called, CallRecorder
 from regraft.find.frames import caller_line
+from regraft.find.probe.products import ProductRecorder, RecordProducts
 from regraft.find.tensor_io import Flow, flow
 
 
@@ -36,6 +37,7 @@ def watch(
     *,
     known: Container[int],
     modules_too: bool = False,
+    recorders: Sequence[ProductRecorder] = (),
 ) -> Watched:
     """Run `forward` and record it; of `known` modules `sites` are those whose calling lines are wanted.
 
@@ -64,6 +66,10 @@ def watch(
         stack.callback(register_module_forward_hook(leave, always_call=True).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(recorder)
+        for products in recorders:
+            stack.enter_context(
+                RecordProducts(products, lambda: recorder.owners[-1] if recorder.owners else None)
+            )
         forward(*args, **kwargs)
     seen.called = recorder.called()
     seen.layer_drops = recorder.layer_drops
