@@ -68,14 +68,16 @@ class Selector:
         return self.type in ("*", site.family, site.op) and self.path_matches(site.paths)
 
     def _type_matches(self, site: Site) -> bool:
-        if self.type in ("*", site.op):
+        if self.type in ("*", site.op, site.role):
             return True
+        if self.type == "Linear":
+            return site.family == "Linear"  # every matrix that multiplies
         if self.type == "Dropout":
             return site.op in PLAIN
         if site.kind in ("call", "node") and self.type.casefold() == site.op.replace("_", ""):
             return True  # "Dropout2d" is the kind, made as a module or called
         # A class name of the user's own, for the modules that have no operation name of their own.
-        return site.kind == "module" and self.type == site.type
+        return site.kind in ("module", "weight") and self.type == site.type
 
 
 def read_selector(key: Any) -> Selector:
@@ -102,7 +104,7 @@ def read_selector(key: Any) -> Selector:
 
 def _is_a(cls: type[nn.Module]) -> Callable[[Site], bool]:
     # The functional dropouts inside a module are not instances of the module's class.
-    return lambda site: site.kind == "module" and issubclass(original_class(site.module), cls)
+    return lambda site: site.kind in ("module", "weight") and issubclass(original_class(site.owner), cls)
 
 
 def _read_text(text: str) -> Selector:

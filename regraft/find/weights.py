@@ -8,15 +8,18 @@ that contains everything that multiplies by it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from regraft.find.graph_calls import LINEAR, graph_nodes
 from regraft.find.kinds import op_of
 from regraft.find.probe.products import Product, ProductRecorder
+from regraft.find.site import Site
 from regraft.find.ungraftable import owner_obstacle
 from regraft.find.walk import Named
+from regraft.record import Slot, grafts_of, original_class
 
 KINDS = ("Linear", "Conv1D", "experts", "router", "in_proj", "out_proj", "recurrent", "Bilinear")
 """What a weight can be, beside a convolution's: `"Linear"` as a selector means all but routers."""
@@ -53,6 +56,78 @@ class Weight:
     calls: int
     direct: bool
     obstacle: tuple[str, str] | None = None
+
+
+def weight_sites(sites: list[Site], weights: list[Weight], modules: list[Named]) -> list[Site]:
+    """The sites with those of the weights that are no linear layer's own, in the order of the modules.
+
+    A linear layer whose weight something else multiplies by is the site of that weight.
+    """
+    order = {id(named.module): position for position, named in enumerate(modules)}
+    nodes = {weight.name: found for weight in weights if (found := _linear_nodes(weight))}
+    lent = [weight for weight in weights if not weight.direct and weight.name not in nodes]
+    bypassed = {id(weight.holder) for weight in lent if weight.attribute == "weight"}
+    routers = {id(weight.holder) for weight in weights if weight.direct and weight.kind == "router"}
+    paths = {id(named.module): tuple(named.paths) for named in modules}
+    own = [
+        replace(site, role="router") if site.kind == "module" and id(site.module) in routers else site
+        for site in sites
+        if not (site.kind == "module" and site.family == "Linear" and id(site.module) in bypassed)
+    ]
+    names = {(id(one.reader), node): one.names for one in weights for node in nodes.get(one.name, ())}
+    own = [
+        replace(site, paths=(*site.paths, *names.get((id(site.module), site.path.rpartition(".")[2]), ())))
+        if site.kind == "node"
+        else site
+        for site in own
+    ]
+    placed = [(order[id(site.module)], site) for site in own]
+    placed += [(order[id(weight.holder)], _site(weight, paths)) for weight in lent]
+    return [site for _, site in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _site(weight: Weight, paths: dict[int, tuple[str, ...]]) -> Site:
+    tensor: Any = getattr(weight.holder, weight.attribute)
+    owners, names = paths[id(weight.holder)], weight.names
+    whole = weight.attribute == "weight"  # then the module's name is as good as the weight's
+    slot = Slot("lend", f"{weight.holder_path}.{weight.attribute}".lstrip("."))
+    graft = grafts_of(weight.reader).get(str(slot))
+    return Site(
+        path=owners[0] if whole else names[0],
+        paths=(*owners, *names) if whole else (*names, *owners),
+        kind="weight",
+        op=weight.kind,
+        type=original_class(weight.holder).__name__,
+        p=None,
+        calls=weight.calls,
+        source=None,
+        family="Linear",
+        module=weight.reader,
+        shape=tuple(tensor.shape),
+        parameters=tensor.numel(),
+        device=str(tensor.device),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        training=weight.reader.training,
+        variant=graft.edit["after"] if graft else None,
+        role="router" if weight.kind == "router" else "",
+        reader=weight.reader_path,
+        holder=weight.holder_path,
+        attribute=weight.attribute,
+        obstacle=weight.obstacle,
+    )
+
+
+def _linear_nodes(weight: Weight) -> list[str]:
+    """Of a weight that a graph multiplies by in calls of `F.linear` alone: those nodes, sites themselves."""
+    if not isinstance(weight.reader, fx.GraphModule):
+        return []
+    target = f"{weight.holder_path}.{weight.attribute}".lstrip(".")
+    reads = [
+        node for node in weight.reader.graph.nodes if (node.op, str(node.target)) == ("get_attr", target)
+    ]
+    users = {found.called.name: found.called.op for found in graph_nodes(weight.reader)}
+    names = [user.name for node in reads for user in node.users]
+    return names if names and all(users.get(name) == LINEAR for name in names) else []
 
 
 def weights_of(recorder: ProductRecorder, modules: list[Named]) -> list[Weight]:

@@ -18,6 +18,7 @@ from regraft.graft.graph_nodes import all_or_nothing, compiled_once, finish, gra
 from regraft.graft.insertions import insert_graft
 from regraft.graft.modules import module_graft, rate_graft
 from regraft.graft.slots import conflicting_slot, is_applied
+from regraft.graft.weights import lend_graft
 from regraft.interrupts import HeldInterrupts
 from regraft.planning.plan import Edit, Plan, Rules, Skip, plan_of
 from regraft.planning.resolve import acts_in_eval
@@ -182,7 +183,7 @@ def _steps(inspection: Inspection, plan: Plan) -> list[Step]:
     for edit in plan.grafted:
         assert edit.site is not None
         graft = _graft_of(edit)
-        _move_state(graft, edit.path, by_path)
+        _move_state(graft, edit.reader if edit.kind == "weight" else edit.path, by_path)
         steps.append((edit.site.module, replace(graft.slot, node=edit.node), graft))
     owners = {id(module) for module, slot, _ in steps if slot.kind == "calls" and not slot.node}
     steps += [
@@ -198,6 +199,8 @@ def _graft_of(edit: Edit) -> Graft:
         return insert_graft(edit)
     if edit.kind == "node":
         return node_graft(edit)
+    if edit.kind == "weight":
+        return lend_graft(edit)
     opaque = edit.op in OPAQUE.values()
     if edit.kind == "call" or (opaque and edit.variant not in ("dropout", "off")):
         return call_graft(edit)
@@ -277,7 +280,7 @@ def _take_out(module: nn.Module, slot: Slot, graft: Graft) -> None:
 def _state_keys(steps: list[Step]) -> list[str]:
     """Keys of the state dict that the grafts have brought, also those that stood already."""
     return [
-        f"{graft.edit['path']}.{name}".lstrip(".")
+        f"{graft.edit['reader' if graft.edit['kind'] == 'weight' else 'path']}.{name}".lstrip(".")
         for _, _, graft in steps
         for name in graft.state
         if name not in graft.transient

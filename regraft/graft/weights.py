@@ -23,8 +23,9 @@ from torch.utils import checkpoint
 from regraft.errors import ModelError
 from regraft.graft.checkpoints import checkpoint_marks, inside_checkpoint
 from regraft.graft.classes import Namespace
+from regraft.planning.plan import Edit
 from regraft.record import RECORD, Graft, Layer, Slot
-from regraft.variants.registry import spec
+from regraft.variants.registry import complete_options, spec
 
 
 class _ForwardLock:
@@ -52,6 +53,20 @@ class Lending(Graft):
     lock: _ForwardLock = field(default_factory=_ForwardLock, compare=False, repr=False)
 
 
+def lend_graft(edit: Edit) -> Lending:
+    """The graft that lends the weight at the edit's site to its reader, perturbed as the edit says."""
+    assert edit.site is not None
+    found, owner, name = spec(edit.variant), edit.site.owner, edit.attribute
+    p = edit.options.get("p")
+    options = complete_options(found, edit.options)
+    graft = lending(edit.holder, name, edit.variant, None if p is None else float(p), options, edit.to_dict())
+    if found.weight_state is not None:
+        where = f"{edit.holder}.{name}".lstrip(".").replace(".", "_")
+        state = found.weight_state(getattr(owner, name))
+        graft.state = {f"{key}__{where}": value for key, value in state.items()}
+    return graft
+
+
 def lending(
     holder: str,
     name: str,
@@ -66,7 +81,7 @@ def lending(
     """
     found = spec(variant)
     return Lending(
-        Slot("lend", f"{holder}.{name}" if holder else name),
+        Slot("lend", f"{holder}.{name}".lstrip(".")),
         Layer(lend_layer),
         variant,
         rate,

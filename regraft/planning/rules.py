@@ -110,8 +110,14 @@ def _matched(inspection: Inspection, rule: Rule, index: int) -> list[int]:
         raise _no_match(inspection, selector, where)
     if rule.variant is None:
         return found
-    families = spec(rule.variant.name).families
-    fitting = [position for position in found if sites[position].family in families]
+    variant = spec(rule.variant.name)
+    families = variant.families
+    fitting = [
+        position
+        for position in found
+        if sites[position].family in families
+        and (sites[position].kind != "weight" or variant.weight_function is not None)
+    ]
     if not fitting:
         kinds = sorted({sites[position].op for position in found})
         raise WrongKindError(

@@ -131,5 +131,6 @@ SPECS = (
         check=_check,
         state=_state,
         weight_function=mixout_of_weight,
+        weight_state=lambda weight: {"mixout_weight": weight.detach().clone()},
     ),
 )

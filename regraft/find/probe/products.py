@@ -65,8 +65,8 @@ class Product:
         weight: the shape of the weight as it multiplied: of one expert, where each is multiplied alone.
         calls: how often it ran.
         shapes: the shapes of the other operand, each once.
-        selects: whether its result reaches, with no other product between, a top-k or an argmax whose choice is
-            used: a router.
+        selects: whether its result reaches, with no other product between, a top-k or an argmax whose
+            choice is used: a router.
     """
 
     parameters: tuple[str, ...]
