@@ -77,7 +77,7 @@ class Selector:
         if site.kind in ("call", "node") and self.type.casefold() == site.op.replace("_", ""):
             return True  # "Dropout2d" is the kind, made as a module or called
         # A class name of the user's own, for the modules that have no operation name of their own.
-        return site.kind in ("module", "weight") and self.type == site.type
+        return _has_class(site) and self.type == site.type
 
 
 def read_selector(key: Any) -> Selector:
@@ -104,7 +104,14 @@ def read_selector(key: Any) -> Selector:
 
 def _is_a(cls: type[nn.Module]) -> Callable[[Site], bool]:
     # The functional dropouts inside a module are not instances of the module's class.
-    return lambda site: site.kind in ("module", "weight") and issubclass(original_class(site.owner), cls)
+    return lambda site: _has_class(site) and issubclass(original_class(site.owner), cls)
+
+
+def _has_class(site: Site) -> bool:
+    """Does the name of a class mean the site? `nn.LSTM` means its dropout, and not its weights."""
+    if site.kind == "weight":
+        return not isinstance(site.owner, (nn.RNNBase, nn.MultiheadAttention))
+    return site.kind == "module"
 
 
 def _read_text(text: str) -> Selector:

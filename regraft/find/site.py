@@ -107,9 +107,8 @@ def grafted_site(module: nn.Module, paths: Iterable[str], edit: Mapping[str, Any
     paths = tuple(paths)
     inserted = edit["kind"] == "inserted"
     if edit["kind"] == "weight":
-        owners = [".".join(filter(None, (path, edit["holder"]))) for path in paths]
-        names = [".".join(filter(None, (path, edit["attribute"]))) for path in owners]
-        paths = (*owners, *names) if edit["path"] in edit["paths"][: len(owners)] else (*names, *owners)
+        last = "" if edit["attribute"] == "weight" else edit["attribute"]
+        paths = tuple(".".join(filter(None, (path, edit["holder"], last))) for path in paths)
     names = [
         *("kind", "op", "type", "calls", "source", "family", "node", "position", "place", "field"),
         *("role", "reader", "holder", "attribute"),

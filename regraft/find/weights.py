@@ -7,8 +7,10 @@ that contains everything that multiplies by it.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -81,9 +83,11 @@ def weight_sites(sites: list[Site], weights: list[Weight], modules: list[Named])
         else site
         for site in own
     ]
-    placed = [(order[id(site.module)], site) for site in own]
-    placed += [(order[id(weight.holder)], _site(weight, paths)) for weight in lent]
-    return [site for _, site in sorted(placed, key=lambda pair: pair[0])]
+    # The sites come in an order of their own, which a call that takes its rate from a module may leave.
+    keys = list(accumulate((order[id(site.module)] for site in own), max))
+    for weight in reversed(lent):
+        own.insert(bisect_right(keys, order[id(weight.holder)]), _site(weight, paths))
+    return own
 
 
 def _site(weight: Weight, paths: dict[int, tuple[str, ...]]) -> Site:
@@ -94,7 +98,7 @@ def _site(weight: Weight, paths: dict[int, tuple[str, ...]]) -> Site:
     graft = grafts_of(weight.reader).get(str(slot))
     return Site(
         path=owners[0] if whole else names[0],
-        paths=(*owners, *names) if whole else (*names, *owners),
+        paths=owners if whole else names,
         kind="weight",
         op=weight.kind,
         type=original_class(weight.holder).__name__,

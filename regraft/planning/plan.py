@@ -515,8 +515,8 @@ def _matrices(inspection: Inspection, decisions: list[Decision]) -> list[str]:
     left: dict[str, int] = {}
     count = 0
     for weight in inspection.weights:
-        owners = {name.rpartition(".")[0] for name in weight.names}
-        if reached.isdisjoint(owners if weight.direct else weight.names):
+        owners = {name.rpartition(".")[0] for name in weight.names if name.endswith("weight")}
+        if reached.isdisjoint({*weight.names, *owners}):
             left[weight.kind] = left.get(weight.kind, 0) + 1
         else:
             count += 1

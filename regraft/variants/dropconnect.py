@@ -94,9 +94,12 @@ def _per_example(x: Tensor, weight: Tensor, bias: Tensor | None, p: float) -> Te
     x, weight, bias = as_autocast_has_them(x, weight, bias)
     scale = (p / (1 - p)) ** 0.5
     if plain(x) and x.dtype is not torch.float16 and not torch._C._are_functorch_transforms_active():
-        noise = torch.randn(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device).mul_(scale)
-        noisy: Tensor = _Noisy.apply(x, weight, bias, noise)[0]
-        return noisy
+        rows = x.reshape(
+            -1, x.shape[-1]
+        )  # or the result would be a view, which nothing could change in place
+        noise = torch.randn(len(rows), len(weight), dtype=x.dtype, device=x.device).mul_(scale)
+        noisy: Tensor = _Noisy.apply(rows, weight, bias, noise)[0]
+        return noisy.view(*x.shape[:-1], len(weight))
     mean = linear(x, weight, bias)
     noise = torch.randn_like(mean, requires_grad=False).mul_(scale)
     # In float16 squares overflow from 256 on, and autocast would take them back there.
@@ -144,21 +147,16 @@ class _Noisy(torch.autograd.Function):
             squares = weight.square()
             deviation = _deviation(x, squares)
         # Half the slope of the root; the squares' give the other 2.
-        upstream = _rows(grad * noise / deviation)
-        grad, rows = _rows(grad), _rows(x)
+        upstream = grad * noise / deviation
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
         slopes: list[Tensor | None] = [None] * 4
         if for_x:
-            slopes[0] = (upstream @ squares).mul_(rows).addmm_(grad, weight).view(x.shape)
+            slopes[0] = (upstream @ squares).mul_(x).addmm_(grad, weight)
         if for_weight:
-            slopes[1] = (upstream.T @ rows.square()).mul_(weight).addmm_(grad.T, rows)
+            slopes[1] = (upstream.T @ x.square()).mul_(weight).addmm_(grad.T, x)
         if for_bias:
             slopes[2] = grad.sum(0)
         return tuple(slopes)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _check(options: Mapping[str, Any]) -> None:

@@ -56,8 +56,13 @@ def noisy_linear(
         return linear(x, noisy_weight(weight, noise, base), bias)
     x, weight, bias = as_autocast_has_them(x, weight, bias)
     base = None if base is None else base.to(weight.dtype)
-    product: Tensor = _NoisyLinear.apply(x, weight, bias, base, noise, _seed())
-    return product
+    # As rows: what a function of autograd returns must be no view, or nothing can change it in place.
+    product: Tensor = _NoisyLinear.apply(_rows(x), weight, bias, base, noise, _seed())
+    return product.view(*x.shape[:-1], len(weight))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _redraws(weight: Tensor) -> bool:
@@ -108,7 +113,6 @@ class _NoisyLinear(torch.autograd.Function):
         x, weight, base = ctx.saved_tensors
         noise, seed = ctx.noise, ctx.seed
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
-        rows = grad.reshape(-1, grad.shape[-1])
         slopes: list[Tensor | None] = [None] * 6
         if for_x:
             # A function of its own where slopes of slopes are wanted; else the noise drawn again.
@@ -116,12 +120,11 @@ class _NoisyLinear(torch.autograd.Function):
                 noisy = _NoisyWeight.apply(weight, base, noise, seed)
             else:
                 noisy = _drawn(weight, base, noise, seed)
-            slopes[0] = (rows @ noisy).view(x.shape)
+            slopes[0] = grad @ noisy
         if for_weight:
-            slope = rows.T @ x.reshape(-1, x.shape[-1])
-            slopes[1] = noise.times(slope, weight, _generator(weight, seed))
+            slopes[1] = noise.times(grad.T @ x, weight, _generator(weight, seed))
         if for_bias:
-            slopes[2] = rows.sum(0)
+            slopes[2] = grad.sum(0)
         return tuple(slopes)
 
 

@@ -327,3 +327,12 @@ def test_what_was_recorded_in_a_grafted_model_is_the_same():
     recorder = record_products(model, X)
     after = weights_of(recorder, named_modules(model))
     assert {one.name: (one.kind, one.reader_path) for one in after} == before
+
+
+@pytest.mark.parametrize("options", [{"mask": "batch"}, {"mask": "example"}], ids=str)
+def test_what_a_dropped_linear_returns_may_be_changed_in_place(options):
+    from regraft.nn import DropConnectLinear
+
+    layer = nn.Sequential(DropConnectLinear(6, 4, p=0.5, **options), nn.ReLU(inplace=True))
+    layer(X).sum().backward()
+    assert layer[0].weight.grad.isfinite().all()
