@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from regraft.find.calls import Called
-from regraft.find.functions import ATTENTION
+from regraft.ops import ATTENTION
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,8 @@ class Site:
     dtype: str | None = None
     training: bool = True
     variant: str | None = None
+    draws: int = 0
+    """How many operations drew random numbers there, in the probe's forward."""
     draws_in_eval: bool = False
     baked: bool | None = field(default=None, repr=False)
     """Of a node: the training flag, where tracing fixed it."""

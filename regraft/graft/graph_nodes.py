@@ -16,16 +16,7 @@ from torch import fx, nn
 
 from regraft.errors import MisfitError
 from regraft.find.functions import ATTENTION
-from regraft.find.graph_calls import (
-    DROP_PATH,
-    LINEAR,
-    NODE,
-    WRAPPED,
-    GraphNode,
-    Replaced,
-    graph_node,
-    graph_nodes,
-)
+from regraft.find.graph_calls import NODE, WRAPPED, GraphNode, Replaced, graph_node, graph_nodes
 from regraft.find.graph_nodes import node_path
 from regraft.find.insertion_points import SLOT as INSERT
 from regraft.find.walk import Named
@@ -33,6 +24,7 @@ from regraft.graft.calls import call_graft
 from regraft.graft.graph_classes import compile_graph
 from regraft.graft.handlers import call_rate
 from regraft.graft.slots import set_graft
+from regraft.ops import DROP_PATH, LINEAR
 from regraft.planning.edits import Edit
 from regraft.record import Graft, grafts_of
 from regraft.variants.registry import spec
