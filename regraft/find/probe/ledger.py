@@ -358,10 +358,15 @@ class ObservedFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if self.observer is not None and func is not _DEVICE:
-            self.observer.operation(func, tuple(args), dict(kwargs), result)
+        kwargs, observer = kwargs or {}, self.observer
+        if observer is None or func is _DEVICE:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        self.observer = None  # what the operation is made of is not told as well
+        try:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self.observer = observer
+        observer.operation(func, tuple(args), dict(kwargs), result)
         return result
 
 
