@@ -84,6 +84,7 @@ def _site(owner: Named, found: GraphNode, op: str) -> Site:
         device=None if weight is None else str(weight.device),
         dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
         training=module.training,
+        node=found.called.name,
         variant=None if graft is None else graft.edit["after"],
         draws_in_eval=bool(found.baked) and found.called.p != 0,
         baked=found.baked,

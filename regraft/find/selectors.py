@@ -60,11 +60,9 @@ class Selector:
 
     def _matches_inserted(self, site: Site) -> bool:
         """An insertion is what it was inserted by, `after:Linear`, and a dropout or drop-path itself."""
-        position, _, place = site.op.partition(":")
-        op, _, field = place.partition("#")
         if self.position:
-            there = self.position == position and self.field in ("", field)
-            return there and self.means(replace(site, kind="module", op=op))
+            there = self.position == site.position and self.field in ("", site.field)
+            return there and self.means(replace(site, kind="module", op=site.place))
         if self.test is not None:
             return bool(self.test(site))
         return self.type in ("*", site.family, site.op) and self.path_matches(site.paths)

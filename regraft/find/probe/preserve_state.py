@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regraft.record import stand_aside
+from regraft.record import temporarily_ungrafted
 
 
 @contextmanager
@@ -180,7 +180,7 @@ def marked(modules: list[nn.Module]) -> Iterator[None]:
     LayerDrop is at 0, so that no layer is missed. Each dropout's rate is marked, so that a call that uses
     it tells which module it got it from.
     """
-    with unchanged(modules), _originals(modules):
+    with unchanged(modules), temporarily_ungrafted(modules):
         set_training(modules, mode=True)
         for module in modules:
             attributes = module.__dict__
@@ -198,14 +198,3 @@ def set_training(modules: list[nn.Module], *, mode: bool) -> None:
     """Set the flags themselves: a `train()` of the user's own may leave some of them alone."""
     for module in modules:
         module.__dict__["training"] = mode
-
-
-@contextmanager
-def _originals(modules: list[nn.Module]) -> Iterator[None]:
-    """Grafts stand aside: a rule is read against the original."""
-    grafted = [(module, cls) for module in modules if (cls := stand_aside(module)) is not None]
-    try:
-        yield
-    finally:
-        for module, cls in grafted:
-            module.__class__ = cls
