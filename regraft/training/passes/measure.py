@@ -17,8 +17,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from regraft.find.probe.memoized import forgotten
-from regraft.find.probe.preserve_state import buffers_kept, random_state_kept, silent, unchanged
+from regraft.find.probe.preserve_state import buffers_kept, forgotten, random_state_kept, silent, unchanged
 from regraft.training.passes.caches import own_caches
 from regraft.training.passes.nested import leaves, mapped
 
