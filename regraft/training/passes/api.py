@@ -62,8 +62,8 @@ def stochastic_passes(
     Under "shared", a module that vmap cannot run (routed experts, LayerDrop) runs once for each pass, and
     what is around it is shared. Autocast works, and so do hooks, grafts and models whose attention is
     fused; gradient checkpointing behind the first random operation, compiled models and models sharded by
-    FSDP do not, and "auto" repeats the batch for them. Inside `torch.compile` "auto" repeats the batch. A cache of keys and values that
-    was not asked for by `use_cache=True` is None among the outputs.
+    FSDP do not, and "auto" repeats the batch for them. Inside `torch.compile` "auto" repeats the batch. A
+    cache of keys and values that was not asked for by `use_cache=True` is None among the outputs.
 
     Raises:
         InputsError: an input that cannot be repeated, or an output without a value for each pass.
