@@ -204,7 +204,12 @@ def _analyzed(model: nn.Module, inputs: Inputs) -> Analysis:
         except Exception as error:
             # The forward that was asked for will say so better.
             return Analysis(no_sharing=why(error), no_batch=[why(error)])
-    if analysis.plain.elsewhere:
+    plain = analysis.plain
+    drawn, common = plain.draws + plain.scalars, plain.common.draws + plain.common.scalars
+    if inputs.fork is not None and drawn and drawn == common and not plain.elsewhere:
+        fork = Fork(inner, inputs.fork)
+        raise fork.unfit("has no draw behind it: all passes would be equal", "name a module further in front")
+    if plain.elsewhere:
         analysis.no_sharing = _ELSEWHERE
         analysis.no_batch.append(_ELSEWHERE)
     elif analysis.no_sharing is None:
@@ -329,15 +334,18 @@ def _batch_draws(analysis: Analysis, model: nn.Module, inputs: Inputs) -> str | 
     def trial(forward: Trial, call: Call, _: Meter, __: Fork | None) -> Any:
         return repeated_forward(forward, _PROBED, Batch(call, inputs.main, inputs.unbatched))
 
+    inner = inner_model(model)[0]
     try:
-        both = _tried(analysis.place, inner_model(model)[0], inputs, trial)
+        # The analysis may be of a smaller batch.
+        single = _tried(analysis.place, inner, inputs, _plain)
+        both = _tried(analysis.place, inner, inputs, trial)
     except InputsError:
         raise
     except Exception as error:
         return why(error)
     # Draws of a single number that decide nothing (LayerDrop at rate 0) may be common: both ends were tried.
     decided = analysis.plain.scalars and analysis.no_sharing is not None
-    return _SHARED_DRAW if decided or both.draws != _PROBED * analysis.plain.draws else None
+    return _SHARED_DRAW if decided or both.draws != _PROBED * single.draws else None
 
 
 def _tried(place: Any, model: nn.Module, inputs: Inputs, trial: Trial) -> Measured:

@@ -93,7 +93,7 @@ class Fork:
                 return
             self.calls += 1
             if checkpoint_marks() != marks:
-                raise self._unfit(
+                raise self.unfit(
                     "lies in a part that gradient checkpointing recomputes, or that runs without gradients",
                     "switch checkpointing off from there on, or name a module around that part",
                 )
@@ -107,7 +107,7 @@ class Fork:
             handle.remove()
         if self.calls != 1:
             often = f"is called {self.calls} times" if self.calls else "is not called by the forward"
-            raise self._unfit(often, "name a module that the forward calls once")
+            raise self.unfit(often, "name a module that the forward calls once")
 
     @contextmanager
     def replayed(self, begin: Callable[[], None]) -> Iterator[None]:
@@ -126,7 +126,8 @@ class Fork:
             yield
         self._end = _generators()
 
-    def _unfit(self, what: str, remedy: str) -> ForkError:
+    def unfit(self, what: str, remedy: str) -> ForkError:
+        """The error that passes cannot part here."""
         return ForkError(f"fork={self.path!r} {what}, so passes cannot part there", remedy=remedy)
 
 

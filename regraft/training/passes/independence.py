@@ -148,11 +148,16 @@ _CENTRES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "uniform": lambda given: (given["from"] + given["to"]) / 2,
     "randn": lambda _: 0.0,
     "normal": lambda given: given["mean"],
-    "randint": lambda given: ((given.get("low") or 0) + given["high"]) // 2,
+    "randint": lambda given: _middle(given.get("low") or 0, given["high"]),
     "bernoulli": lambda given: _likelier(given["self"] if given.get("p") is None else given["p"]),
     "exponential": lambda given: 1 / given["lambd"],
 }
 """Operation -> the centre of what it draws."""
+
+
+def _middle(low: int, high: int) -> int:
+    # A word of random bits may be four small numbers, each of which is to be in its middle.
+    return 0x7FFF7FFF7FFF7FFF if high - low > 2**63 else (low + high) // 2
 
 
 def _likelier(probability: Any) -> Any:
