@@ -30,6 +30,8 @@ class Edit:
     """Did the call drop in eval too, and does the graft end that?"""
     cost: str | None = None
     """What the graft costs beyond the variant itself."""
+    p: float | None = None
+    """The site's own rate."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def edit_of(choice: Choice) -> Edit:
         methods=sorted(site.call.methods) if site.call else [],
         mends=(site.draws_in_eval or site.baked is not None) and not acts_in_eval(choice.variant),
         cost=choice.cost,
+        p=site.p,
     )
 
 

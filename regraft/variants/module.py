@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import RateError
+from regraft.variants.spec import written_value
 
 
 def check_rate(p: object, *, where: str = "") -> float:
@@ -98,4 +99,4 @@ def written_options(p: float | None, options: dict[str, Any]) -> str:
     shown |= {
         key: value for key, value in options.items() if value is not None and (key, value) != ("exact", False)
     }
-    return ", ".join(f"{key}={value!r}" for key, value in shown.items())
+    return ", ".join(f"{key}={written_value(value)}" for key, value in shown.items())
