@@ -55,6 +55,8 @@ class Spec:
     known: what it adds to the loss; see `regraft.penalty`."""
     rated: bool = True
     """Does it have a rate, the option `p`?"""
+    attention: bool = False
+    """Does it act on attention weights, (..., queries, keys), and on nothing else?"""
     linear_function: Callable[..., Any] | None = None
     """Of a variant that takes the place of dropouts and of linears: the function for linears."""
     linear_module: type[nn.Module] | None = None
