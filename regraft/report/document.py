@@ -210,10 +210,30 @@ def skipped_sections(rows: Sequence[Facts], noun: str = "site") -> list[Section]
 
 def balance_sections(view: Facts) -> list[Section]:
     """The end of a page: what was left as it is, and whether every draw and product is accounted for."""
+    rows = [
+        {**row, "path": path}
+        for row in view.get("left") or ()
+        for path in row.get("paths") or [row.get("path", "")]
+    ]
+    groups = grouped(rows, lambda row: (row.get("name") or row["what"], row.get("remedy") or ""))
     sections = []
-    groups = grouped(view.get("left") or (), lambda row: (row["what"], row.get("remedy") or ""))
     for (what, remedy), group in groups.items():
+        table = folded([{**row, "paths": ()} for row in group])
         title = f"left as it is: {counted(len(group), 'place')}"
-        sections.append(Section("skipped", title, len(group), folded(group), text=what, remedy=remedy))
-    balance = tuple(view.get("balance") or ())
+        sections.append(Section("skipped", title, len(group), table, text=what, remedy=remedy))
+    balance = _balance_items(view.get("balance") or ())
     return [*sections, *([Section("balance", "balance", len(balance), items=balance)] if balance else [])]
+
+
+def _balance_items(balance: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(balance, Mapping):
+        return tuple(balance)
+    facts = dict(balance)
+    items = []
+    if "draws" in facts:
+        draws, sites, other, unknown = (
+            facts.pop(name, 0) for name in ("draws", "sites", "other", "unrecognized")
+        )
+        parts = [f"{sites:,} at sites", *([f"{other:,} of other known kinds"] if other else [])]
+        items.append(f"{counted(draws, 'random draw')}: {', '.join([*parts, f'{unknown:,} unrecognized'])}")
+    return (*items, *(f"{name}: {value}" for name, value in facts.items()))

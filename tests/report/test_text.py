@@ -110,6 +110,23 @@ def test_the_page_ends_with_what_is_left_and_the_balance():
     assert page.index('class="tree"') < page.index("<li>1 left</li>")
 
 
+def test_a_balance_in_numbers_is_a_sentence():
+    left = [{"what": "draw", "name": "Noise: randn_like", "paths": ["b.0", "b.1"], "source": "a.py:3",
+             "remedy": "register it", "count": 2}]  # fmt: skip
+    balance = {"draws": 3, "sites": 1, "other": 0, "unrecognized": 2, "products": "4 of 4"}
+    lines = to_text(report(left=left, balance=balance)).splitlines()
+    assert lines[-8:] == [
+        "left as it is: 2 places: Noise: randn_like",
+        "  help: register it",
+        "    site      sites  source",
+        "    b.{0..1}     x2  a.py:3",
+        "",
+        "balance",
+        "  - 3 random draws: 1 at sites, 2 unrecognized",
+        "  - products: 4 of 4",
+    ]
+
+
 def test_every_table_has_headings():
     rows = [edit("a", calls=2, kind="call"), edit("b")]
     for text in (to_text(report(grafted=rows)), to_markdown(report(grafted=rows))):
