@@ -202,8 +202,9 @@ def save_table(runs: dict[str, list[dict]]) -> None:
         table.add_row(method, f"{row['accuracy']:.3f}", f"{spread:.3f}", *change, *numbers)
     console.print(table)
     for row in rows[1:]:
-        apart = "apart from" if abs(row["difference"]) > row["half"] else "not separable from"
-        console.print(f"{row['method']}: with {options.seeds} seeds {apart} the baseline in accuracy")
+        word = "better" if row["difference"] > 0 else "worse"
+        verdict = f"{word} than" if abs(row["difference"]) > row["half"] else "not separable from"
+        console.print(f"{row['method']}: with {options.seeds} seeds {verdict} the baseline in accuracy")
     console.print("recipes/compare.py compares with more seeds; docs/results.md has what came out")
     (options.output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
 

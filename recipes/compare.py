@@ -55,7 +55,7 @@ import matplotlib.pyplot as plt
 LABELS = 200  # labelled sentences of a run
 STEPS, BATCH = 80, 16  # optimizer steps, sentences a step: 6.4 times over 200 sentences
 GROUP = 4  # batches whose sentences are sorted by length, so that little is padded
-LEARNING_RATE = 3e-4  # of AdamW, tuned for the baseline: docs/results/tune
+LEARNING_RATE = 3e-4  # of AdamW, tuned for the baseline: docs/results/tune.json
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # what --tune tries
 WARMUP, WEIGHT_DECAY = 0.1, 0.01  # a part of the steps; then the rate falls linearly to 0
 FROZEN = 4  # lower layers that keep their weights, with the embeddings
@@ -627,13 +627,13 @@ def tuned(options, data: Data, runs: Runs, baseline: str) -> float:
     """The learning rate with which the baseline is best on the sentences apart, over seeds of its own."""
     seeds = range(1000, 1000 + options.tune_seeds)
     run_all(options, data, runs, [(baseline, seed, rate, "apart") for rate in RATES for seed in seeds])
-    rows = []
+    rows, own = [], [runs.rows[baseline, seed, rate, "apart"] for rate in RATES for seed in seeds]
     for rate in RATES:
-        own = [runs.rows[baseline, seed, rate, "apart"] for seed in seeds]
-        rows.append({"rate": rate} | {m: float(np.mean([r[m] for r in own])) for m in ("accuracy", "nll")})
+        here = [row for row in own if row["rate"] == rate]
+        rows.append({"rate": rate} | {m: float(np.mean([r[m] for r in here])) for m in ("accuracy", "nll")})
         console.print(f"rate {rate:g}: accuracy {rows[-1]['accuracy']:.3f}, NLL {rows[-1]['nll']:.3f}")
     (options.output / "tune.json").write_text(
-        json.dumps({"command": command(), "rates": rows}, indent=2) + "\n"
+        json.dumps({"command": command(), "rates": rows, "runs": own}, indent=2) + "\n"
     )
     return max(rows, key=lambda row: row["accuracy"])["rate"]
 
