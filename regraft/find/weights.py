@@ -15,12 +15,13 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from regraft.find.graph_calls import LINEAR, graph_nodes
-from regraft.find.kinds import op_of
+from regraft.find.graph_calls import graph_nodes
 from regraft.find.probe.products import Product, ProductRecorder
+from regraft.find.recognize import op_of
 from regraft.find.site import Site
 from regraft.find.ungraftable import owner_obstacle
 from regraft.find.walk import Named
+from regraft.ops import LINEAR
 from regraft.record import Slot, grafts_of, original_class
 
 KINDS = ("Linear", "Conv1D", "experts", "router", "in_proj", "out_proj", "recurrent", "Bilinear")

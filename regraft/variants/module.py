@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import RateError
+from regraft.variants.spec import written_value
 
 
 def check_rate(p: object, *, where: str = "") -> float:
@@ -92,15 +93,14 @@ def linear_weight(module: nn.Module) -> Tensor:
     return weight.T if any(base.__name__ == "Conv1D" for base in type(module).__mro__) else weight
 
 
-_NOT_WORTH_SHOWING = (("exact", False), ("noise", "bernoulli"), ("eval", "plain"))
+_QUIET = {"exact": False, "couple_channels": False, "noise": "bernoulli", "eval": "plain"}
+"""What is printed only where it is something else."""
 
 
 def written_options(p: float | None, options: dict[str, Any]) -> str:
-    """`p=0.1, num_samples=8`, as a module's repr shows it, without options at None and the usual ones."""
+    """`p=0.1, num_samples=8`, as a module's repr shows it, without options at None and at rest."""
     shown = {} if p is None else {"p": p}
     shown |= {
-        key: value
-        for key, value in options.items()
-        if value is not None and (key, value) not in _NOT_WORTH_SHOWING
+        key: value for key, value in options.items() if value is not None and _QUIET.get(key) != value
     }
-    return ", ".join(f"{key}={value!r}" for key, value in shown.items())
+    return ", ".join(f"{key}={written_value(value)}" for key, value in shown.items())

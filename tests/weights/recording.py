@@ -12,8 +12,7 @@ from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_map
 
-from regraft.find.probe.memoized import forgotten
-from regraft.find.probe.preserve_state import buffers_kept, random_state_kept, silent, unchanged
+from regraft.find.probe.preserve_state import buffers_kept, forgotten, random_state_kept, silent, unchanged
 from regraft.find.probe.products import ProductRecorder, RecordProducts
 
 
