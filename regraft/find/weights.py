@@ -72,14 +72,16 @@ def weight_sites(sites: list[Site], weights: list[Weight], modules: list[Named])
     bypassed = {id(weight.holder) for weight in lent if weight.attribute == "weight"}
     routers = {id(weight.holder) for weight in weights if weight.direct and weight.kind == "router"}
     paths = {id(named.module): tuple(named.paths) for named in modules}
+    fed = {(id(one.reader), name) for one in lent for name in _fed_nodes(one)}
     own = [
         replace(site, role="router") if site.kind == "module" and id(site.module) in routers else site
         for site in sites
         if not (site.kind == "module" and site.family == "Linear" and id(site.module) in bypassed)
+        and not (site.op == LINEAR and (id(site.module), site.node) in fed)
     ]
     names = {(id(one.reader), node): one.names for one in weights for node in nodes.get(one.name, ())}
     own = [
-        replace(site, paths=(*site.paths, *names.get((id(site.module), site.path.rpartition(".")[2]), ())))
+        replace(site, paths=(*site.paths, *names.get((id(site.module), site.node), ())))
         if site.kind == "node"
         else site
         for site in own
@@ -122,17 +124,30 @@ def _site(weight: Weight, paths: dict[int, tuple[str, ...]]) -> Site:
     )
 
 
-def _linear_nodes(weight: Weight) -> list[str]:
-    """Of a weight that a graph multiplies by in calls of `F.linear` alone: those nodes, sites themselves."""
+def _reads(weight: Weight) -> list[fx.Node]:
+    """The nodes that read the weight, where its reader is a graph."""
     if not isinstance(weight.reader, fx.GraphModule):
         return []
     target = f"{weight.holder_path}.{weight.attribute}".lstrip(".")
-    reads = [
-        node for node in weight.reader.graph.nodes if (node.op, str(node.target)) == ("get_attr", target)
-    ]
-    users = {found.called.name: found.called.op for found in graph_nodes(weight.reader)}
-    names = [user.name for node in reads for user in node.users]
-    return names if names and all(users.get(name) == LINEAR for name in names) else []
+    return [one for one in weight.reader.graph.nodes if one.op == "get_attr" and one.target == target]
+
+
+def _linear_nodes(weight: Weight) -> list[str]:
+    """Of a weight that a graph multiplies by in calls of `F.linear` alone: those nodes, sites themselves."""
+    users = [user.name for node in _reads(weight) for user in node.users]
+    ops = {found.called.name: found.called.op for found in graph_nodes(weight.reader)} if users else {}
+    return users if users and all(ops.get(name) == LINEAR for name in users) else []
+
+
+def _fed_nodes(weight: Weight) -> list[str]:
+    """The nodes of a graph that use the weight, or what is made of it alone."""
+    stack, names = _reads(weight), []
+    while stack:
+        for user in stack.pop().users:
+            names.append(user.name)
+            if len(user.all_input_nodes) == 1:
+                stack.append(user)
+    return names
 
 
 def weights_of(recorder: ProductRecorder, modules: list[Named]) -> list[Weight]:

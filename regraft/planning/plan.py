@@ -405,6 +405,11 @@ def _check_rule(edit: Edit, text: str | None, variant: str | None) -> None:
             raise FileError(f"{says}, and the edit {name}={edit.options.get(name)!r}", remedy=remedy)
 
 
+def _marked(site: Site) -> str:
+    """What a plan has to find again: the site's module, or the weight that is lent."""
+    return f"{site.path}.weight" if site.kind == "weight" and site.attribute == "weight" else site.path
+
+
 def fingerprint(inspection: Inspection, paths: Iterable[str]) -> dict[str, str]:
     """Of each path, what a plan needs to find there again: class, operation and shape.
 
@@ -466,7 +471,7 @@ def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> P
     raise_all(problems)
     edits = [_edit_of(decision) for decision in decisions if decision.reason is None]
     skips = [_skip_of(decision) for decision in decisions if decision.reason is not None]
-    selected = [*(edit.path for edit in edits), *(skip.path for skip in skips)]
+    selected = [_marked(decision.site) for decision in sorted(decisions, key=lambda one: one.variant is None)]
     return Plan(
         model=type(inspection.root).__name__,
         rules=[[rule.selector.text, None if rule.variant is None else str(rule.variant)] for rule in rules],
@@ -506,9 +511,7 @@ def _notes(edits: list[Edit], skips: list[Skip], decisions: list[Decision]) -> l
 
 def _matrices(inspection: Inspection, decisions: list[Decision]) -> list[str]:
     """How many matrices multiply and how many a rule reaches, if it is about matrices at all."""
-    about = [
-        one for one in decisions if one.site.family == "Linear" and one.site.kind in ("module", "weight")
-    ]
+    about = [one for one in decisions if one.site.family == "Linear"]
     if not about or not inspection.weights:
         return []
     reached = {path for one in about if one.variant is not None for path in one.site.paths}
