@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -14,7 +14,15 @@ from regraft.find.insertion_points import INSERTED
 from regraft.find.inspect import Inspection, inspect, look
 from regraft.find.kinds import OPAQUE
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
-from regraft.graft.graph_nodes import all_or_nothing, compiled_once, finish, graft_at, node_graft, set_slot
+from regraft.graft.graph_nodes import (
+    all_or_nothing,
+    compiled_once,
+    finish,
+    graft_at,
+    grafts_at,
+    node_graft,
+    set_slot,
+)
 from regraft.graft.insertions import insert_graft
 from regraft.graft.modules import module_graft, rate_graft
 from regraft.graft.slots import conflicting_slot, is_applied
@@ -240,12 +248,19 @@ def _prefixes(path: str) -> list[str]:
 def _carry_out(steps: list[Step], temporary: list[Step] | None) -> None:
     with all_or_nothing() as change:
         for module, slot, graft in steps:
-            if is_applied(module, graft_at(module, slot), graft):
+            current = graft_at(module, slot)
+            if current is not None and is_applied(module, current, graft):
+                if temporary is None:
+                    current.holders = 0
+                elif current.holders:
+                    current.holders += 1
+                    temporary.append((module, slot, current))
                 continue
-            displaced = {slot: graft_at(module, slot)}
+            displaced = {slot: current}
             if other := conflicting_slot(module, slot):
                 displaced[other] = change(module, other, None)
             if temporary is not None:
+                graft.holders = 1
                 graft.covered = {str(place): old for place, old in displaced.items() if old is not None}
                 temporary.append((module, slot, graft))
             change(module, slot, graft)
@@ -258,20 +273,27 @@ def take_out(steps: list[Step]) -> None:
 
 
 def _take_out(module: nn.Module, slot: Slot, graft: Graft) -> None:
-    current = graft_at(module, slot)
-    if current is graft:
-        set_slot(module, slot, graft.covered.get(str(slot)))
-    if current is graft or current is None:
-        for text, before in graft.covered.items():
-            place = read_slot(text)
-            if place != slot and current is graft and graft_at(module, place) is None:
-                set_slot(module, place, before)
+    if graft.holders != 1:  # another block has the same one, or it is to stay
+        graft.holders = max(graft.holders - 1, 0)
         return
-    # A later temporary graft has covered this one: what it gives back is what this one covered.
-    for taken in (slot, conflicting_slot(module, slot)):
-        above = None if taken is None else graft_at(module, taken)
-        if above is not None and above.covered.get(str(slot)) is graft:
-            above.covered = {**graft.covered}
+    if graft_at(module, slot) is graft:
+        for text, old in graft.covered.items():
+            place = read_slot(text)
+            if place != slot and graft_at(module, place) is None:
+                set_slot(module, place, old)
+        set_slot(module, slot, graft.covered.get(str(slot)))
+    for above in list(_covering(grafts_at(module, slot.node).values(), graft)):
+        others = {text: old for text, old in above.covered.items() if old is not graft}
+        above.covered = {**others, **graft.covered}
+    graft.holders = 0
+
+
+def _covering(grafts: Iterable[Graft], graft: Graft) -> Iterator[Graft]:
+    """Of these and of all that they cover in turn, those that cover `graft`."""
+    for above in grafts:
+        if any(old is graft for old in above.covered.values()):
+            yield above
+        yield from _covering(above.covered.values(), graft)
 
 
 def _state_keys(steps: list[Step]) -> list[str]:

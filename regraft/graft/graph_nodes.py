@@ -127,14 +127,17 @@ def set_slot(module: nn.Module, slot: Slot, graft: Graft | None) -> Graft | None
     return previous
 
 
+def grafts_at(module: nn.Module, node: str = "") -> dict[str, Graft]:
+    """The grafts on a module, or on a node of its graph, by the text of their slots without the node."""
+    found = graph_node(module, node) if node else None
+    if not node:
+        return grafts_of(module)
+    return {} if found is None or found.module is None else grafts_of(found.module)
+
+
 def graft_at(module: nn.Module, slot: Slot) -> Graft | None:
     """What is in a slot of a module, or of a node of its graph."""
-    if slot.node:
-        found = graph_node(module, slot.node)
-        if found is None or found.module is None:
-            return None
-        module = found.module
-    return grafts_of(module).get(str(replace(slot, node="")))
+    return grafts_at(module, slot.node).get(str(replace(slot, node="") if slot.node else slot))
 
 
 def placed_grafts(modules: list[Named]) -> Iterator[tuple[Named, Slot, Graft]]:

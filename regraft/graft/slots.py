@@ -62,9 +62,9 @@ def set_graft(module: nn.Module, slot: Slot, graft: Graft | None) -> Graft | Non
     return previous
 
 
-def is_applied(module: nn.Module, current: Graft | None, graft: Graft) -> bool:
-    """Is an identical graft in place? Then its learned state is kept."""
-    if current is None or any(module.__dict__.get(name) != value for name, value in graft.written.items()):
+def is_applied(module: nn.Module, current: Graft, graft: Graft) -> bool:
+    """Does the current graft do what this one would? Then it stays, with its learned state."""
+    if any(module.__dict__.get(name) != value for name, value in graft.written.items()):
         return False
     return _meaning(current) == _meaning(graft)
 
