@@ -14,7 +14,7 @@ import regraft
 PACKAGE = Path(regraft.__file__).parent
 LAYERS = [
     {"errors"},
-    {"interrupts", "record", "variants", "report"},
+    {"interrupts", "record", "variants", "report", "ops"},
     {"find"},
     {"planning"},
     {"graft"},

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from regraft.errors import RuleSyntaxError
-from regraft.find.kinds import PLAIN
 from regraft.find.paths import compile_path
 from regraft.find.site import Site
+from regraft.ops import FAMILIES, KINDS
 from regraft.record import original_class
 
 _POSITIONS = ("after", "before")
@@ -70,12 +70,10 @@ class Selector:
     def _type_matches(self, site: Site) -> bool:
         if self.type in ("*", site.op):
             return True
-        if self.type == "Dropout":
-            return site.op in PLAIN
-        if site.kind in ("call", "node") and self.type.casefold() == site.op.replace("_", ""):
+        if self.type == KINDS.get(site.op):
             return True  # "Dropout2d" is the kind, made as a module or called
-        # A class name of the user's own, for the modules that have no operation name of their own.
-        return site.kind == "module" and self.type == site.type
+        # A class name of the user's own; a private class that has the name of an operation is none.
+        return site.kind == "module" and self.type == site.type and self.type not in FAMILIES
 
 
 def read_selector(key: Any) -> Selector:

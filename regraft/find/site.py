@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from regraft.find.calls import Called
-from regraft.find.functions import ATTENTION
+from regraft.ops import ATTENTION
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +52,8 @@ class Site:
     dtype: str | None = None
     training: bool = True
     variant: str | None = None
+    draws: int = 0
+    """How many operations drew random numbers there, in the probe's forward."""
     node: str = ""
     position: str = ""
     place: str = ""

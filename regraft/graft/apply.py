@@ -12,7 +12,6 @@ from torch import nn
 
 from regraft.find.insertion_points import INSERTED
 from regraft.find.inspect import Inspection, inspect, look
-from regraft.find.kinds import OPAQUE
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
 from regraft.graft.graph_nodes import (
     all_or_nothing,
@@ -27,6 +26,7 @@ from regraft.graft.insertions import insert_graft
 from regraft.graft.modules import module_graft, rate_graft
 from regraft.graft.slots import conflicting_slot, is_applied
 from regraft.interrupts import HeldInterrupts
+from regraft.ops import HIDDEN
 from regraft.planning.plan import Edit, Plan, Rules, Skip, plan_of
 from regraft.planning.resolve import acts_in_eval
 from regraft.planning.rules import read_rules
@@ -206,7 +206,7 @@ def _graft_of(edit: Edit) -> Graft:
         return insert_graft(edit)
     if edit.kind == "node":
         return node_graft(edit)
-    opaque = edit.op in OPAQUE.values()
+    opaque = edit.op in HIDDEN.values()
     if edit.kind == "call" or (opaque and edit.variant not in ("dropout", "off")):
         return call_graft(edit)
     return rate_graft(edit) if opaque else module_graft(edit)

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from regraft.find.functions import MULTI_HEAD
 from regraft.graft.checkpoints import checkpoint_marks, inside_checkpoint
 from regraft.graft.classes import Namespace
 from regraft.graft.compiled_variants import VERSIONS, Versions, settings_of
 from regraft.graft.handlers import ROUTES, Routed
+from regraft.ops import MULTI_HEAD
 from regraft.planning.plan import Edit
 from regraft.record import RECORD, Graft, Layer, Slot
 from regraft.variants.registry import complete_options, spec

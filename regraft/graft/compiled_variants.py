@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from regraft.find.functions import OPS
 from regraft.graft.compiled import rebound
 from regraft.graft.handlers import ROUTES, Routed
+from regraft.ops import OPS
 from regraft.record import Graft, grafts_of
 
 VERSIONS = "_regraft_versions"

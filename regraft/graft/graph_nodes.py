@@ -16,17 +16,7 @@ from typing import Any
 from torch import fx, nn
 
 from regraft.errors import MisfitError
-from regraft.find.functions import ATTENTION
-from regraft.find.graph_calls import (
-    DROP_PATH,
-    LINEAR,
-    NODE,
-    WRAPPED,
-    GraphNode,
-    Replaced,
-    graph_node,
-    graph_nodes,
-)
+from regraft.find.graph_calls import NODE, WRAPPED, GraphNode, Replaced, graph_node, graph_nodes
 from regraft.find.graph_nodes import node_path
 from regraft.find.walk import Named
 from regraft.graft.calls import call_graft
@@ -34,6 +24,7 @@ from regraft.graft.graph_classes import compile_graph
 from regraft.graft.handlers import call_rate
 from regraft.graft.slots import Change, set_graft
 from regraft.interrupts import HeldInterrupts
+from regraft.ops import ATTENTION, DROP_PATH, LINEAR
 from regraft.planning.plan import Edit
 from regraft.record import Graft, Slot, grafts_of
 from regraft.variants.registry import spec

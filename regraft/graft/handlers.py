@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regraft.find.functions import ATTENTION, DRAWS, DROP_PATH, FUNCTIONS, MULTI_HEAD, draws_rows
 from regraft.graft.attention import attend, multi_head_attention
 from regraft.graft.recurrent import RECURRENT, layer_by_layer, read_recurrence
+from regraft.ops import ATTENTION, DROP_PATH, FUNCTIONS, MULTI_HEAD, ROW_DRAWS, draws_rows
 from regraft.record import Graft
 from regraft.variants.registry import spec
 
@@ -129,6 +129,6 @@ ROUTES: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _handle_attention,
     F.multi_head_attention_forward: _handle_mha,
     **dict.fromkeys(RECURRENT, _handle_recurrent),
-    **dict.fromkeys(DRAWS, _handle_rows),
+    **dict.fromkeys(ROW_DRAWS, _handle_rows),
 }
 """Function -> what is done in its place."""

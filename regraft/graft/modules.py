@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regraft.find.kinds import rate_name
+from regraft.find.recognize import rate_name
 from regraft.graft.classes import Namespace
 from regraft.planning.plan import Edit
 from regraft.record import RECORD, Graft, Layer, Slot

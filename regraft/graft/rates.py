@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from regraft.find.functions import ATTENTION
 from regraft.find.site import Site
 from regraft.find.walk import named_modules
 from regraft.graft.graph_nodes import graft_at, placed_grafts
+from regraft.ops import ATTENTION
 from regraft.planning.plan import Edit, rendered
 from regraft.record import Graft, Slot
 from regraft.variants.registry import complete_options, spec

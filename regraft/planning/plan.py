@@ -18,9 +18,9 @@ from regraft.errors import FileError, MisfitError, OptionError, RegraftError, Wr
 from regraft.find.graph_nodes import node_marks, owner_path
 from regraft.find.insertion_points import INSERTED, family_to_insert
 from regraft.find.inspect import Inspection, inspect
-from regraft.find.kinds import FAMILIES
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site, grafted_site
+from regraft.ops import FAMILIES
 from regraft.planning.resolve import RECURRENT, Decision, acts_in_eval
 from regraft.planning.rules import Rule, read_rules, resolve
 from regraft.record import original_class

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from regraft.errors import RateError
-from regraft.find.functions import ATTENTION, DROP_PATH
-from regraft.find.kinds import OPAQUE
 from regraft.find.site import Site
+from regraft.ops import ATTENTION, DROP_PATH, HIDDEN
 from regraft.variants.module import check_rate
 from regraft.variants.registry import complete_options, spec
 from regraft.variants.spec import DEFAULT_RATE, Spec, Variant
@@ -87,7 +86,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
             "its rate is not known, since the probe did not run it, and in eval a call carries none",
             f"name one: '{found.name}(p=0.1)', or give inputs= that run it",
         )
-    inside = "call" if site.op in OPAQUE.values() else site.kind
+    inside = "call" if site.op in HIDDEN.values() else site.kind
     if inside in ("call", "node") and found.adds_state(_complete(found, variant)):
         return (
             f"{found.name!r} brings state of its own, and a {inside} has no module to keep it",
