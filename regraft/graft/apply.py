@@ -14,6 +14,7 @@ from regraft.find.insertion_points import INSERTED
 from regraft.find.inspect import Inspection, inspect, look
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
 from regraft.graft.graph_nodes import (
+    SetSlot,
     all_or_nothing,
     compiled_once,
     finish,
@@ -138,11 +139,13 @@ def grafted(
         >>> net[1]
         Dropout(p=0.1, inplace=False)
     """
-    steps: list[Step] = []
-    try:
-        yield graft_rules(model, rules, inputs, fused, temporary=steps)
-    finally:
-        take_out(steps)
+    with HeldInterrupts() as held:
+        steps: list[Step] = []
+        try:
+            with held.released():
+                yield graft_rules(model, rules, inputs, fused, temporary=steps)
+        finally:
+            take_out(steps)
 
 
 def graft_rules(
@@ -166,8 +169,7 @@ def graft_rules(
         inspection = inspect(model, inputs)
         plan = plan_of(inspection, read, fused)
     steps = _steps(inspection, plan)
-    _carry_out(steps, temporary)
-    return Report(
+    report = Report(
         model=plan.model,
         rules=plan.rules,
         grafted=[replace(edit, site=None) for edit in plan.grafted],
@@ -181,6 +183,10 @@ def graft_rules(
         notes=plan.notes,
         probe=plan.probe,
     )
+    with all_or_nothing() as change:
+        for module, slot, graft in steps:
+            _put_in(module, slot, graft, change, temporary)
+        return report  # from here on nothing can fail
 
 
 def _steps(inspection: Inspection, plan: Plan) -> list[Step]:
@@ -245,25 +251,25 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(len(parts) + 1)]
 
 
-def _carry_out(steps: list[Step], temporary: list[Step] | None) -> None:
-    with all_or_nothing() as change:
-        for module, slot, graft in steps:
-            current = graft_at(module, slot)
-            if current is not None and is_applied(module, current, graft):
-                if temporary is None:
-                    current.holders = 0
-                elif current.holders:
-                    current.holders += 1
-                    temporary.append((module, slot, current))
-                continue
-            displaced = {slot: current}
-            if other := conflicting_slot(module, slot):
-                displaced[other] = change(module, other, None)
-            if temporary is not None:
-                graft.holders = 1
-                graft.covered = {str(place): old for place, old in displaced.items() if old is not None}
-                temporary.append((module, slot, graft))
-            change(module, slot, graft)
+def _put_in(
+    module: nn.Module, slot: Slot, graft: Graft, change: SetSlot, temporary: list[Step] | None
+) -> None:
+    current = graft_at(module, slot)
+    if current is not None and is_applied(module, current, graft):
+        if temporary is None:
+            current.holders = 0
+        elif current.holders:
+            current.holders += 1
+            temporary.append((module, slot, current))
+        return
+    displaced = {slot: current}
+    if other := conflicting_slot(module, slot):
+        displaced[other] = change(module, other, None)
+    if temporary is not None:
+        graft.holders = 1
+        graft.covered = {str(place): old for place, old in displaced.items() if old is not None}
+        temporary.append((module, slot, graft))
+    change(module, slot, graft)
 
 
 def take_out(steps: list[Step]) -> None:

@@ -29,6 +29,8 @@ from regraft.planning.plan import Edit
 from regraft.record import Graft, Slot, grafts_of
 from regraft.variants.registry import spec
 
+SetSlot = Callable[[nn.Module, Slot, Graft | None], Graft | None]
+
 
 class NodeFunction(nn.Module):
     """A function that a graph node called, as a module that follows `.training` and can be grafted."""
@@ -169,7 +171,7 @@ def _take_out(owner: fx.GraphModule, found: GraphNode) -> None:
 
 
 @contextmanager
-def all_or_nothing() -> Iterator[Callable[[nn.Module, Slot, Graft | None], Graft | None]]:
+def all_or_nothing() -> Iterator[SetSlot]:
     """Yields `set_slot`; an exception in the block, Ctrl-C included, undoes what it has changed so far."""
     changes: list[Change] = []
 
@@ -177,16 +179,13 @@ def all_or_nothing() -> Iterator[Callable[[nn.Module, Slot, Graft | None], Graft
         changes.append((module, slot, graft_at(module, slot)))
         return set_slot(module, slot, graft)
 
-    with HeldInterrupts() as held:
-        try:
-            with compiled_once():
-                yield change
-            with held.released():
-                pass  # one that has waited is raised here
-        except BaseException:
-            with compiled_once():
-                finish(set_slot, reversed(changes))
-            raise
+    try:
+        with HeldInterrupts(), compiled_once():
+            yield change
+    except BaseException:  # a Ctrl-C that waited, too
+        with HeldInterrupts(), compiled_once():
+            finish(set_slot, reversed(changes))
+        raise
 
 
 def finish(function: Callable[..., object], items: Iterable[tuple[Any, ...]]) -> None:

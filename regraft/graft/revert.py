@@ -57,7 +57,7 @@ def revert(model: nn.Module, selector: Any = None) -> nn.Module:
     with all_or_nothing() as change:
         for module, slot in chosen:
             change(module, slot, None)
-    return model
+        return model
 
 
 def _site(named: Named, graft: Graft, by_path: dict[str, nn.Module]) -> Site:
