@@ -20,7 +20,7 @@ from regraft.find.graph_calls import NODE, WRAPPED, GraphNode, Replaced, graph_n
 from regraft.find.graph_nodes import node_path
 from regraft.find.walk import Named
 from regraft.graft.calls import call_graft
-from regraft.graft.graph_classes import compile_graph
+from regraft.graft.classes import compile_graph
 from regraft.graft.handlers import call_rate
 from regraft.graft.slots import Change, set_graft
 from regraft.interrupts import HeldInterrupts

@@ -9,7 +9,7 @@ from torch import nn
 from regraft.errors import ModelError
 from regraft.find.probe.preserve_state import restore, snapshot
 from regraft.graft.classes import layered
-from regraft.graft.compiled_variants import prepare
+from regraft.graft.compiled import compile_variants
 from regraft.record import (
     MISSING,
     RECORD,
@@ -54,7 +54,7 @@ def set_graft(module: nn.Module, slot: Slot, graft: Graft | None) -> Graft | Non
         else:
             module.__dict__.pop(RECORD, None)
         rebind_instance_forward(module)
-        prepare(module)
+        compile_variants(module)
     except BaseException:
         module.__class__ = was
         restore(module, before)
