@@ -17,7 +17,7 @@ from regraft.record import Graft
 from regraft.variants.registry import spec
 
 
-class Routed:
+class CallGrafts:
     """The grafts of one module's calls, by operation, and what they make of a call.
 
     Args:
@@ -53,13 +53,13 @@ def call_rate(graft: Graft, carried: float) -> float:
     return float(graft.rate)
 
 
-def _handle_dropout(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_dropout(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     parsed = FUNCTIONS[func](*args, **kwargs)
     made = mode.drop(parsed.op, parsed.x, parsed.p, parsed.training)
     return func(*args, **kwargs) if made is None else made
 
 
-def _handle_attention(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_attention(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     graft = mode.grafts.get(ATTENTION)
     if graft is None:
         return func(*args, **kwargs)
@@ -83,7 +83,7 @@ def _vmapped() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
-def _handle_mha(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_mha(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     graft = mode.grafts.get(MULTI_HEAD)
     if graft is None or not (mode.module.training or graft.in_eval):
         return func(*args, **kwargs)
@@ -100,7 +100,7 @@ def _handle_mha(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str
 _MHA_NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 
 
-def _handle_recurrent(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_recurrent(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     op = RECURRENT[func]
     graft = mode.grafts.get(op)
     if graft is None or not (mode.module.training or graft.in_eval):
@@ -113,7 +113,7 @@ def _handle_recurrent(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: di
     return layer_by_layer(call, drop)
 
 
-def _handle_rows(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_rows(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if DROP_PATH not in mode.grafts or not mode.module.training or not draws_rows(func, args, kwargs):
         return func(*args, **kwargs)
     mode.refuse_recompute(DROP_PATH)
@@ -124,7 +124,7 @@ def _handle_rows(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[st
     return args[0].copy_(torch.bernoulli(torch.ones_like(args[0]) * keep))
 
 
-ROUTES: dict[Any, Callable[..., Any]] = {
+HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(FUNCTIONS, _handle_dropout),
     F.scaled_dot_product_attention: _handle_attention,
     F.multi_head_attention_forward: _handle_mha,
