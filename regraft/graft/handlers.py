@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regraft.graft.attention import attend, multi_head_attention
-from regraft.graft.recurrent import RECURRENT, layer_by_layer, read_recurrence
-from regraft.ops import ATTENTION, DROP_PATH, FUNCTIONS, MULTI_HEAD, ROW_DRAWS, draws_rows
+from regraft.graft.recurrent import layer_by_layer, read_recurrence
+from regraft.ops import ATTENTION, DROP_PATH, FUNCTIONS, MULTI_HEAD, RECURRENT, ROW_DRAWS, draws_rows
 from regraft.record import Graft
 from regraft.variants.registry import spec
 

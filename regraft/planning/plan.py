@@ -20,8 +20,8 @@ from regraft.find.insertion_points import INSERTED, family_to_insert
 from regraft.find.inspect import Inspection, inspect
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site, grafted_site
-from regraft.ops import FAMILIES
-from regraft.planning.resolve import RECURRENT, Decision, acts_in_eval
+from regraft.ops import FAMILIES, FUSED
+from regraft.planning.resolve import Decision, acts_in_eval
 from regraft.planning.rules import Rule, read_rules, resolve
 from regraft.record import original_class
 from regraft.report.page import counted
@@ -174,7 +174,7 @@ def _noise(edit: Edit) -> str:
     if found.name == "off":
         return "nothing"
     called = edit.kind in ("call", "node")
-    if found.name == "dropout" and (called or edit.op in RECURRENT or "ttention" in edit.op):
+    if found.name == "dropout" and (called or edit.op in FUSED):
         return edit.op if p is None else f"{edit.op}(p={p:g})"
     title = found.function_for(edit.family) if called else found.module_for(edit.family)
     options = {key: value for key, value in edit.options.items() if key != "p"}
