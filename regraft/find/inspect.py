@@ -44,7 +44,7 @@ class Inspection(View):
     @property
     def balance(self) -> dict[str, Any]:
         """How many draws the probe saw: at sites, of named randomness of another kind, unrecognized."""
-        return balance(self.sites, self.probe) if self.probe.ran else {}
+        return balance(self.sites, self.probe)
 
     @property
     def left(self) -> list[dict[str, Any]]:

@@ -15,10 +15,10 @@ from regraft.find.inspect import Inspection, inspect, look
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
 from regraft.graft.graph_nodes import all_or_nothing, compiled_once, finish, graft_at, node_graft, set_slot
 from regraft.graft.insertions import insert_graft
-from regraft.graft.modules import module_graft, rate_graft
+from regraft.graft.modules import VARIANT, module_graft, rate_graft
 from regraft.graft.slots import conflicting_slot, is_applied
 from regraft.interrupts import HeldInterrupts
-from regraft.ops import HIDDEN
+from regraft.ops import HIDDEN, KEEPS_LAW
 from regraft.planning.plan import Edit, Plan, Rules, Skip, plan_of
 from regraft.planning.resolve import acts_in_eval
 from regraft.planning.rules import read_rules
@@ -58,6 +58,8 @@ class Report(View):
         state_keys: keys that the graft added to the state dict.
         notes: what a reader should know first.
         probe: how the sites were probed.
+        balance: how many draws the probe saw, and what became of them; how many sites are unconfirmed.
+        left: the draws that no variant took, with module, line and remedy.
     """
 
     model: str
@@ -68,6 +70,8 @@ class Report(View):
     state_keys: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     probe: dict[str, Any] = field(default_factory=dict)
+    balance: dict[str, Any] = field(default_factory=dict)
+    left: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -172,6 +176,8 @@ def graft_rules(
         state_keys=_state_keys(steps),
         notes=plan.notes,
         probe=plan.probe,
+        balance=plan.balance,
+        left=plan.left,
     )
 
 
@@ -201,6 +207,8 @@ def _graft_of(edit: Edit) -> Graft:
     opaque = edit.op in HIDDEN.values()
     if edit.kind == "call" or (opaque and edit.variant not in ("dropout", "off")):
         return call_graft(edit)
+    if edit.variant == "dropout" and edit.op in KEEPS_LAW:
+        return rate_graft(edit, VARIANT)
     return rate_graft(edit) if opaque else module_graft(edit)
 
 

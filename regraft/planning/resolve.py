@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regraft.errors import RateError
+from regraft.find.balance import NOISE, is_known
 from regraft.find.site import Site
 from regraft.ops import ATTENTION, ATTENTIONS, DROP_PATH, HIDDEN, RECURRENT_OPS
 from regraft.variants.module import check_rate
@@ -112,6 +113,8 @@ def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:
 
 
 def _cost(site: Site, variant: str) -> str | None:
+    if site.kind == "module" and site.family in NOISE and not is_known(site):
+        return f"the whole forward of {site.type} is replaced"
     if site.op in ATTENTIONS:
         return None if variant in _RATE_ONLY else "attention is written out: its scores are kept in memory"
     if site.op in RECURRENT_OPS and variant not in _RATE_ONLY:

@@ -14,6 +14,7 @@ from regraft.errors import (
     nearest,
     raise_all,
 )
+from regraft.find.balance import replaces
 from regraft.find.inspect import Inspection
 from regraft.find.selectors import Selector, read_selector
 from regraft.planning.insertions import insertions
@@ -82,6 +83,7 @@ def resolve(
                 decided[position] = index
         except RegraftError as error:
             problems.append(error)
+    _whole_classes(inspection, rules, decided)
     decisions: list[Decision] = []
     for position, index in sorted(decided.items()):
         variant = rules[index].variant
@@ -95,6 +97,15 @@ def resolve(
     inserting = [(at, rule.selector, rule.variant) for at, rule in enumerate(rules) if rule.selector.position]
     inserted, more = insertions(inspection, inserting, fused)
     return [*decisions, *inserted], [*problems, *more]
+
+
+def _whole_classes(inspection: Inspection, rules: list[Rule], decided: dict[int, int]) -> None:
+    """A variant in the place of a class's whole forward leaves no call inside it to decide on."""
+    sites = inspection.sites
+    whole = [sites[position] for position, index in decided.items() if rules[index].variant is not None]
+    for position in list(decided):
+        if any(replaces(site, sites[position]) for site in whole):
+            del decided[position]
 
 
 def _matched(inspection: Inspection, rule: Rule, index: int) -> list[int]:
