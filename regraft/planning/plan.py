@@ -25,7 +25,7 @@ from regraft.ops import FAMILIES, FUSED, KEEPS_LAW
 from regraft.planning.resolve import Decision, acts_in_eval
 from regraft.planning.rules import Rule, read_rules, resolve
 from regraft.record import original_class
-from regraft.report.page import counted
+from regraft.report.document import counted
 from regraft.report.view import SCHEMA, View
 from regraft.variants.module import written_options
 from regraft.variants.parse import parse_variant
