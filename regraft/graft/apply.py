@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -103,6 +104,9 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: s
         RegraftError: every problem of every rule, before anything was changed.
         MisfitError: a plan that was made for another model.
 
+    Warns:
+        UserWarning: nothing was grafted, and why.
+
     Example:
         >>> import regraft
         >>> from torch import nn
@@ -111,7 +115,11 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: s
         >>> net[1]
         MultiSampleDropout(p=0.1, num_samples=8)
     """
-    return graft_rules(model, rules, inputs, fused)
+    report = graft_rules(model, rules, inputs, fused)
+    if not report.grafted and any(variant is not None for _, variant in report.rules):
+        why = report.notes or [f"{skip.reason}; {skip.remedy}" for skip in report.skipped[:1]]
+        warnings.warn(f"nothing was grafted: {'; '.join(why) or 'no site'}", stacklevel=2)
+    return report
 
 
 @contextmanager
