@@ -11,12 +11,16 @@ from typing import Any
 
 from torch import nn
 
+from regraft.errors import UnprovenError
 from regraft.find.insertion_points import INSERTED
 from regraft.find.inspect import Inspection, inspect, look
+from regraft.find.probe.example_inputs import given_inputs, made_inputs
+from regraft.find.walk import inner_model
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
 from regraft.graft.graph_nodes import all_or_nothing, compiled_once, finish, graft_at, node_graft, set_slot
 from regraft.graft.insertions import insert_graft
 from regraft.graft.modules import VARIANT, module_graft, rate_graft
+from regraft.graft.proof import prove
 from regraft.graft.slots import conflicting_slot, is_applied
 from regraft.interrupts import HeldInterrupts
 from regraft.ops import HIDDEN, KEEPS_LAW
@@ -84,7 +88,14 @@ class Report(View):
         return {"schema": SCHEMA, "view": "report", **copy.deepcopy({**vars(self), **lists})}
 
 
-def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: str = "auto") -> Report:
+def apply(
+    model: nn.Module,
+    rules: Rules | Plan,
+    inputs: Any = None,
+    *,
+    fused: str = "auto",
+    verify: bool = False,
+) -> Report:
     """Graft variants into a model, in place: all of it, or, after an error, none of it.
 
     Weights, state-dict keys, devices, hooks and training flags stay as they are, and so does the eval
@@ -96,6 +107,8 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: s
         rules: selector -> variant (later rules win, None leaves alone), or a `Plan`.
         inputs: for the probe, see `regraft.inspect`.
         fused: what becomes of fused attention, see `regraft.plan`.
+        verify: prove the graft by real training forwards, as `regraft.verify` does: a graft whose variant
+            does not run is an error, and everything is taken out again.
 
     Returns:
         The report: print it, or take `.to_json()`, `.to_markdown()`, `.to_html()`.
@@ -103,6 +116,7 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: s
     Raises:
         RegraftError: every problem of every rule, before anything was changed.
         MisfitError: a plan that was made for another model.
+        UnprovenError: with `verify`, what no training forward has shown.
 
     Warns:
         UserWarning: nothing was grafted, and why.
@@ -115,11 +129,29 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: s
         >>> net[1]
         MultiSampleDropout(p=0.1, num_samples=8)
     """
-    report = graft_rules(model, rules, inputs, fused)
+    steps: list[Step] = []
+    report = graft_rules(model, rules, inputs, fused, temporary=steps if verify else None)
+    if verify:
+        report = _proven(model, report, inputs, steps)
     if not report.grafted and any(variant is not None for _, variant in report.rules):
         why = report.notes or [f"{skip.reason}; {skip.remedy}" for skip in report.skipped[:1]]
         warnings.warn(f"nothing was grafted: {'; '.join(why) or 'no site'}", stacklevel=2)
     return report
+
+
+def _proven(model: nn.Module, report: Report, inputs: Any, steps: list[Step]) -> Report:
+    root = inner_model(model)[0]
+    proof = prove(root, made_inputs(root) if inputs is None else [given_inputs(root, inputs)])
+    if proof.passed is not True:
+        take_out(steps)
+        raise UnprovenError(
+            f"the grafts are not proven, and were taken out again: {proof.said}",
+            where=report.model,
+            remedy="narrow the rules to what runs, or give inputs= that run it",
+        )
+    for _, _, graft in steps:
+        graft.covered = {}  # they are here to stay
+    return replace(report, notes=[*report.notes, f"proven: {proof.said}"])
 
 
 @contextmanager

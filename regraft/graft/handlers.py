@@ -141,7 +141,8 @@ def _handle_recurrent(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: di
 
 
 def _handle_rows(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if DROP_PATH not in mode.grafts or not mode.module.training or not draws_rows(func, args, kwargs):
+    graft = mode.grafts.get(DROP_PATH)
+    if graft is None or not mode.module.training or not draws_rows(func, args, kwargs):
         return func(*args, **kwargs)
     mode.refuse_recompute(DROP_PATH)
     if func is not Tensor.bernoulli_:
