@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -10,8 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from regraft.errors import UnprovenError
 from regraft.find.insertion_points import INSERTED
 from regraft.find.inspect import Inspection, inspect, look
+from regraft.find.probe.example_inputs import given_inputs, made_inputs
+from regraft.find.walk import inner_model
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
 from regraft.graft.graph_nodes import (
     SetSlot,
@@ -24,10 +28,11 @@ from regraft.graft.graph_nodes import (
     set_slot,
 )
 from regraft.graft.insertions import insert_graft
-from regraft.graft.modules import module_graft, rate_graft
+from regraft.graft.modules import VARIANT, module_graft, rate_graft
+from regraft.graft.proof import prove
 from regraft.graft.slots import conflicting_slot, is_applied
 from regraft.interrupts import HeldInterrupts
-from regraft.ops import HIDDEN
+from regraft.ops import HIDDEN, KEEPS_LAW
 from regraft.planning.plan import Edit, Plan, Rules, Skip, plan_of
 from regraft.planning.resolve import acts_in_eval
 from regraft.planning.rules import read_rules
@@ -67,6 +72,8 @@ class Report(View):
         state_keys: keys that the graft added to the state dict.
         notes: what a reader should know first.
         probe: how the sites were probed.
+        balance: how many draws the probe saw, and what became of them; how many sites are unconfirmed.
+        left: the draws that no variant took, with module, line and remedy.
     """
 
     model: str
@@ -77,6 +84,8 @@ class Report(View):
     state_keys: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     probe: dict[str, Any] = field(default_factory=dict)
+    balance: dict[str, Any] = field(default_factory=dict)
+    left: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -88,7 +97,14 @@ class Report(View):
         return {"schema": SCHEMA, "view": "report", **copy.deepcopy({**vars(self), **lists})}
 
 
-def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: str = "auto") -> Report:
+def apply(
+    model: nn.Module,
+    rules: Rules | Plan,
+    inputs: Any = None,
+    *,
+    fused: str = "auto",
+    verify: bool = False,
+) -> Report:
     """Graft variants into a model, in place: all of it, or, after an error, none of it.
 
     Weights, state-dict keys, devices, hooks and training flags stay as they are, and so does the eval
@@ -100,6 +116,8 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: s
         rules: selector -> variant (later rules win, None leaves alone), or a `Plan`.
         inputs: for the probe, see `regraft.inspect`.
         fused: what becomes of fused attention, see `regraft.plan`.
+        verify: prove the graft by real training forwards, as `regraft.verify` does: a graft whose variant
+            does not run is an error, and everything is taken out again.
 
     Returns:
         The report: print it, or take `.to_json()`, `.to_markdown()`, `.to_html()`.
@@ -107,6 +125,10 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: s
     Raises:
         RegraftError: every problem of every rule, before anything was changed.
         MisfitError: a plan that was made for another model.
+        UnprovenError: with `verify`, what no training forward has shown.
+
+    Warns:
+        UserWarning: nothing was grafted, and why.
 
     Example:
         >>> import regraft
@@ -116,7 +138,29 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: s
         >>> net[1]
         MultiSampleDropout(p=0.1, num_samples=8)
     """
-    return graft_rules(model, rules, inputs, fused)
+    steps: list[Step] = []
+    report = graft_rules(model, rules, inputs, fused, temporary=steps if verify else None)
+    if verify:
+        report = _proven(model, report, inputs, steps)
+    if not report.grafted and any(variant is not None for _, variant in report.rules):
+        why = report.notes or [f"{skip.reason}; {skip.remedy}" for skip in report.skipped[:1]]
+        warnings.warn(f"nothing was grafted: {'; '.join(why) or 'no site'}", stacklevel=2)
+    return report
+
+
+def _proven(model: nn.Module, report: Report, inputs: Any, steps: list[Step]) -> Report:
+    root = inner_model(model)[0]
+    proof = prove(root, made_inputs(root) if inputs is None else [given_inputs(root, inputs)])
+    if proof.passed is not True:
+        take_out(steps)
+        raise UnprovenError(
+            f"the grafts are not proven, and were taken out again: {proof.said}",
+            where=report.model,
+            remedy="narrow the rules to what runs, or give inputs= that run it",
+        )
+    for _, _, graft in steps:
+        graft.covered = {}  # they are here to stay
+    return replace(report, notes=[*report.notes, f"proven: {proof.said}"])
 
 
 @contextmanager
@@ -182,6 +226,8 @@ def graft_rules(
         state_keys=_state_keys(steps),
         notes=plan.notes,
         probe=plan.probe,
+        balance=plan.balance,
+        left=plan.left,
     )
     with all_or_nothing() as change:
         for module, slot, graft in steps:
@@ -215,6 +261,8 @@ def _graft_of(edit: Edit) -> Graft:
     opaque = edit.op in HIDDEN.values()
     if edit.kind == "call" or (opaque and edit.variant not in ("dropout", "off")):
         return call_graft(edit)
+    if edit.variant == "dropout" and edit.op in KEEPS_LAW:
+        return rate_graft(edit, VARIANT)
     return rate_graft(edit) if opaque else module_graft(edit)
 
 

@@ -11,8 +11,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regraft.graft.attention import attend, multi_head_attention
-from regraft.graft.recurrent import RECURRENT, layer_by_layer, read_recurrence
-from regraft.ops import ATTENTION, DROP_PATH, FUNCTIONS, MULTI_HEAD, ROW_DRAWS, draws_rows
+from regraft.graft.recurrent import layer_by_layer, read_recurrence
+from regraft.ops import (
+    ATTENTION,
+    DROP_PATH,
+    FUNCTIONS,
+    IN_PLACE,
+    MULTI_HEAD,
+    OWN_LAW,
+    RECURRENT,
+    ROW_DRAWS,
+    WITH_MASK,
+    draws_rows,
+)
 from regraft.record import Graft
 from regraft.variants.registry import spec
 
@@ -36,8 +47,11 @@ class CallGrafts:
             return None
         self.refuse_recompute(op)
         rate = call_rate(graft, p)
-        function = spec(graft.variant).function
-        made: Tensor = function(x, rate, training and self.module.training, **graft.options)
+        training = training and self.module.training
+        if graft.variant == "dropout" and op in OWN_LAW:
+            kept: Tensor = OWN_LAW[op](x, rate, training)  # a change of the rate keeps the law
+            return kept
+        made: Tensor = spec(graft.variant).function(x, rate, training, **graft.options)
         return made
 
     def refuse_recompute(self, op: str) -> None:
@@ -55,8 +69,21 @@ def call_rate(graft: Graft, carried: float) -> float:
 
 def _handle_dropout(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     parsed = FUNCTIONS[func](*args, **kwargs)
-    made = mode.drop(parsed.op, parsed.x, parsed.p, parsed.training)
-    return func(*args, **kwargs) if made is None else made
+    inplace = parsed.inplace or func in IN_PLACE
+    x = parsed.x.clone() if inplace and parsed.op in mode.grafts else parsed.x
+    made = mode.drop(parsed.op, x, parsed.p, parsed.training)
+    if made is None:
+        return func(*args, **kwargs)
+    made = written_back(parsed.x, made) if inplace else made
+    return (made, made != 0) if func in WITH_MASK else made
+
+
+def written_back(x: Tensor, result: Tensor) -> Tensor:
+    """`x` with the result in it, as an in-place dropout leaves it: the caller may go on with either.
+
+    Under vmap there may be no room in `x` for the passes, whose own handling of in-place calls holds there.
+    """
+    return result if _vmapped() else x.copy_(result)
 
 
 def _handle_attention(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -114,7 +141,8 @@ def _handle_recurrent(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs
 
 
 def _handle_rows(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if DROP_PATH not in mode.grafts or not mode.module.training or not draws_rows(func, args, kwargs):
+    graft = mode.grafts.get(DROP_PATH)
+    if graft is None or not mode.module.training or not draws_rows(func, args, kwargs):
         return func(*args, **kwargs)
     mode.refuse_recompute(DROP_PATH)
     if func is not Tensor.bernoulli_:

@@ -10,6 +10,7 @@ from regraft.errors import ModelError
 from regraft.find.probe.preserve_state import restore, snapshot
 from regraft.graft.classes import layered
 from regraft.graft.compiled import compile_variants
+from regraft.ops import MULTI_HEAD, RECURRENT_OPS
 from regraft.record import (
     MISSING,
     RECORD,
@@ -26,7 +27,7 @@ Change = tuple[nn.Module, Slot, Graft | None]
 
 ORDER = ("rate", "variant", "calls", "lend", "insert", "passes")
 """Kinds of slots in the order of their layers, the lowest first."""
-_WRITTEN_OUT = [Slot("calls", op) for op in ("multi_head_attention_forward", "LSTM", "GRU", "RNN")]
+_WRITTEN_OUT = [Slot("calls", op) for op in (MULTI_HEAD, *sorted(RECURRENT_OPS))]
 
 
 def conflicting_slot(module: nn.Module, slot: Slot) -> Slot | None:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from regraft.errors import RateError
+from regraft.find.balance import NOISE, is_known
 from regraft.find.site import Site
-from regraft.ops import ATTENTION, DROP_PATH, HIDDEN
+from regraft.ops import ATTENTION, ATTENTIONS, DROP_PATH, HIDDEN, RECURRENT_OPS
 from regraft.variants.module import check_rate
 from regraft.variants.registry import complete_options, spec
 from regraft.variants.spec import DEFAULT_RATE, Spec, Variant
 
 _RATE_ONLY = ("dropout", "off")
-RECURRENT = ("LSTM", "GRU", "RNN")
 _MOST_SCORES = 2**30
 
 
@@ -70,7 +70,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
             "its forward was never called in the probe",
             "nothing to regularize unless another input runs it: then give that as inputs=",
         )
-    if site.op in RECURRENT and getattr(site.module, "num_layers", 2) == 1:
+    if site.op in RECURRENT_OPS and getattr(site.module, "num_layers", 2) == 1:
         return f"an {site.op} of one layer has no dropout: it drops between layers", "drop its output instead"
     if found.name == "off" and site.family not in ("Dropout", "DropPath") and site.variant is None:
         return "there is no regularizer to take out", "drop the rule"
@@ -113,9 +113,11 @@ def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:
 
 
 def _cost(site: Site, variant: str) -> str | None:
-    if site.op in (ATTENTION, "MultiheadAttention", "multi_head_attention_forward"):
+    if site.kind == "module" and site.family in NOISE and not is_known(site):
+        return f"the whole forward of {site.type} is replaced"
+    if site.op in ATTENTIONS:
         return None if variant in _RATE_ONLY else "attention is written out: its scores are kept in memory"
-    if site.op in RECURRENT and variant not in _RATE_ONLY:
+    if site.op in RECURRENT_OPS and variant not in _RATE_ONLY:
         return "its layers run one after the other, no longer in one kernel"
     return None
 

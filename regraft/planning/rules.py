@@ -13,6 +13,7 @@ from regraft.errors import (
     WrongKindError,
     nearest,
 )
+from regraft.find.balance import replaces
 from regraft.find.inspect import Inspection
 from regraft.find.selectors import Selector, read_selector
 from regraft.planning.insertions import insertions
@@ -90,6 +91,7 @@ def resolve(
                 decided[position] = (index, rule.selector, rule.variant)
         except RegraftError as error:
             problems.append((index, error))
+    _whole_classes(inspection, decided)
     decisions: list[Decision] = []
     for position, (index, selector, variant) in sorted(decided.items(), key=lambda item: item[0]):
         if variant is None:
@@ -101,6 +103,15 @@ def resolve(
     inserted, more = insertions(inspection, inserting, fused)
     ordered = sorted([*problems, *more], key=lambda problem: problem[0])
     return [*decisions, *inserted], [error for _, error in ordered]
+
+
+def _whole_classes(inspection: Inspection, decided: dict[int, tuple[int, Selector, Variant | None]]) -> None:
+    """A variant in the place of a class's whole forward leaves no call inside it to decide on."""
+    sites = inspection.sites
+    whole = [sites[position] for position, (_, _, variant) in decided.items() if variant is not None]
+    for position in list(decided):
+        if any(replaces(site, sites[position]) for site in whole):
+            del decided[position]
 
 
 def _matched(inspection: Inspection, selector: Selector, variant: Variant | None, index: int) -> list[int]:
