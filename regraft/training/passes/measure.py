@@ -17,11 +17,11 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from regraft.find.probe.memoized import forgotten
-from regraft.find.probe.preserve_state import random_state_kept, silent, unchanged
+from regraft.find.probe.fake import fake, fake_state
+from regraft.find.probe.preserve_state import forgotten, random_state_kept, silent, unchanged
 from regraft.training.passes.caches import own_caches
 from regraft.training.passes.nested import leaves, mapped
-from regraft.training.passes.sharded import is_sharded, real_forwards, remove_hooks
+from regraft.training.passes.sharded import real_forwards, remove_hooks
 
 Forward = Callable[..., Any]
 _PER_ELEMENT = 16
@@ -170,13 +170,13 @@ def on_fake_tensors(
         for context in (silent(), forgotten(modules), unchanged(modules), mode):
             stack.enter_context(context)
         remove_hooks(modules)  # the fake parameters are whole; `unchanged` puts the hooks back
-        state = _fake_state(model, mode)
-        fake = mapped(lambda _, leaf: _fake(leaf, mode), "", own_caches((args, kwargs)))
+        state = fake_state(model, mode)
+        inputs = mapped(lambda _, leaf: fake(leaf, mode), "", own_caches((args, kwargs)))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return functional_call(model, state, args, kwargs)
 
-        yield forward, *fake
+        yield forward, *inputs
 
 
 @contextmanager
@@ -186,22 +186,3 @@ def on_real_tensors(
     """The same with the model's own tensors; its buffers are put back."""
     with real_forwards(model):
         yield model, *own_caches((args, kwargs))
-
-
-def _fake_state(model: nn.Module, mode: FakeTensorMode) -> dict[str, Tensor]:
-    # A tied weight must stay one tensor, so fakes are made by identity.
-    fakes: dict[int, Tensor] = {}
-    state: dict[str, Tensor] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) not in fakes:
-            fakes[id(tensor)] = _fake(tensor, mode)
-        state[name] = fakes[id(tensor)]
-    return state
-
-
-def _fake(leaf: Any, mode: FakeTensorMode) -> Any:
-    if isinstance(leaf, Tensor) and is_sharded(leaf):
-        # Under the mode this makes a fake.
-        whole: Tensor = torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
-        return whole.requires_grad_(leaf.requires_grad)
-    return mode.from_tensor(leaf, static_shapes=True) if isinstance(leaf, Tensor) else leaf
