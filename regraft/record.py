@@ -103,6 +103,9 @@ class Graft:
     """Names of the buffers among them that stay out of the state dict."""
     covered: dict[str, Graft] = field(default_factory=dict)
     """Of a graft for a while: the grafts whose places it took, by slot; they come back when it goes."""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """Of a graft whose rate a schedule sets: its `owner`, the `rate` and `base` outside the schedule, and
+    whether it is `temporary`, put in place for the schedule alone."""
     settings: str = ""
     """Of a graft of calls: what it does, as text by which a compiled version of a method is found."""
 
