@@ -43,7 +43,11 @@ OPERATIONS = {
     "rdrop": lambda model: regraft.rdrop(model, alpha=1.0),
     "max_norm": bound,
 }
-CASES = {f"{operation} {name}": (OPERATIONS[operation], MODELS[name]) for operation in OPERATIONS for name in MODELS}
+CASES = {
+    f"{operation} {name}": (OPERATIONS[operation], MODELS[name])
+    for operation in OPERATIONS
+    for name in MODELS
+}
 CASES |= {
     "revert bert": (regraft.revert, grafted_bert),
     "schedule bert": (lambda m: regraft.schedule(m, p={"start": 0.0, "end": 0.1, "steps": 9}), grafted_bert),
@@ -69,5 +73,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(case, step):
     operation, build = CASES[case]
     lines = lines_of(operation, build)
     assert len(lines) > 50
-    broken = {f"{file}:{line}": broken_by(operation, build, (file, line)) for file, line in lines[step // 2 :: step]}
+    broken = {
+        f"{file}:{line}": broken_by(operation, build, (file, line)) for file, line in lines[step // 2 :: step]
+    }
     assert {place: what for place, what in broken.items() if what} == {}
