@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regraft.graft.attention import attend, multi_head_attention
+from regraft.graft.attention import attend, multi_head_attention, with_dropped_keys
 from regraft.graft.recurrent import RECURRENT, layer_by_layer, read_recurrence
 from regraft.ops import ATTENTION, DROP_PATH, FUNCTIONS, MULTI_HEAD, ROW_DRAWS, draws_rows
 from regraft.record import Graft
+from regraft.variants.module import check_rate
 from regraft.variants.registry import spec
 
 
@@ -73,6 +74,10 @@ def _handle_attention(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: di
         return func(**call, dropout_p=rate)
     if not (mode.module.training or graft.in_eval):
         return func(**call, dropout_p=0.0)
+    if graft.variant == "dropkey" and graft.options["keys"] == "column" and not _vmapped():
+        mode.refuse_recompute(ATTENTION)
+        rate = check_rate(call_rate(graft, carried))
+        return func(**(with_dropped_keys(call, rate) if rate > 0 else call), dropout_p=0.0)
     return attend(**call, drop=lambda scores: mode.drop(ATTENTION, scores, carried, training=True))
 
 

@@ -65,7 +65,8 @@ NOISY = [
     (name, family)
     for name in names()
     for family in ("Dropout", "Linear")
-    if spec(name).rated and family in spec(name).families and name != "concrete"
+    if spec(name).rated and family in spec(name).families
+    if name != "concrete" and not spec(name).attention
 ]
 
 
