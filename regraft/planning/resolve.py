@@ -130,9 +130,16 @@ def _cost(site: Site, found: Spec, variant: Variant) -> str | None:
         return "attention stays fused, with a mask of its keys"
     if site.op in _ATTENDING:
         scores = site.call.score_bytes if site.call else 0
-        size = f", {scores / 2**20:,.1f} MiB a call as probed" if scores else ""
+        size = f", {_bytes(scores)} a call as probed" if scores else ""
         return f"attention is written out: its scores are kept in memory{size}"
     return "its layers run one after the other, no longer in one kernel" if site.op in RECURRENT else None
+
+
+def _bytes(count: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"
 
 
 def _own_rate_of_1(site: Site, variant: Variant) -> bool:
