@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from regraft.variants.draws import keep_mask
+
 Drop = Callable[[Tensor], "Tensor | None"]
 
 
@@ -58,6 +60,30 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     # A row without any key is all -inf: its softmax and the gradient of it would be NaN.
     empty = (wide == -math.inf).all(-1, keepdim=True)
     return wide.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0).to(scores.dtype)
+
+
+def with_dropped_keys(call: dict[str, Any], p: float) -> dict[str, Any]:
+    """The call of `scaled_dot_product_attention` with each key masked with probability p, for all queries.
+
+    The mask is a row for each head, (..., 1, S), so that the kernel stays fused; causal attention and masks
+    that differ by query need (..., L, S). A query without any key left keeps those that it had.
+    """
+    query, key = call["query"], call["key"]
+    size = key.shape[-2]
+    keep = keep_mask(query, [*query.shape[:-2], 1, size], p, torch.bool)
+    before: Tensor | None = call.get("attn_mask")
+    if call.get("is_causal"):
+        before = torch.ones((query.shape[-2], size), dtype=torch.bool, device=query.device).tril()
+    if before is None:
+        mask = keep | ~keep.any(-1, keepdim=True)
+    elif before.dtype == torch.bool:
+        both = before & keep
+        mask = torch.where(both.any(-1, keepdim=True), both, before)
+    else:
+        # Masks of floats hide a key by -inf, or by the lowest number.
+        seen = (before > torch.finfo(before.dtype).min / 2) & keep
+        mask = torch.where(seen.any(-1, keepdim=True), before.masked_fill(~keep, -math.inf), before)
+    return {**call, "attn_mask": mask, "is_causal": False}
 
 
 def multi_head_attention(drop: Drop, **call: Any) -> Any:

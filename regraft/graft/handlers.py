@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regraft.graft.attention import attend, multi_head_attention
+from regraft.graft.attention import attend, multi_head_attention, with_dropped_keys
 from regraft.graft.recurrent import layer_by_layer, read_recurrence
 from regraft.ops import (
     ATTENTION,
@@ -25,6 +25,7 @@ from regraft.ops import (
     draws_rows,
 )
 from regraft.record import Graft
+from regraft.variants.module import check_rate
 from regraft.variants.registry import spec
 
 
@@ -100,6 +101,10 @@ def _handle_attention(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs
         return func(**call, dropout_p=rate)
     if not (mode.module.training or graft.in_eval):
         return func(**call, dropout_p=0.0)
+    if graft.variant == "dropkey" and graft.options["keys"] == "column" and not _vmapped():
+        mode.refuse_recompute(ATTENTION)
+        rate = check_rate(call_rate(graft, carried))
+        return func(**(with_dropped_keys(call, rate) if rate > 0 else call), dropout_p=0.0)
     return attend(**call, drop=lambda scores: mode.drop(ATTENTION, scores, carried, training=True))
 
 
