@@ -19,8 +19,8 @@ from regraft.find.walk import inner_model
 from regraft.graft.apply import grafted
 from regraft.graft.insertions import inserted_on
 from regraft.planning.plan import Plan, plan
+from regraft.training.passes.analyze import work_of
 from regraft.training.passes.api import stochastic_passes
-from regraft.training.passes.choice import work_of
 from regraft.training.passes.outputs import logits_of
 from regraft.training.rdrop.labels import TASKS
 from regraft.training.rdrop.terms import wide

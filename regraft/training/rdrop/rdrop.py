@@ -15,16 +15,17 @@ from torch import nn
 from regraft.errors import LossError, ModelError, RateError
 from regraft.find.inspect import inspect as inspect_sites
 from regraft.find.walk import inner_model
-from regraft.graft.classes import Namespace, layer
+from regraft.graft.classes import Namespace
 from regraft.graft.slots import set_graft
-from regraft.record import RECORD, Graft, grafts_of
+from regraft.record import RECORD, Graft, Layer, Slot, grafts_of
 from regraft.training.passes.api import check_strategy
 from regraft.training.passes.reentrancy import is_passing
 from regraft.training.rdrop.labels import TASKS, check_options
 from regraft.training.rdrop.objective import Objective, rdrop_forward
 from regraft.training.rdrop.rdrop_loss import RDropTerms
 
-SLOT = "passes"
+PASSES = Slot("passes")
+_KEY = str(PASSES)
 
 
 def rdrop(
@@ -109,9 +110,9 @@ def rdrop(
     if criterion is None:
         _check_returns_loss(root)
     _warn_of_no_noise(model, inputs)
-    previous = set_graft(root, SLOT, Graft(SLOT, {}, {"objective": objective}))
+    previous = set_graft(root, PASSES, Graft(PASSES, Layer(passes_layer), options={"objective": objective}))
     if _is_bypassed(root):
-        set_graft(root, SLOT, previous)
+        set_graft(root, PASSES, previous)
         raise ModelError(
             f"{type(root).__name__}'s forward was replaced on the model itself, and would never reach R-Drop",
             where="accelerate does so in mixed precision",
@@ -148,13 +149,13 @@ def _entered_once(model: nn.Module) -> Iterator[None]:
             model.__dict__["forward"] = wrapped
 
 
-@layer(SLOT)
-def _passes_layer(base: type[nn.Module], _: str) -> Namespace:
+def passes_layer(base: type[nn.Module]) -> Namespace:
+    """The layer of R-Drop: in training the forward makes passes and returns their loss."""
     own = base.forward
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        graft: Graft | None = self.__dict__.get(RECORD, {}).get(SLOT)
+        graft: Graft | None = self.__dict__.get(RECORD, {}).get(_KEY)
         if graft is None or is_passing(self):
             return own(self, *args, **kwargs)
         with _entered_once(self):
@@ -181,8 +182,8 @@ def _is_bypassed(model: nn.Module) -> bool:
 def without_rdrop(model: nn.Module) -> nn.Module:
     """The model without R-Drop; its other grafts stay."""
     root, _ = inner_model(model)
-    if SLOT in grafts_of(root):
-        set_graft(root, SLOT, None)
+    if _KEY in grafts_of(root):
+        set_graft(root, PASSES, None)
     return model
 
 
@@ -251,5 +252,5 @@ def _warn_of_no_noise(model: nn.Module, inputs: Any) -> None:
 
 def objective_of(model: nn.Module) -> Objective | None:
     """The objective of a model that `rdrop` grafted, with the terms of its last step; None for another."""
-    graft = grafts_of(inner_model(model)[0]).get(SLOT)
+    graft = grafts_of(inner_model(model)[0]).get(_KEY)
     return None if graft is None else graft.options["objective"]
