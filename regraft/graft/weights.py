@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from regraft.errors import ModelError
-from regraft.graft.checkpoints import checkpoint_marks, inside_checkpoint
+from regraft.graft.calls import checkpoint_marks, inside_checkpoint
 from regraft.graft.classes import Namespace
 from regraft.planning.plan import Edit
 from regraft.record import RECORD, Graft, Layer, Slot

@@ -16,13 +16,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from regraft.errors import FileError, MisfitError, OptionError, RegraftError, WrongKindError, raise_all
+from regraft.find.balance import balance_of_grafts, left
 from regraft.find.graph_nodes import node_marks, owner_path
 from regraft.find.insertion_points import INSERTED, family_to_insert
 from regraft.find.inspect import Inspection, inspect
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site, grafted_site
-from regraft.ops import FAMILIES
-from regraft.planning.resolve import RECURRENT, Decision, acts_in_eval
+from regraft.ops import FAMILIES, FUSED, KEEPS_LAW
+from regraft.planning.resolve import Decision, acts_in_eval
 from regraft.planning.rules import Rule, read_rules, resolve
 from regraft.record import original_class
 from regraft.report.document import counted
@@ -190,7 +191,7 @@ def _noise(edit: Edit) -> str:
         options = {key: value for key, value in edit.options.items() if key != "p"}
         inside = written_options(p, {**found.defaults, **options})
         return f"{edit.op}({', '.join(map(str, edit.shape or ()))}) under {found.name}({inside})"
-    if found.name == "dropout" and (called or edit.op in RECURRENT or "ttention" in edit.op):
+    if found.name == "dropout" and (called or edit.op in FUSED | KEEPS_LAW):
         return edit.op if p is None else f"{edit.op}(p={p:g})"
     title = found.function_for(edit.family) if called else found.module_for(edit.family)
     options = {key: value for key, value in edit.options.items() if key != "p"}
@@ -224,6 +225,8 @@ class Plan(View):
         notes: what a reader should know first.
         probe: how the sites were probed.
         boundaries: modules inside a call site's owner that drop by themselves and are to be left alone.
+        balance: how many draws the probe saw, and what becomes of them; how many sites are unconfirmed.
+        left: the draws that no variant takes, with module, line and remedy.
     """
 
     model: str
@@ -234,6 +237,8 @@ class Plan(View):
     notes: list[str] = dataclasses.field(default_factory=list)
     probe: dict[str, Any] = dataclasses.field(default_factory=dict)
     boundaries: list[str] = dataclasses.field(default_factory=list)
+    balance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    left: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values; `Plan.from_json` reads them back."""
@@ -294,7 +299,8 @@ class Plan(View):
             owner = edit.path.removesuffix(edit.node).removesuffix(".") if edit.node else edit.path
             owner = edit.reader if edit.kind == "weight" else owner
             site = known.get((edit.path, edit.kind, edit.op))
-            if site is None and edit.kind != "module" and owner in by_path:
+            seen_by_probe = edit.kind != "module" or edit.op not in FAMILIES
+            if site is None and seen_by_probe and owner in by_path:
                 paths = [edit.reader] if edit.kind == "weight" else edit.paths
                 site = grafted_site(by_path[owner].module, paths, edit.to_dict())
             if site is not None:
@@ -472,15 +478,25 @@ def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> P
     edits = [_edit_of(decision) for decision in decisions if decision.reason is None]
     skips = [_skip_of(decision) for decision in decisions if decision.reason is not None]
     selected = [_marked(decision.site) for decision in sorted(decisions, key=lambda one: one.variant is None)]
+    grafted = [decision.site for decision in decisions if decision.reason is None]
     return Plan(
         model=type(inspection.root).__name__,
-        rules=[[rule.selector.text, None if rule.variant is None else str(rule.variant)] for rule in rules],
+        rules=[
+            [rule.selector.text, None if rule.variant is None else str(rule.variant)]
+            for rule in rules
+            if rule.selector is not None
+        ],
         grafted=edits,
         skipped=skips,
         fingerprint=fingerprint(inspection, selected),
-        notes=[*inspection.notes, *_notes(edits, skips, decisions), *_matrices(inspection, decisions)],
+        notes=[*inspection.notes, *_notes(edits, skips, decisions)],
         probe=inspection.probe.to_dict(),
         boundaries=_boundaries(inspection, edits),
+        balance={
+            **balance_of_grafts(inspection.sites, inspection.probe, grafted),
+            **_matrices(inspection, decisions),
+        },
+        left=left(inspection.sites, inspection.modules, inspection.probe, grafted),
     )
 
 
@@ -509,20 +525,16 @@ def _notes(edits: list[Edit], skips: list[Skip], decisions: list[Decision]) -> l
     return []
 
 
-def _matrices(inspection: Inspection, decisions: list[Decision]) -> list[str]:
-    """How many matrices multiply and how many a rule reaches, if it is about matrices at all."""
+def _matrices(inspection: Inspection, decisions: list[Decision]) -> dict[str, Any]:
+    """How many matrices multiply and how many the rules reach, if they are about matrices at all."""
     about = [one for one in decisions if one.site.family == "Linear"]
     if not about or not inspection.weights:
-        return []
+        return {}
     reached = {path for one in about if one.variant is not None for path in one.site.paths}
     left: dict[str, int] = {}
-    count = 0
     for weight in inspection.weights:
         owners = {name.rpartition(".")[0] for name in weight.names if name.endswith("weight")}
         if reached.isdisjoint({*weight.names, *owners}):
             left[weight.kind] = left.get(weight.kind, 0) + 1
-        else:
-            count += 1
-    rest = ", ".join(f"{number} {kind}" for kind, number in left.items())
-    what = counted(len(inspection.weights), "matrix that multiplies", "matrices that multiply")
-    return [f"{count} of {what} reached" + (f"; left: {rest}" if rest else "")]
+    count = len(inspection.weights)
+    return {"matrices": {"multiply": count, "reached": count - sum(left.values()), "left": left}}

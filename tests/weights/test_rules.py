@@ -124,9 +124,10 @@ def test_a_tied_model_stays_tied_and_trains():
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_the_note_counts_what_multiplies():
+def test_the_balance_counts_what_multiplies():
     report = regraft.apply(Experts(), RULE, X)
-    assert "2 of 3 matrices that multiply reached; left: 1 router" in report.notes
+    assert report.balance["matrices"] == {"multiply": 3, "reached": 2, "left": {"router": 1}}
+    assert "3 matrices that multiply: 2 reached; left: 1 router" in str(report)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +292,6 @@ def test_a_quantized_layer_is_skipped_by_name():
 def test_a_traced_model_and_its_eager_twin_have_the_same_balance():
     eager = nn.Sequential(ParentReads(), nn.Linear(4, 6), TiedAutoencoder())
     traced = torch.fx.symbolic_trace(eager)
-    notes = [regraft.apply(one, RULE, X).notes[-1] for one in (eager, traced)]
-    assert notes[0] == notes[1]
+    balances = [regraft.apply(one, RULE, X).balance["matrices"] for one in (eager, traced)]
+    assert balances == [{"multiply": 4, "reached": 4, "left": {}}] * 2
     assert len(weights(regraft.revert(traced), X)) == len(weights(regraft.revert(eager), X))
