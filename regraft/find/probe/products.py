@@ -120,7 +120,7 @@ class ProductRecorder:
         """Take over what was recorded of a part of the model, the module at `path`, run by itself."""
         for key, product in part._products.items():
             names = tuple(f"{path}.{name}" for name in product.parameters)
-            self._products[(path, *key)] = replace(product, parameters=names)
+            self._products.setdefault((path, *key), replace(product, parameters=names))
         for name, modules in part.lookups.items():
             self.lookups.setdefault(f"{path}.{name}", []).extend(modules)
 
