@@ -9,6 +9,7 @@ from typing import Any
 from regraft.find.probe.ledger import Draw
 from regraft.find.probe.run import Probe
 from regraft.find.site import Site
+from regraft.find.ungraftable import foreign
 from regraft.find.walk import Named
 from regraft.ops import FAMILIES, KINDS
 from regraft.record import original_class
@@ -162,6 +163,8 @@ def _said(draw: Draw) -> str:
 
 
 def _remedy(draw: Draw, site: Site | None) -> str:
+    if (outside := foreign(draw.module)) is not None:
+        return outside[1]
     if site is not None:
         return f"a rule on the class, {{'{site.type}': 'dropout(p=0.1)'}}, replaces its whole forward"
     if draw.to_weight:
