@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from regraft.training.norm.max_norm import max_norm as max_norm
     from regraft.training.passes.api import stochastic_passes as stochastic_passes
     from regraft.training.penalty import penalty as penalty
-    from regraft.training.rates.schedule import Schedule as Schedule
-    from regraft.training.rates.schedule import schedule as schedule
     from regraft.training.rdrop.objective import RDropOutput as RDropOutput
     from regraft.training.rdrop.rdrop import rdrop as rdrop
     from regraft.training.rdrop.rdrop_loss import rdrop_loss as rdrop_loss
+    from regraft.training.schedule import Schedule as Schedule
+    from regraft.training.schedule import schedule as schedule
     from regraft.training.suggest import Advice as Advice
     from regraft.training.suggest import suggest as suggest
     from regraft.variants.registry import register as register
@@ -76,8 +76,8 @@ _HOMES = {
     "stochastic_passes": "training.passes.api",
     "rdrop": "training.rdrop.rdrop",
     "rdrop_loss": "training.rdrop.rdrop_loss",
-    "Schedule": "training.rates.schedule",
-    "schedule": "training.rates.schedule",
+    "Schedule": "training.schedule",
+    "schedule": "training.schedule",
     "Advice": "training.suggest",
     "suggest": "training.suggest",
     "register": "variants.registry",

@@ -40,14 +40,9 @@ def probed_sites(sites: list[Site], modules: list[Named], probe: Probe) -> list[
         ]
         merged |= {id(twin.module) for twin in twins}
         first = min(order[id(twin.module)] for twin in twins) if twins else order[id(called.owner)]
-        placed.append(
-            (
-                first,
-                _call_site(
-                    names[id(called.owner)], called, twins, drew=(id(called.owner), called.op) in drawn
-                ),
-            )
-        )
+        site = _call_site(names[id(called.owner)], called, twins, drew=(id(called.owner), called.op) in drawn)
+        users = probe.twins.get((id(called.owner), called.op), [])
+        placed.append((first, replace(site, rate_from=tuple(users))))
     placed += [(order[id(site.module)], site) for site in _written_sites(modules, probe)]
     if not probe.ran:
         placed += [(order[id(site.module)], site) for site in sites]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -17,7 +17,16 @@ from regraft.find.inspect import Inspection, inspect, look
 from regraft.find.probe.example_inputs import given_inputs, made_inputs
 from regraft.find.walk import inner_model
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
-from regraft.graft.graph_nodes import all_or_nothing, compiled_once, finish, graft_at, node_graft, set_slot
+from regraft.graft.graph_nodes import (
+    SetSlot,
+    all_or_nothing,
+    compiled_once,
+    finish,
+    graft_at,
+    grafts_at,
+    node_graft,
+    set_slot,
+)
 from regraft.graft.insertions import insert_graft
 from regraft.graft.modules import VARIANT, module_graft, rate_graft
 from regraft.graft.proof import prove
@@ -174,11 +183,13 @@ def grafted(
         >>> net[1]
         Dropout(p=0.1, inplace=False)
     """
-    steps: list[Step] = []
-    try:
-        yield graft_rules(model, rules, inputs, fused, temporary=steps)
-    finally:
-        take_out(steps)
+    with HeldInterrupts() as held:
+        steps: list[Step] = []
+        try:
+            with held.released():
+                yield graft_rules(model, rules, inputs, fused, temporary=steps)
+        finally:
+            take_out(steps)
 
 
 def graft_rules(
@@ -202,8 +213,7 @@ def graft_rules(
         inspection = inspect(model, inputs)
         plan = plan_of(inspection, read, fused)
     steps = _steps(inspection, plan)
-    _carry_out(steps, temporary)
-    return Report(
+    report = Report(
         model=plan.model,
         rules=plan.rules,
         grafted=[replace(edit, site=None) for edit in plan.grafted],
@@ -219,6 +229,10 @@ def graft_rules(
         balance=plan.balance,
         left=plan.left,
     )
+    with all_or_nothing() as change:
+        for module, slot, graft in steps:
+            _put_in(module, slot, graft, change, temporary)
+        return report  # from here on nothing can fail
 
 
 def _steps(inspection: Inspection, plan: Plan) -> list[Step]:
@@ -285,18 +299,25 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(len(parts) + 1)]
 
 
-def _carry_out(steps: list[Step], temporary: list[Step] | None) -> None:
-    with all_or_nothing() as change:
-        for module, slot, graft in steps:
-            if is_applied(module, graft_at(module, slot), graft):
-                continue
-            displaced = {slot: graft_at(module, slot)}
-            if other := conflicting_slot(module, slot):
-                displaced[other] = change(module, other, None)
-            if temporary is not None:
-                graft.covered = {str(place): old for place, old in displaced.items() if old is not None}
-                temporary.append((module, slot, graft))
-            change(module, slot, graft)
+def _put_in(
+    module: nn.Module, slot: Slot, graft: Graft, change: SetSlot, temporary: list[Step] | None
+) -> None:
+    current = graft_at(module, slot)
+    if current is not None and is_applied(module, current, graft):
+        if temporary is None:
+            current.holders = 0
+        elif current.holders:
+            current.holders += 1
+            temporary.append((module, slot, current))
+        return
+    displaced = {slot: current}
+    if other := conflicting_slot(module, slot):
+        displaced[other] = change(module, other, None)
+    if temporary is not None:
+        graft.holders = 1
+        graft.covered = {str(place): old for place, old in displaced.items() if old is not None}
+        temporary.append((module, slot, graft))
+    change(module, slot, graft)
 
 
 def take_out(steps: list[Step]) -> None:
@@ -306,20 +327,27 @@ def take_out(steps: list[Step]) -> None:
 
 
 def _take_out(module: nn.Module, slot: Slot, graft: Graft) -> None:
-    current = graft_at(module, slot)
-    if current is graft:
-        set_slot(module, slot, graft.covered.get(str(slot)))
-    if current is graft or current is None:
-        for text, before in graft.covered.items():
-            place = read_slot(text)
-            if place != slot and current is graft and graft_at(module, place) is None:
-                set_slot(module, place, before)
+    if graft.holders != 1:  # another block has the same one, or it is to stay
+        graft.holders = max(graft.holders - 1, 0)
         return
-    # A later temporary graft has covered this one: what it gives back is what this one covered.
-    for taken in (slot, conflicting_slot(module, slot)):
-        above = None if taken is None else graft_at(module, taken)
-        if above is not None and above.covered.get(str(slot)) is graft:
-            above.covered = {**graft.covered}
+    if graft_at(module, slot) is graft:
+        for text, old in graft.covered.items():
+            place = read_slot(text)
+            if place != slot and graft_at(module, place) is None:
+                set_slot(module, place, old)
+        set_slot(module, slot, graft.covered.get(str(slot)))
+    for above in list(_covering(grafts_at(module, slot.node).values(), graft)):
+        others = {text: old for text, old in above.covered.items() if old is not graft}
+        above.covered = {**others, **graft.covered}
+    graft.holders = 0
+
+
+def _covering(grafts: Iterable[Graft], graft: Graft) -> Iterator[Graft]:
+    """Of these and of all that they cover in turn, those that cover `graft`."""
+    for above in grafts:
+        if any(old is graft for old in above.covered.values()):
+            yield above
+        yield from _covering(above.covered.values(), graft)
 
 
 def _state_keys(steps: list[Step]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regraft.graft.attention import attend, multi_head_attention
+from regraft.graft.attention import attend, multi_head_attention, with_dropped_keys
 from regraft.graft.recurrent import layer_by_layer, read_recurrence
 from regraft.ops import (
     ATTENTION,
@@ -25,10 +25,11 @@ from regraft.ops import (
     draws_rows,
 )
 from regraft.record import Graft
+from regraft.variants.module import check_rate
 from regraft.variants.registry import spec
 
 
-class Routed:
+class CallGrafts:
     """The grafts of one module's calls, by operation, and what they make of a call.
 
     Args:
@@ -67,7 +68,7 @@ def call_rate(graft: Graft, carried: float) -> float:
     return float(graft.rate)
 
 
-def _handle_dropout(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_dropout(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     parsed = FUNCTIONS[func](*args, **kwargs)
     inplace = parsed.inplace or func in IN_PLACE
     x = parsed.x.clone() if inplace and parsed.op in mode.grafts else parsed.x
@@ -86,7 +87,7 @@ def written_back(x: Tensor, result: Tensor) -> Tensor:
     return result if _vmapped() else x.copy_(result)
 
 
-def _handle_attention(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_attention(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     graft = mode.grafts.get(ATTENTION)
     if graft is None:
         return func(*args, **kwargs)
@@ -100,6 +101,10 @@ def _handle_attention(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: di
         return func(**call, dropout_p=rate)
     if not (mode.module.training or graft.in_eval):
         return func(**call, dropout_p=0.0)
+    if graft.variant == "dropkey" and graft.options["keys"] == "column" and not _vmapped():
+        mode.refuse_recompute(ATTENTION)
+        rate = check_rate(call_rate(graft, carried))
+        return func(**(with_dropped_keys(call, rate) if rate > 0 else call), dropout_p=0.0)
     return attend(**call, drop=lambda scores: mode.drop(ATTENTION, scores, carried, training=True))
 
 
@@ -110,7 +115,7 @@ def _vmapped() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
-def _handle_mha(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_mha(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     graft = mode.grafts.get(MULTI_HEAD)
     if graft is None or not (mode.module.training or graft.in_eval):
         return func(*args, **kwargs)
@@ -127,7 +132,7 @@ def _handle_mha(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str
 _MHA_NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 
 
-def _handle_recurrent(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_recurrent(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     op = RECURRENT[func]
     graft = mode.grafts.get(op)
     if graft is None or not (mode.module.training or graft.in_eval):
@@ -140,7 +145,7 @@ def _handle_recurrent(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: di
     return layer_by_layer(call, drop)
 
 
-def _handle_rows(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_rows(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     graft = mode.grafts.get(DROP_PATH)
     if graft is None or not mode.module.training or not draws_rows(func, args, kwargs):
         return func(*args, **kwargs)
@@ -152,7 +157,7 @@ def _handle_rows(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[st
     return args[0].copy_(torch.bernoulli(torch.ones_like(args[0]) * keep))
 
 
-ROUTES: dict[Any, Callable[..., Any]] = {
+HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(FUNCTIONS, _handle_dropout),
     F.scaled_dot_product_attention: _handle_attention,
     F.multi_head_attention_forward: _handle_mha,

@@ -28,7 +28,7 @@ from regraft.find.probe.preserve_state import (
     unchanged,
 )
 from regraft.find.walk import named_modules
-from regraft.graft.handlers import ROUTES, Routed
+from regraft.graft.handlers import HANDLERS, CallGrafts
 from regraft.graft.modules import VARIANT
 from regraft.record import Graft, grafts_of
 from regraft.variants.registry import spec
@@ -166,7 +166,7 @@ def _variants_seen(names: set[str], seen: set[int]) -> Iterator[None]:
         found = spec(name)
         functions = [found.function, found.function_for("Linear"), getattr(found, "weight_function", None)]
         codes |= {inspect.unwrap(function).__code__ for function in functions if function is not None}
-    routes = {Routed.drop.__code__, ROUTES[F.scaled_dot_product_attention].__code__}
+    routes = {CallGrafts.drop.__code__, HANDLERS[F.scaled_dot_product_attention].__code__}
 
     def profile(frame: FrameType, event: str, value: Any) -> None:
         graft = None

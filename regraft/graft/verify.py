@@ -20,7 +20,7 @@ from regraft.find.probe.preserve_state import random_state_kept
 from regraft.graft.apply import Report, apply
 from regraft.graft.proof import prove
 from regraft.graft.revert import revert
-from regraft.graft.snapshot import portrait
+from regraft.graft.snapshot import model_snapshot
 from regraft.planning.plan import Rules
 from regraft.planning.resolve import acts_in_eval
 from regraft.record import grafts_of
@@ -129,7 +129,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, inputs: Any, seen: Inspection, rules: Rules) -> None:
         self.model, self.inputs, self.seen, self.rules = model, inputs, seen, rules
-        self.before = portrait(model)
+        self.before = model_snapshot(model)
         self.output, self.why_not = self._outputs(model)
         self.report: Report | None = None
 
@@ -165,7 +165,7 @@ class _Trial:
             self._check("travels: deep copy and pickle", self._travels),
         ]
         revert(self.model)
-        same = portrait(self.model).owners == portrait(plain).owners
+        same = model_snapshot(self.model).owners == model_snapshot(plain).owners
         checks.append(Check("a way back", same, "after a revert no graft is left"))
         return Verification(
             model=type(plain).__name__,
@@ -200,7 +200,7 @@ class _Trial:
         try:
             apply(self.model, [*_pairs(self.rules), ("NoSuchKind@nowhere", "dropout")], self.inputs)
         except RegraftError:
-            same = portrait(self.model).same_as(self.before)
+            same = model_snapshot(self.model).same_as(self.before)
             return same, "a rule that matches nothing was refused, and nothing had changed"
         return False, "a rule that matches nothing was accepted"
 
@@ -225,7 +225,7 @@ class _Trial:
         return kept and not lost and told, said + (f" and {len(extra)} new ones" if extra else "")
 
     def _same_model(self) -> tuple[bool, str]:
-        now = portrait(self.model)
+        now = model_snapshot(self.model)
         same = now.owners == self.before.owners and now.signature == self.before.signature
         flags = now.training == self.before.training and now.hooks == self.before.hooks
         return same and flags, "class names, the signature, training flags and hooks are as they were"
@@ -264,7 +264,7 @@ class _Trial:
     def _way_back(self) -> tuple[bool, str]:
         revert(self.model)
         revert(self.model)
-        now = portrait(self.model)
+        now = model_snapshot(self.model)
         same = now.same_as(self.before)
         if self.output is not None:
             output, _ = self._outputs(self.model)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from regraft.training.norm.max_norm import MaxNorm, max_norm
-from regraft.training.rates.schedule import Schedule, schedule
 from regraft.training.rdrop.rdrop import RDropLog, objective_of, rdrop, without_rdrop
+from regraft.training.schedule import Schedule, schedule
 
 
 class _RDrop:

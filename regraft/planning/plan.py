@@ -451,7 +451,11 @@ def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> P
     selected = [*(edit.path for edit in edits), *(skip.path for skip in skips)]
     return Plan(
         model=type(inspection.root).__name__,
-        rules=[[rule.selector.text, None if rule.variant is None else str(rule.variant)] for rule in rules],
+        rules=[
+            [rule.selector.text, None if rule.variant is None else str(rule.variant)]
+            for rule in rules
+            if rule.selector is not None
+        ],
         grafted=edits,
         skipped=skips,
         fingerprint=fingerprint(inspection, selected),

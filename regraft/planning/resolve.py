@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regraft.errors import RateError
-from regraft.find.balance import NOISE, is_known
+from regraft.find.balance import is_whole_class
 from regraft.find.site import Site
 from regraft.ops import ATTENTION, ATTENTIONS, DROP_PATH, HIDDEN, RECURRENT_OPS
 from regraft.variants.module import check_rate
@@ -57,12 +57,18 @@ def decide(site: Site, index: int, selector: str, variant: Variant, fused: str) 
     options = {key: value for key, value in variant.options.items() if key not in ("p", "fused")}
     kept = _kept_rate(site, found, variant, p)
     decided = Variant(variant.name, options if kept is None else {"p": kept, **options})
-    return Decision(site, index, decided, cost=_cost(site, variant.name))
+    return Decision(site, index, decided, cost=_cost(site, found, variant))
 
 
 def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str, str] | None:
     if site.family not in found.families:
         return f"{found.name!r} cannot replace {site.op}", "narrow the rule, or choose another variant"
+    if found.attention and site.op not in ATTENTIONS:
+        return (
+            f"{found.name!r} acts on attention weights, and {site.op} is not known to be given them",
+            f"it fits {', '.join(sorted(ATTENTIONS))}; Hugging Face models attend so with "
+            "attn_implementation='sdpa'",
+        )
     if site.obstacle is not None:
         return site.obstacle
     if site.calls == 0:
@@ -92,7 +98,12 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
             f"{found.name!r} brings state of its own, and a {inside} has no module to keep it",
             "choose a variant without state, or write the call as an nn.Dropout",
         )
-    return _why_not_attention(site, fused)
+    return None if _keeps_kernel(found, variant) else _why_not_attention(site, fused)
+
+
+def _keeps_kernel(found: Spec, variant: Variant) -> bool:
+    """Can fused attention take the variant as a mask?"""
+    return found.name == "dropkey" and _complete(found, variant)["keys"] == "column"
 
 
 def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:
@@ -112,14 +123,25 @@ def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:
     return None
 
 
-def _cost(site: Site, variant: str) -> str | None:
-    if site.kind == "module" and site.family in NOISE and not is_known(site):
+def _cost(site: Site, found: Spec, variant: Variant) -> str | None:
+    if is_whole_class(site):
         return f"the whole forward of {site.type} is replaced"
+    if variant.name in _RATE_ONLY:
+        return None
+    if site.op == ATTENTION and _keeps_kernel(found, variant):
+        return "attention stays fused, with a mask of its keys"
     if site.op in ATTENTIONS:
-        return None if variant in _RATE_ONLY else "attention is written out: its scores are kept in memory"
-    if site.op in RECURRENT_OPS and variant not in _RATE_ONLY:
-        return "its layers run one after the other, no longer in one kernel"
-    return None
+        scores = site.call.score_bytes if site.call else 0
+        size = f", {_bytes(scores)} a call as probed" if scores else ""
+        return f"attention is written out: its scores are kept in memory{size}"
+    return "its layers run one after the other, no longer in one kernel" if site.op in RECURRENT_OPS else None
+
+
+def _bytes(count: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"
 
 
 def _own_rate_of_1(site: Site, variant: Variant) -> bool:
