@@ -72,9 +72,9 @@ def main() -> None:
 
 def fit(model, train, test) -> float:
     arguments = TrainingArguments(
-        output_dir=str(options.output / "trainer"), max_steps=options.steps,
-        per_device_train_batch_size=BATCH, per_device_eval_batch_size=50, learning_rate=options.lr, save_strategy="no", report_to="none",
-        seed=0, use_cpu=not torch.accelerator.is_available(),
+        output_dir=str(options.output / "trainer"), max_steps=options.steps, learning_rate=options.lr,
+        per_device_train_batch_size=BATCH, per_device_eval_batch_size=50, save_strategy="no",
+        report_to="none", seed=0, use_cpu=not torch.accelerator.is_available(),
     )  # fmt: skip
     trainer = Trainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=test, data_collator=collate
