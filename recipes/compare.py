@@ -73,6 +73,7 @@ class Arm:
         rules: what `regraft.apply` grafts, selectors and variants.
         alpha: weight of R-Drop's KL, beside the mean of the passes' cross-entropies; None is one pass.
         steps: how many times the steps of the others.
+        fork: of R-Drop's passes: the part of the layers that they share, draws and all.
         everywhere: the frozen layers keep their dropout. Then nothing of them can be computed once.
         whole: the frozen layers run in each step, although they could be computed once: for the cost.
     """
@@ -80,11 +81,12 @@ class Arm:
     rules: dict[str, str] = field(default_factory=dict)
     alpha: float | None = None
     steps: float = 1
+    fork: float | None = None
     everywhere: bool = False
     whole: bool = False
 
 
-OWN = ("alpha", "steps", "everywhere", "whole")  # what --arm takes beside rules
+OWN = ("alpha", "steps", "fork", "everywhere", "whole")  # what --arm takes beside rules
 
 
 def dropout(p: float) -> dict[str, str]:
@@ -110,6 +112,8 @@ ARMS = {
     "dropconnect": Arm(dropout(0.1) | {TOP: "dropconnect(p=0.1)"}),
     "weak noise": Arm({"Dropout": "multisample(p='x2')", "Linear@classifier": "dropconnect(p=0.2)"}),
     "p=0.3 everywhere": Arm(dropout(0.3), everywhere=True),
+    "R-Drop, p=0.3 everywhere": Arm(dropout(0.3), alpha=2, everywhere=True),
+    "R-Drop, p=0.3 everywhere, fork": Arm(dropout(0.3), alpha=2, fork=2 / 3, everywhere=True),
     "p=0.3, whole model": Arm(dropout(0.3), whole=True),
     "R-Drop, p=0.3, whole model": Arm(dropout(0.3), alpha=2, whole=True),
 }
@@ -222,7 +226,7 @@ class Worker:
         report = regraft.apply(model, {**arm.rules, **off})
         computed = not arm.whole and self.is_computed(model)
         if arm.alpha is not None:
-            regraft.rdrop(model, alpha=arm.alpha, ce="mean")
+            regraft.rdrop(model, alpha=arm.alpha, ce="mean", **({"fork": arm.fork} if arm.fork else {}))
         if computed:
             cut(model, options.frozen)
         torch.manual_seed(1000 + seed)
@@ -686,7 +690,7 @@ def parse() -> tuple[argparse.Namespace, dict[str, Arm], list[str]]:
     parser.add_argument("--arms", nargs="+", default=DEFAULT, help="the first is the baseline")
     parser.add_argument("--also", nargs="+", default=[], help="beside the default arms")
     parser.add_argument("--arm", nargs="+", action="append", default=[], metavar=("NAME", "RULE"),
-                        help="an arm of your own: rules; alpha=, steps=, everywhere=1, whole=1")  # fmt: skip
+                        help="rules, and alpha=, steps=, fork=, everywhere=1, whole=1")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="the arms there are")
     parser.add_argument("--model", help="a hub name or a folder; default: the packaged MiniLM")
     parser.add_argument("--dataset", help="a hub dataset or a .csv of text,label; default: packaged reviews")
