@@ -462,32 +462,16 @@ def words(name: str, other: str, runs: dict[str, list[dict]]) -> str:
 
 def table(rows: list[dict], title: str) -> tuple[Table, str]:
     """For the terminal and, the same, as Markdown."""
-    names = [
-        "arm",
-        "accuracy",
-        "sd",
-        "paired difference, 95 %",
-        "better",
-        "NLL",
-        "ECE",
-        "NLL, scaled",
-        "CPU s",
-    ]
+    cost = "seconds" if GPU else "CPU s"
+    names = ["arm", "accuracy", "sd", "paired difference, 95 %", "better", "NLL", "ECE", "NLL, scaled", cost]
     lines = []
     for row in rows:
         change, better = "", ""
         if "accuracy_difference" in row:
             made = Difference(**row["accuracy_difference"])
             change, better = str(made), f"{made.wins} of {made.seeds}"
-        numbers = (
-            f"{row['nll']:.3f}",
-            f"{row['ece']:.3f}",
-            f"{row['nll_scaled']:.3f}",
-            f"{row[COST]:.1f}",
-        )
-        lines.append(
-            [row["arm"], f"{row['accuracy']:.3f}", f"{row['accuracy_sd']:.3f}", change, better, *numbers]
-        )
+        means = [f"{row[name]:.3f}" for name in ("accuracy", "accuracy_sd", "nll", "ece", "nll_scaled")]
+        lines.append([row["arm"], *means[:2], change, better, *means[2:], f"{row[COST]:.1f}"])
     made = Table(*names, title=title)
     for line in lines:
         made.add_row(*line)
@@ -717,6 +701,8 @@ def parse() -> tuple[argparse.Namespace, dict[str, Arm], list[str]]:
     names = list(dict.fromkeys([*options.arms, *options.also]))
     if unknown := [name for name in names if name not in arms]:
         parser.error(f"no arm is called {', '.join(unknown)}; --list names them")
+    if options.seeds < 2 and len(names) > 1:
+        parser.error("1 seed has no interval: --seeds 2 or more")
     if options.fresh and options.output == Path("output/compare"):
         options.output = Path("output/compare-fresh")
     return options, arms, names
