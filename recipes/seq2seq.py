@@ -46,9 +46,9 @@ console = Console(width=None if sys.stdout.isatty() else 100)
 
 def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
-    texts = sentences()[: HELD_OUT + options.train]
+    texts = sentences()[: options.test + options.train]
     rows = [{"input_ids": encode(re.sub("[aeiou]", "", text)), "labels": encode(text)} for text in texts]
-    test, train = rows[:HELD_OUT], rows[HELD_OUT:]
+    test, train = rows[: options.test], rows[options.test :]
     results = []
     for name in ("baseline", "R-Drop"):
         transformers.set_seed(0)
@@ -121,8 +121,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a byte-level T5 of the hub; default: a small one from nothing")
     for name, kind, value in (
-        ("train", int, SENTENCES), ("steps", int, STEPS), ("lr", float, LEARNING_RATE),
-        ("output", Path, Path("output/seq2seq")),
+        ("train", int, SENTENCES), ("test", int, HELD_OUT), ("steps", int, STEPS),
+        ("lr", float, LEARNING_RATE), ("output", Path, Path("output/seq2seq")),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")
     return parser.parse_args()

@@ -55,16 +55,18 @@ def test_bert_small(tmp_path, loop):
     assert "GaussianDropout" in stdout
 
 
+SIZES = ("--pretrain", "2", "--steps", "2", "--test", "16")
+
+
 def test_dropout_in_a_causal_model_with_lora(tmp_path):
-    sizes = ("--pretrain", "2", "--steps", "2", "--train", "16")
-    stdout = run("causal_lm", tmp_path, *sizes, threads=1)
+    stdout = run("causal_lm", tmp_path, *SIZES, "--train", "16", threads=1)
     assert "load without regraft, same logits: True" in stdout
     assert "8 sites grafted" in stdout  # behind each MLP and each attention of 4 layers
     assert [row["arm"] for row in results(tmp_path)] == ["no dropout", "LoRA's own dropout", "inserted"]
 
 
 def test_preferences_without_dropout(tmp_path):
-    run("preferences", tmp_path, "--pretrain", "2", "--steps", "2", "--pairs", "16", threads=1)
+    run("preferences", tmp_path, *SIZES, "--pairs", "16", threads=1)
     noisy, quiet = results(tmp_path)
     assert noisy["log-ratio before training"] > 1e-3
     assert quiet["log-ratio before training"] < 1e-4  # a padded batch's rounding, and no noise
@@ -82,13 +84,13 @@ def test_uncertainty(tmp_path):
 
 
 def test_token_classification(tmp_path):
-    run("token_classification", tmp_path, "--steps", "2", "--train", "16", threads=1)
+    run("token_classification", tmp_path, "--steps", "2", "--train", "16", "--test", "16", threads=1)
     assert [row["arm"] for row in results(tmp_path)] == ["baseline", "R-Drop"]
     assert all(0 <= row["f1"] <= 1 for row in results(tmp_path))
 
 
 def test_sequence_to_sequence(tmp_path):
-    run("seq2seq", tmp_path, "--steps", "3", "--train", "64", threads=1)
+    run("seq2seq", tmp_path, "--steps", "3", "--train", "64", "--test", "16", threads=1)
     baseline, rdrop = (row["held-out loss"] for row in results(tmp_path))
     assert baseline != rdrop
     assert max(baseline, rdrop) < 8  # of 259 bytes: log(259) is 5.6
