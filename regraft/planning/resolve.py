@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from regraft.errors import RateError
 from regraft.find.balance import is_whole_class
 from regraft.find.site import Site
@@ -43,7 +45,8 @@ def decide(site: Site, index: int, selector: str, variant: Variant, fused: str) 
         RateError: the rule gives the site a rate outside [0, 1).
     """
     found = spec(variant.name)
-    why_not = _why_not(site, found, variant, str(variant.options.get("fused", fused)))
+    why_not = _why_not_matrix(site, selector, found, variant)
+    why_not = why_not or _why_not(site, found, variant, str(variant.options.get("fused", fused)))
     if why_not is not None:
         return Decision(site, index, reason=why_not[0], remedy=why_not[1])
     p = _rate(site, found, variant, f"rule {index}: {selector!r}, at {site.path!r}")
@@ -104,6 +107,32 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
 def _keeps_kernel(found: Spec, variant: Variant) -> bool:
     """Can fused attention take the variant as a mask?"""
     return found.name == "dropkey" and _complete(found, variant)["keys"] == "column"
+
+
+def _why_not_matrix(site: Site, selector: str, found: Spec, variant: Variant) -> tuple[str, str] | None:
+    """Why a matrix that multiplies is left: a router, or a form that the variant cannot act on."""
+    if site.role == "router" and selector.partition("@")[0] != "router" and site.family in found.families:
+        return (
+            "it is a router: its result chooses what runs, and noise would change the choice",
+            f"a rule of its own takes it: 'router@{site.path}'",
+        )
+    if site.kind != "weight" or site.family not in found.families:
+        return None
+    if found.weight_function is None:
+        return (
+            f"{found.name!r} acts in a linear layer's own forward, and here {type(site.module).__name__} "
+            "multiplies by the weight",
+            "choose 'dropconnect' or 'mixout'",
+        )
+    unfit = found.weight_unfit(_complete(found, variant)) if found.weight_unfit else None
+    if unfit is not None:
+        return unfit, "leave that option out"
+    if isinstance(site.owner, nn.RNNCellBase) and (site.calls or 0) > 1:
+        return (
+            "its cell runs once a step, and each step would draw anew",
+            "use the whole network (nn.LSTM, nn.GRU), whose forward runs once a sequence",
+        )
+    return None
 
 
 def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:

@@ -246,4 +246,9 @@ def _balance_items(balance: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...
         items.append(f"{counted(draws, 'random draw')}: {', '.join([*parts, f'{unknown:,} unrecognized'])}")
     if unconfirmed := facts.pop("unconfirmed", 0):
         items.append(f"{counted(unconfirmed, 'site')} unconfirmed: no forward has shown what runs")
+    if "matrices" in facts:
+        matrices = facts.pop("matrices")
+        left = ", ".join(f"{count:,} {kind}" for kind, count in matrices["left"].items())
+        what = counted(matrices["multiply"], "matrix that multiplies", "matrices that multiply")
+        items.append(f"{what}: {matrices['reached']:,} reached{f'; left: {left}' if left else ''}")
     return (*items, *(f"{name}: {value}" for name, value in facts.items()))
