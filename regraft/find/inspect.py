@@ -44,7 +44,7 @@ class Inspection(View):
     @property
     def balance(self) -> dict[str, Any]:
         """How many draws the probe saw: at sites, of named randomness of another kind, unrecognized."""
-        return balance(self.sites, self.probe) if self.probe.ran else {}
+        return balance(self.sites, self.probe)
 
     @property
     def left(self) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ class Inspection(View):
             "model": type(self.root).__name__,
             "notes": list(self.notes),
             "probe": self.probe.to_dict(),
-            "summary": summary(sites),
+            "summary": summary(sites, len(self.probe.draws)),
             "sites": sites,
             "balance": self.balance,
             "left": self.left,
@@ -111,7 +111,7 @@ look = inspect_static
 def _probed(root: nn.Module, modules: list[Named], inputs: Any, sites: set[int]) -> Probe:
     every = [named.module for named in modules]
     if inputs is not None:
-        return run_probe(root, every, [given_inputs(root, inputs)], sites)
+        return run_probe(root, every, [given_inputs(root, inputs)], sites, given=True)
     try:
         probe = run_probe(root, every, made_inputs(root), sites)
     except Exception as error:

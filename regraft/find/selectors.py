@@ -99,8 +99,13 @@ def read_selector(key: Any) -> Selector:
 
 
 def _is_a(cls: type[nn.Module]) -> Callable[[Site], bool]:
-    # The functional dropouts inside a module are not instances of the module's class.
-    return lambda site: site.kind == "module" and issubclass(original_class(site.module), cls)
+    # A functional dropout inside a module is no instance of the module's class, but a call that uses the
+    # rate of such an instance is what that instance stands for.
+    def test(site: Site) -> bool:
+        modules = [site.module] if site.kind == "module" else site.rate_from
+        return any(issubclass(original_class(module), cls) for module in modules)
+
+    return test
 
 
 def _read_text(text: str) -> Selector:

@@ -63,6 +63,8 @@ class Site:
     """Of a node: the training flag, where tracing fixed it."""
     call: Called | None = dataclasses.field(default=None, repr=False)
     """Of a call site: what the probe recorded of it."""
+    rate_from: tuple[nn.Module, ...] = dataclasses.field(default=(), repr=False)
+    """Of a call site: the modules whose rate it uses."""
     obstacle: tuple[str, str] | None = dataclasses.field(default=None, repr=False)
     """Why a graft here would be lost, and the remedy, where that is known from the module alone."""
 

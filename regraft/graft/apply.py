@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from regraft.errors import UnprovenError
 from regraft.find.insertion_points import INSERTED
 from regraft.find.inspect import Inspection, inspect, look
+from regraft.find.probe.example_inputs import given_inputs, made_inputs
+from regraft.find.walk import inner_model
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
-from regraft.graft.graph_nodes import all_or_nothing, compiled_once, finish, graft_at, node_graft, set_slot
+from regraft.graft.graph_nodes import (
+    SetSlot,
+    all_or_nothing,
+    compiled_once,
+    finish,
+    graft_at,
+    grafts_at,
+    node_graft,
+    set_slot,
+)
 from regraft.graft.insertions import insert_graft
-from regraft.graft.modules import module_graft, rate_graft
+from regraft.graft.modules import VARIANT, module_graft, rate_graft
+from regraft.graft.proof import prove
 from regraft.graft.slots import conflicting_slot, is_applied
 from regraft.interrupts import HeldInterrupts
-from regraft.ops import HIDDEN
+from regraft.ops import HIDDEN, KEEPS_LAW
 from regraft.planning.plan import Edit, Plan, Rules, Skip, plan_of
 from regraft.planning.resolve import acts_in_eval
 from regraft.planning.rules import read_rules
@@ -58,6 +72,8 @@ class Report(View):
         state_keys: keys that the graft added to the state dict.
         notes: what a reader should know first.
         probe: how the sites were probed.
+        balance: how many draws the probe saw, and what became of them; how many sites are unconfirmed.
+        left: the draws that no variant took, with module, line and remedy.
     """
 
     model: str
@@ -68,6 +84,8 @@ class Report(View):
     state_keys: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     probe: dict[str, Any] = field(default_factory=dict)
+    balance: dict[str, Any] = field(default_factory=dict)
+    left: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
@@ -79,7 +97,14 @@ class Report(View):
         return {"schema": SCHEMA, "view": "report", **copy.deepcopy({**vars(self), **lists})}
 
 
-def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: str = "auto") -> Report:
+def apply(
+    model: nn.Module,
+    rules: Rules | Plan,
+    inputs: Any = None,
+    *,
+    fused: str = "auto",
+    verify: bool = False,
+) -> Report:
     """Graft variants into a model, in place: all of it, or, after an error, none of it.
 
     Weights, state-dict keys, devices, hooks and training flags stay as they are, and so does the eval
@@ -91,6 +116,8 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: s
         rules: selector -> variant (later rules win, None leaves alone), or a `Plan`.
         inputs: for the probe, see `regraft.inspect`.
         fused: what becomes of fused attention, see `regraft.plan`.
+        verify: prove the graft by real training forwards, as `regraft.verify` does: a graft whose variant
+            does not run is an error, and everything is taken out again.
 
     Returns:
         The report: print it, or take `.to_json()`, `.to_markdown()`, `.to_html()`.
@@ -98,6 +125,10 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: s
     Raises:
         RegraftError: every problem of every rule, before anything was changed.
         MisfitError: a plan that was made for another model.
+        UnprovenError: with `verify`, what no training forward has shown.
+
+    Warns:
+        UserWarning: nothing was grafted, and why.
 
     Example:
         >>> import regraft
@@ -107,7 +138,29 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: s
         >>> net[1]
         MultiSampleDropout(p=0.1, num_samples=8)
     """
-    return graft_rules(model, rules, inputs, fused)
+    steps: list[Step] = []
+    report = graft_rules(model, rules, inputs, fused, temporary=steps if verify else None)
+    if verify:
+        report = _proven(model, report, inputs, steps)
+    if not report.grafted and any(variant is not None for _, variant in report.rules):
+        why = report.notes or [f"{skip.reason}; {skip.remedy}" for skip in report.skipped[:1]]
+        warnings.warn(f"nothing was grafted: {'; '.join(why) or 'no site'}", stacklevel=2)
+    return report
+
+
+def _proven(model: nn.Module, report: Report, inputs: Any, steps: list[Step]) -> Report:
+    root = inner_model(model)[0]
+    proof = prove(root, made_inputs(root) if inputs is None else [given_inputs(root, inputs)])
+    if proof.passed is not True:
+        take_out(steps)
+        raise UnprovenError(
+            f"the grafts are not proven, and were taken out again: {proof.said}",
+            where=report.model,
+            remedy="narrow the rules to what runs, or give inputs= that run it",
+        )
+    for _, _, graft in steps:
+        graft.covered = {}  # they are here to stay
+    return replace(report, notes=[*report.notes, f"proven: {proof.said}"])
 
 
 @contextmanager
@@ -130,11 +183,13 @@ def grafted(
         >>> net[1]
         Dropout(p=0.1, inplace=False)
     """
-    steps: list[Step] = []
-    try:
-        yield graft_rules(model, rules, inputs, fused, temporary=steps)
-    finally:
-        take_out(steps)
+    with HeldInterrupts() as held:
+        steps: list[Step] = []
+        try:
+            with held.released():
+                yield graft_rules(model, rules, inputs, fused, temporary=steps)
+        finally:
+            take_out(steps)
 
 
 def graft_rules(
@@ -158,8 +213,7 @@ def graft_rules(
         inspection = inspect(model, inputs)
         plan = plan_of(inspection, read, fused)
     steps = _steps(inspection, plan)
-    _carry_out(steps, temporary)
-    return Report(
+    report = Report(
         model=plan.model,
         rules=plan.rules,
         grafted=[replace(edit, site=None) for edit in plan.grafted],
@@ -172,7 +226,13 @@ def graft_rules(
         state_keys=_state_keys(steps),
         notes=plan.notes,
         probe=plan.probe,
+        balance=plan.balance,
+        left=plan.left,
     )
+    with all_or_nothing() as change:
+        for module, slot, graft in steps:
+            _put_in(module, slot, graft, change, temporary)
+        return report  # from here on nothing can fail
 
 
 def _steps(inspection: Inspection, plan: Plan) -> list[Step]:
@@ -201,6 +261,8 @@ def _graft_of(edit: Edit) -> Graft:
     opaque = edit.op in HIDDEN.values()
     if edit.kind == "call" or (opaque and edit.variant not in ("dropout", "off")):
         return call_graft(edit)
+    if edit.variant == "dropout" and edit.op in KEEPS_LAW:
+        return rate_graft(edit, VARIANT)
     return rate_graft(edit) if opaque else module_graft(edit)
 
 
@@ -237,18 +299,25 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(len(parts) + 1)]
 
 
-def _carry_out(steps: list[Step], temporary: list[Step] | None) -> None:
-    with all_or_nothing() as change:
-        for module, slot, graft in steps:
-            if is_applied(module, graft_at(module, slot), graft):
-                continue
-            displaced = {slot: graft_at(module, slot)}
-            if other := conflicting_slot(module, slot):
-                displaced[other] = change(module, other, None)
-            if temporary is not None:
-                graft.covered = {str(place): old for place, old in displaced.items() if old is not None}
-                temporary.append((module, slot, graft))
-            change(module, slot, graft)
+def _put_in(
+    module: nn.Module, slot: Slot, graft: Graft, change: SetSlot, temporary: list[Step] | None
+) -> None:
+    current = graft_at(module, slot)
+    if current is not None and is_applied(module, current, graft):
+        if temporary is None:
+            current.holders = 0
+        elif current.holders:
+            current.holders += 1
+            temporary.append((module, slot, current))
+        return
+    displaced = {slot: current}
+    if other := conflicting_slot(module, slot):
+        displaced[other] = change(module, other, None)
+    if temporary is not None:
+        graft.holders = 1
+        graft.covered = {str(place): old for place, old in displaced.items() if old is not None}
+        temporary.append((module, slot, graft))
+    change(module, slot, graft)
 
 
 def take_out(steps: list[Step]) -> None:
@@ -258,20 +327,27 @@ def take_out(steps: list[Step]) -> None:
 
 
 def _take_out(module: nn.Module, slot: Slot, graft: Graft) -> None:
-    current = graft_at(module, slot)
-    if current is graft:
-        set_slot(module, slot, graft.covered.get(str(slot)))
-    if current is graft or current is None:
-        for text, before in graft.covered.items():
-            place = read_slot(text)
-            if place != slot and current is graft and graft_at(module, place) is None:
-                set_slot(module, place, before)
+    if graft.holders != 1:  # another block has the same one, or it is to stay
+        graft.holders = max(graft.holders - 1, 0)
         return
-    # A later temporary graft has covered this one: what it gives back is what this one covered.
-    for taken in (slot, conflicting_slot(module, slot)):
-        above = None if taken is None else graft_at(module, taken)
-        if above is not None and above.covered.get(str(slot)) is graft:
-            above.covered = {**graft.covered}
+    if graft_at(module, slot) is graft:
+        for text, old in graft.covered.items():
+            place = read_slot(text)
+            if place != slot and graft_at(module, place) is None:
+                set_slot(module, place, old)
+        set_slot(module, slot, graft.covered.get(str(slot)))
+    for above in list(_covering(grafts_at(module, slot.node).values(), graft)):
+        others = {text: old for text, old in above.covered.items() if old is not graft}
+        above.covered = {**others, **graft.covered}
+    graft.holders = 0
+
+
+def _covering(grafts: Iterable[Graft], graft: Graft) -> Iterator[Graft]:
+    """Of these and of all that they cover in turn, those that cover `graft`."""
+    for above in grafts:
+        if any(old is graft for old in above.covered.values()):
+            yield above
+        yield from _covering(above.covered.values(), graft)
 
 
 def _state_keys(steps: list[Step]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -87,27 +88,33 @@ def with_dropped_keys(call: dict[str, Any], p: float) -> dict[str, Any]:
 
 def multi_head_attention(drop: Drop, **call: Any) -> Any:
     """`F.multi_head_attention_forward` with `drop` in the place of its dropout."""
-    _drops.append(drop)
+    _running.drops.append(drop)
     try:
         return _multi_head_attention(**call)
     finally:
-        _drops.pop()
+        _running.drops.pop()
 
 
-_drops: list[Drop] = []
-"""What takes the place of dropout in the call that is running; the innermost last."""
+class _Running(threading.local):
+    """What takes the place of dropout in the calls that are running in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.drops: list[Drop] = []
+
+
+_running = _Running()
 
 
 def _dropout(weights: Tensor, p: float = 0.5, **_: Any) -> Tensor:
-    made = _drops[-1](weights)
+    made = _running.drops[-1](weights)
     return weights if made is None else made
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, is_causal: bool) -> Tensor:
-    return attend(q, k, v, mask, is_causal, drop=_drops[-1])
+    return attend(q, k, v, mask, is_causal, drop=_running.drops[-1])
 
 
-def _rebound() -> Callable[..., Any]:
+def _rebind() -> Callable[..., Any]:
     """Torch's own function, with three of the names it looks up bound to ours.
 
     Its many options need not be written again. Made once, on import: a compiler cannot trace the making.
@@ -124,4 +131,4 @@ def _rebound() -> Callable[..., Any]:
     return made
 
 
-_multi_head_attention = _rebound()
+_multi_head_attention = _rebind()

@@ -16,7 +16,7 @@ from regraft.find.site import Site
 from regraft.find.walk import named_modules
 from regraft.graft.apply import Step
 from regraft.graft.graph_nodes import graft_at, placed_grafts
-from regraft.ops import ATTENTION
+from regraft.ops import FUSED, KEEPS_LAW
 from regraft.planning.plan import Edit, rendered
 from regraft.record import Graft, Slot
 from regraft.variants.registry import complete_options, spec
@@ -24,7 +24,6 @@ from regraft.variants.registry import complete_options, spec
 Key = tuple[str, str, str]
 """A site's path, kind and operation."""
 _LEARNED = ("concrete",)
-_FUSED = (ATTENTION, "MultiheadAttention", "multi_head_attention_forward", "LSTM", "GRU", "RNN")
 
 
 @dataclass
@@ -53,7 +52,7 @@ class Rate:
     @property
     def fused(self) -> bool:
         """Is it the rate of one of torch's own kernels, a constant in compiled code?"""
-        return self.variant == "dropout" and self.op in _FUSED
+        return self.variant == "dropout" and self.op in FUSED | KEEPS_LAW
 
     @property
     def in_place(self) -> bool:

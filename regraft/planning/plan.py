@@ -15,13 +15,14 @@ from typing import Any, get_args, get_origin, get_type_hints
 from torch import nn
 
 from regraft.errors import FileError, MisfitError, OptionError, RegraftError, WrongKindError, raise_all
+from regraft.find.balance import balance_of_grafts, left
 from regraft.find.graph_nodes import node_marks, owner_path
 from regraft.find.insertion_points import INSERTED, family_to_insert
 from regraft.find.inspect import Inspection, inspect
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site, grafted_site
-from regraft.ops import FAMILIES
-from regraft.planning.resolve import RECURRENT, Decision, acts_in_eval
+from regraft.ops import FAMILIES, FUSED, KEEPS_LAW
+from regraft.planning.resolve import Decision, acts_in_eval
 from regraft.planning.rules import Rule, read_rules, resolve
 from regraft.record import original_class
 from regraft.report.document import counted
@@ -174,7 +175,7 @@ def _noise(edit: Edit) -> str:
     if found.name == "off":
         return "nothing"
     called = edit.kind in ("call", "node")
-    if found.name == "dropout" and (called or edit.op in RECURRENT or "ttention" in edit.op):
+    if found.name == "dropout" and (called or edit.op in FUSED | KEEPS_LAW):
         return edit.op if p is None else f"{edit.op}(p={p:g})"
     title = found.function_for(edit.family) if called else found.module_for(edit.family)
     options = {key: value for key, value in edit.options.items() if key != "p"}
@@ -208,6 +209,8 @@ class Plan(View):
         notes: what a reader should know first.
         probe: how the sites were probed.
         boundaries: modules inside a call site's owner that drop by themselves and are to be left alone.
+        balance: how many draws the probe saw, and what becomes of them; how many sites are unconfirmed.
+        left: the draws that no variant takes, with module, line and remedy.
     """
 
     model: str
@@ -218,6 +221,8 @@ class Plan(View):
     notes: list[str] = dataclasses.field(default_factory=list)
     probe: dict[str, Any] = dataclasses.field(default_factory=dict)
     boundaries: list[str] = dataclasses.field(default_factory=list)
+    balance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    left: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values; `Plan.from_json` reads them back."""
@@ -277,7 +282,8 @@ class Plan(View):
         for edit in self.grafted:
             owner = edit.path.removesuffix(edit.node).removesuffix(".") if edit.node else edit.path
             site = known.get((edit.path, edit.kind, edit.op))
-            if site is None and edit.kind != "module" and owner in by_path:
+            seen_by_probe = edit.kind != "module" or edit.op not in FAMILIES
+            if site is None and seen_by_probe and owner in by_path:
                 site = grafted_site(by_path[owner].module, edit.paths, edit.to_dict())
             if site is not None:
                 edits.append(replace(edit, site=site))
@@ -441,16 +447,23 @@ def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> P
     raise_all(problems)
     edits = [_edit_of(decision) for decision in decisions if decision.reason is None]
     skips = [_skip_of(decision) for decision in decisions if decision.reason is not None]
+    grafted = [decision.site for decision in decisions if decision.reason is None]
     selected = [*(edit.path for edit in edits), *(skip.path for skip in skips)]
     return Plan(
         model=type(inspection.root).__name__,
-        rules=[[rule.selector.text, None if rule.variant is None else str(rule.variant)] for rule in rules],
+        rules=[
+            [rule.selector.text, None if rule.variant is None else str(rule.variant)]
+            for rule in rules
+            if rule.selector is not None
+        ],
         grafted=edits,
         skipped=skips,
         fingerprint=fingerprint(inspection, selected),
         notes=[*inspection.notes, *_notes(edits, skips, decisions)],
         probe=inspection.probe.to_dict(),
         boundaries=_boundaries(inspection, edits),
+        balance=balance_of_grafts(inspection.sites, inspection.probe, grafted),
+        left=left(inspection.sites, inspection.modules, inspection.probe, grafted),
     )
 
 

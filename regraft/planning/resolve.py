@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from regraft.errors import RateError
+from regraft.find.balance import NOISE, is_known
 from regraft.find.site import Site
-from regraft.ops import ATTENTION, DROP_PATH, HIDDEN
+from regraft.ops import ATTENTION, ATTENTIONS, DROP_PATH, HIDDEN, RECURRENT_OPS
 from regraft.variants.module import check_rate
 from regraft.variants.registry import complete_options, spec
 from regraft.variants.spec import DEFAULT_RATE, Spec, Variant
 
 _RATE_ONLY = ("dropout", "off")
-RECURRENT = ("LSTM", "GRU", "RNN")
 _MOST_SCORES = 2**30
-_ATTENDING = (ATTENTION, "MultiheadAttention", "multi_head_attention_forward")
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,10 @@ def decide(site: Site, index: int, selector: str, variant: Variant, fused: str) 
 def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str, str] | None:
     if site.family not in found.families:
         return f"{found.name!r} cannot replace {site.op}", "narrow the rule, or choose another variant"
-    if found.attention and site.op not in _ATTENDING:
+    if found.attention and site.op not in ATTENTIONS:
         return (
             f"{found.name!r} acts on attention weights, and {site.op} is not known to be given them",
-            f"it fits {', '.join(_ATTENDING)}; Hugging Face models attend so with attn_implementation='sdpa'",
+            f"it fits {', '.join(sorted(ATTENTIONS))}; Hugging Face models attend so with attn_implementation='sdpa'",
         )
     if site.obstacle is not None:
         return site.obstacle
@@ -76,7 +75,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
             "its forward was never called in the probe",
             "nothing to regularize unless another input runs it: then give that as inputs=",
         )
-    if site.op in RECURRENT and getattr(site.module, "num_layers", 2) == 1:
+    if site.op in RECURRENT_OPS and getattr(site.module, "num_layers", 2) == 1:
         return f"an {site.op} of one layer has no dropout: it drops between layers", "drop its output instead"
     if found.name == "off" and site.family not in ("Dropout", "DropPath") and site.variant is None:
         return "there is no regularizer to take out", "drop the rule"
@@ -124,15 +123,17 @@ def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:
 
 
 def _cost(site: Site, found: Spec, variant: Variant) -> str | None:
+    if site.kind == "module" and site.family in NOISE and not is_known(site):
+        return f"the whole forward of {site.type} is replaced"
     if variant.name in _RATE_ONLY:
         return None
     if site.op == ATTENTION and _keeps_kernel(found, variant):
         return "attention stays fused, with a mask of its keys"
-    if site.op in _ATTENDING:
+    if site.op in ATTENTIONS:
         scores = site.call.score_bytes if site.call else 0
         size = f", {_bytes(scores)} a call as probed" if scores else ""
         return f"attention is written out: its scores are kept in memory{size}"
-    return "its layers run one after the other, no longer in one kernel" if site.op in RECURRENT else None
+    return "its layers run one after the other, no longer in one kernel" if site.op in RECURRENT_OPS else None
 
 
 def _bytes(count: int) -> str:

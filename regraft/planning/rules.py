@@ -12,8 +12,8 @@ from regraft.errors import (
     RuleSyntaxError,
     WrongKindError,
     nearest,
-    raise_all,
 )
+from regraft.find.balance import replaces
 from regraft.find.inspect import Inspection
 from regraft.find.selectors import Selector, read_selector
 from regraft.planning.insertions import insertions
@@ -25,42 +25,47 @@ from regraft.variants.spec import Variant
 
 @dataclass(frozen=True)
 class Rule:
-    """A selector and what it means: a variant, or None for "leave alone"."""
+    """A selector and what it means: a variant, or None for "leave alone".
 
-    selector: Selector
+    Attributes:
+        problem: why the selector (then None) or the variant cannot be read.
+    """
+
+    selector: Selector | None
     variant: Variant | None
+    problem: RegraftError | None = None
 
 
 def read_rules(rules: Any) -> list[Rule]:
     """Rules as the user wrote them, a mapping or pairs, read.
 
     Raises:
-        RegraftError: everything that cannot be read, together.
+        RuleSyntaxError: this is neither.
     """
     pairs = rules.items() if isinstance(rules, Mapping) else rules
     if isinstance(pairs, str) or not isinstance(pairs, Iterable):
         raise RuleSyntaxError(
             f"{rules!r} is no set of rules", remedy="write {'Dropout': 'gaussian'} or a list of pairs"
         )
-    read: list[Rule] = []
-    problems: list[RegraftError] = []
-    for pair in pairs:
-        try:
-            read.append(_read_pair(pair))
-        except RegraftError as error:
-            problems.append(error)
-    raise_all(problems)
-    return read
+    return [_read_pair(pair) for pair in pairs]
 
 
 def _read_pair(pair: Any) -> Rule:
     if isinstance(pair, str) or not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise RuleSyntaxError(f"{pair!r} is no pair of a selector and a variant")
-    key, value = pair
+        return Rule(None, None, RuleSyntaxError(f"{pair!r} is no pair of a selector and a variant"))
+    selector: Selector | None = None
+    try:
+        selector = read_selector(pair[0])
+        return Rule(selector, _read_variant(*pair))
+    except RegraftError as error:
+        return Rule(selector, None, error)
+
+
+def _read_variant(key: Any, value: Any) -> Variant | None:
     if isinstance(value, str):
-        return Rule(read_selector(key), parse_variant(value))
+        return parse_variant(value)
     if value is None or isinstance(value, Variant):
-        return Rule(read_selector(key), value)
+        return value
     raise RuleSyntaxError(
         f"{value!r} is no variant",
         where=f"rule for {key!r}",
@@ -71,35 +76,47 @@ def _read_pair(pair: Any) -> Rule:
 def resolve(
     inspection: Inspection, rules: list[Rule], fused: str = "auto"
 ) -> tuple[list[Decision], list[RegraftError]]:
-    """What the rules decide for each selected site, and every problem they have."""
-    problems: list[RegraftError] = []
-    decided: dict[int, int] = {}
+    """What the rules decide for each selected site, and every problem that they have, in their order."""
+    problems = [(index, rule.problem) for index, rule in enumerate(rules) if rule.problem is not None]
+    decided: dict[int, tuple[int, Selector, Variant | None]] = {}
+    inserting = []
     for index, rule in enumerate(rules):
+        if rule.selector is None:
+            continue
         if rule.selector.position:
+            inserting.append((index, rule.selector, rule.variant))
             continue
         try:
-            for position in _matched(inspection, rule, index):
-                decided[position] = index
+            for position in _matched(inspection, rule.selector, rule.variant, index):
+                decided[position] = (index, rule.selector, rule.variant)
         except RegraftError as error:
-            problems.append(error)
+            problems.append((index, error))
+    _whole_classes(inspection, decided)
     decisions: list[Decision] = []
-    for position, index in sorted(decided.items()):
-        variant = rules[index].variant
+    for position, (index, selector, variant) in sorted(decided.items(), key=lambda item: item[0]):
         if variant is None:
             continue
         try:
-            site, text = inspection.sites[position], rules[index].selector.text
-            decisions.append(decide(site, index, text, variant, fused))
+            decisions.append(decide(inspection.sites[position], index, selector.text, variant, fused))
         except RegraftError as error:
-            problems.append(error)
-    inserting = [(at, rule.selector, rule.variant) for at, rule in enumerate(rules) if rule.selector.position]
+            problems.append((index, error))
     inserted, more = insertions(inspection, inserting, fused)
-    return [*decisions, *inserted], [*problems, *more]
+    ordered = sorted([*problems, *more], key=lambda problem: problem[0])
+    return [*decisions, *inserted], [error for _, error in ordered]
 
 
-def _matched(inspection: Inspection, rule: Rule, index: int) -> list[int]:
+def _whole_classes(inspection: Inspection, decided: dict[int, tuple[int, Selector, Variant | None]]) -> None:
+    """A variant in the place of a class's whole forward leaves no call inside it to decide on."""
+    sites = inspection.sites
+    whole = [sites[position] for position, (_, _, variant) in decided.items() if variant is not None]
+    for position in list(decided):
+        if any(replaces(site, sites[position]) for site in whole):
+            del decided[position]
+
+
+def _matched(inspection: Inspection, selector: Selector, variant: Variant | None, index: int) -> list[int]:
     """Positions of the sites a rule selects; an error if there are none that it can act on."""
-    selector, sites = rule.selector, inspection.sites
+    sites = inspection.sites
     found = [
         position
         for position, site in enumerate(sites)
@@ -108,14 +125,14 @@ def _matched(inspection: Inspection, rule: Rule, index: int) -> list[int]:
     where = f"rule {index}: {selector.text!r}"
     if not found:
         raise _no_match(inspection, selector, where)
-    if rule.variant is None:
+    if variant is None:
         return found
-    families = spec(rule.variant.name).families
+    families = spec(variant.name).families
     fitting = [position for position in found if sites[position].family in families]
     if not fitting:
         kinds = sorted({sites[position].op for position in found})
         raise WrongKindError(
-            f"{rule.variant.name!r} cannot replace {', '.join(kinds)}: it takes the place of "
+            f"{variant.name!r} cannot replace {', '.join(kinds)}: it takes the place of "
             f"{' or '.join(families)}",
             where=f"{where}, first at {sites[found[0]].path!r}",
             remedy="`regraft variants` lists what each variant replaces",

@@ -33,6 +33,8 @@ def changes_page(view: Facts) -> Document:
     if view["view"] == "report" and grafted and not keys:
         facts.append("no new state-dict keys")
     parts = [f"{counted(len(grafted), 'site')} {_VERBS[view['view']]}", f"{len(skipped)} skipped"]
+    unconfirmed = (view.get("balance") or {}).get("unconfirmed", 0)
+    parts[1:1] = [f"{unconfirmed} of them unconfirmed (give inputs=)"] if unconfirmed else []
     parts += [f"{len(mended)} mended"] if mended else []
     rules, probed = view.get("rules", []), bool((view.get("probe") or {}).get("ran"))
     return Document(

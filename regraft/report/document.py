@@ -225,15 +225,25 @@ def balance_sections(view: Facts) -> list[Section]:
     return [*sections, *([Section("balance", "balance", len(balance), items=balance)] if balance else [])]
 
 
+_UNRECOGNIZED = ("unrecognized", "unrecognized")
+
+
 def _balance_items(balance: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(balance, Mapping):
         return tuple(balance)
     facts = dict(balance)
     items = []
+    if "grafted" in facts:
+        draws, grafted = facts.pop("draws"), facts.pop("grafted")
+        rest = ("untouched", "at sites left alone"), ("other", "of other known kinds"), _UNRECOGNIZED
+        parts = [f"{number:,} {words}" for name, words in rest if (number := facts.pop(name, 0))]
+        items.append(f"{counted(draws, 'draw')} seen: {', '.join([f'{grafted:,} grafted', *parts])}")
     if "draws" in facts:
         draws, sites, other, unknown = (
             facts.pop(name, 0) for name in ("draws", "sites", "other", "unrecognized")
         )
         parts = [f"{sites:,} at sites", *([f"{other:,} of other known kinds"] if other else [])]
         items.append(f"{counted(draws, 'random draw')}: {', '.join([*parts, f'{unknown:,} unrecognized'])}")
+    if unconfirmed := facts.pop("unconfirmed", 0):
+        items.append(f"{counted(unconfirmed, 'site')} unconfirmed: no forward has shown what runs")
     return (*items, *(f"{name}: {value}" for name, value in facts.items()))

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import regraft
 from regraft.errors import MisfitError, NoMatchError
-from regraft.graft import graph_classes, graph_nodes
+from regraft.graft import classes, graph_nodes
 from regraft.variants import registry
 
 
@@ -397,7 +397,7 @@ def test_a_graph_is_grafted_below_r_drop():
     assert type(graph) is layered
     other = copy.deepcopy(graph)
     assert "passes" in other._regraft
-    assert graph_classes.compile_graph(other).src == graph.code
+    assert classes.compile_graph(other).src == graph.code
     regraft.revert(graph)
     assert graph.code == before
     assert zeros(graph) > 0.4
