@@ -130,7 +130,7 @@ class CallMode(CallGrafts, TorchFunctionMode):
         CallGrafts.__init__(self, module, grafts)
         self.on = True
         self.pause = Pause()
-        self.entered = _checkpoint_marks()
+        self.entered = checkpoint_marks()
 
     def __enter__(self) -> CallMode:
         self.pause.__enter__()
@@ -156,7 +156,7 @@ class CallMode(CallGrafts, TorchFunctionMode):
         return func(*args, **kwargs)
 
     def refuse_recompute(self, op: str) -> None:
-        if self.module.training and torch.is_grad_enabled() and self.entered != _checkpoint_marks():
+        if self.module.training and torch.is_grad_enabled() and self.entered != checkpoint_marks():
             raise _inside_checkpoint(self.module, op)
         if self.entered[0] and not torch.is_grad_enabled() and self.module.training:
             raise _inside_checkpoint(self.module, op)
@@ -189,7 +189,7 @@ class _CompiledMode(CallMode):
             return HANDLERS[func](self, func, args, kwargs or {})
 
 
-def _checkpoint_marks() -> tuple[bool, Any]:
+def checkpoint_marks() -> tuple[bool, Any]:
     """What a checkpoint changes around what it runs: gradients are off, or saved tensors are hooked."""
     if torch.compiler.is_compiling():
         return (False, None)

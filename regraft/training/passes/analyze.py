@@ -32,6 +32,7 @@ from regraft.training.passes.nested import leaves
 from regraft.training.passes.per_pass_modules import Apart, held_next, keepsakes, modules_of
 from regraft.training.passes.repeat import Batch, repeated_forward
 from regraft.training.passes.scalar_draws import LAST, Decided
+from regraft.training.passes.sharded import why_not_shared
 from regraft.training.passes.vmap import SLOWER, shared_forward
 
 log = logging.getLogger("regraft")
@@ -221,10 +222,7 @@ def _opaque(model: nn.Module) -> str | None:
     name = type(model).__name__
     if inner_model(model)[0] is not model or getattr(model, "_compiled_call_impl", None) is not None:
         return f"{name} is wrapped or compiled"
-    # FSDP's are DTensors; DeepSpeed's stage 3 empties the parameters and numbers them.
-    if any(type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in model.parameters()):
-        return "its parameters are sharded"
-    return None
+    return why_not_shared(model)
 
 
 def _plain(forward: Trial, call: Call, meter: Meter, fork: Fork | None) -> Any:

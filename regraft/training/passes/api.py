@@ -22,6 +22,7 @@ from regraft.training.passes.measure import Forward
 from regraft.training.passes.per_pass_modules import modules_of
 from regraft.training.passes.reentrancy import passing
 from regraft.training.passes.repeat import NoBatchAxisError, repeated_forward
+from regraft.training.passes.sharded import gathered_as_ever
 from regraft.training.passes.vmap import shared_forward
 
 STRATEGIES = ("auto", "shared", "batch", "loop")
@@ -183,7 +184,8 @@ class _Passes:
 
         def run(size: int, parting: Parting | None) -> Any:
             call = self.inputs.call
-            return shared_forward(self.forward, size, call, draws=draws, apart=apart, parting=parting)
+            with gathered_as_ever(self.model):
+                return shared_forward(self.forward, size, call, draws=draws, apart=apart, parting=parting)
 
         return self._in_parts(self.chunk, run)
 
