@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regraft.errors import RateError
-from regraft.find.balance import NOISE, is_known
+from regraft.find.balance import is_whole_class
 from regraft.find.site import Site
 from regraft.ops import ATTENTION, ATTENTIONS, DROP_PATH, HIDDEN, RECURRENT_OPS
 from regraft.variants.module import check_rate
@@ -66,7 +66,8 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
     if found.attention and site.op not in ATTENTIONS:
         return (
             f"{found.name!r} acts on attention weights, and {site.op} is not known to be given them",
-            f"it fits {', '.join(sorted(ATTENTIONS))}; for Hugging Face models, attn_implementation='sdpa'",
+            f"it fits {', '.join(sorted(ATTENTIONS))}; Hugging Face models attend so with "
+            "attn_implementation='sdpa'",
         )
     if site.obstacle is not None:
         return site.obstacle
@@ -123,7 +124,7 @@ def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:
 
 
 def _cost(site: Site, found: Spec, variant: Variant) -> str | None:
-    if site.kind == "module" and site.family in NOISE and not is_known(site):
+    if is_whole_class(site):
         return f"the whole forward of {site.type} is replaced"
     if variant.name in _RATE_ONLY:
         return None
