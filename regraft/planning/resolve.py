@@ -66,7 +66,8 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
     if found.attention and site.op not in ATTENTIONS:
         return (
             f"{found.name!r} acts on attention weights, and {site.op} is not known to be given them",
-            f"it fits {', '.join(sorted(ATTENTIONS))}; Hugging Face models attend so with attn_implementation='sdpa'",
+            f"it fits {', '.join(sorted(ATTENTIONS))}, as Hugging Face models attend with "
+            "attn_implementation='sdpa'",
         )
     if site.obstacle is not None:
         return site.obstacle
