@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -32,7 +31,7 @@ from regraft.graft.proof import prove
 from regraft.graft.slots import conflicting_slot, is_applied
 from regraft.interrupts import HeldInterrupts
 from regraft.ops import HIDDEN, KEEPS_LAW
-from regraft.planning.plan import Edit, Plan, Rules, Skip, plan_of
+from regraft.planning.plan import Edit, Plan, Rules, Skip, plain, plan_of
 from regraft.planning.resolve import acts_in_eval
 from regraft.planning.rules import read_rules
 from regraft.record import Graft, Slot, read_slot
@@ -88,12 +87,7 @@ class Report(View):
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        lists = {
-            "grafted": [edit.to_dict() for edit in self.grafted],
-            "skipped": [asdict(skip) for skip in self.skipped],
-            "mended": [asdict(fault) for fault in self.mended],
-        }
-        return {"schema": SCHEMA, "view": "report", **copy.deepcopy({**vars(self), **lists})}
+        return {"schema": SCHEMA, "view": "report", **plain(self)}
 
 
 def apply(
