@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from regraft.training.penalty import penalty as penalty
     from regraft.training.rates.schedule import Schedule as Schedule
     from regraft.training.rates.schedule import schedule as schedule
-    from regraft.training.rdrop.objective import RDropOutput as RDropOutput
+    from regraft.training.rdrop.criterion import rdrop_criterion as rdrop_criterion
+    from regraft.training.rdrop.rdrop import RDropOutput as RDropOutput
     from regraft.training.rdrop.rdrop import rdrop as rdrop
     from regraft.training.rdrop.rdrop_loss import rdrop_loss as rdrop_loss
     from regraft.variants.registry import register as register
@@ -72,9 +73,10 @@ _HOMES = {
     "MCPrediction": "training.mc",
     "mc_predict": "training.mc",
     "multisample_loss": "training.multisample",
-    "RDropOutput": "training.rdrop.objective",
+    "RDropOutput": "training.rdrop.rdrop",
     "stochastic_passes": "training.passes.api",
     "rdrop": "training.rdrop.rdrop",
+    "rdrop_criterion": "training.rdrop.criterion",
     "rdrop_loss": "training.rdrop.rdrop_loss",
     "Schedule": "training.rates.schedule",
     "schedule": "training.rates.schedule",

@@ -21,9 +21,9 @@ from regraft.graft.insertions import inserted_on
 from regraft.planning.plan import Plan, plan
 from regraft.training.passes.api import stochastic_passes
 from regraft.training.passes.choice import work_of
-from regraft.training.passes.outputs import logits_of
-from regraft.training.rdrop.labels import TASKS
-from regraft.training.rdrop.terms import wide
+from regraft.training.rdrop.fields import logits_in
+from regraft.training.rdrop.options import TASKS
+from regraft.training.rdrop.rdrop_loss import wide
 
 _CHUNK_FLOPS = 4e9
 """With more than this in a batch, a CPU core's caches are full and longer batches cost more, not less. As an
@@ -105,7 +105,7 @@ def mc_predict(
         at_once = chunk or _at_once(n, *work_of(model, (args, kwargs)), _on_cpu(model))
         for passes in _bar(_sizes(n, at_once), progress):
             outputs = stochastic_passes(model, passes, *args, strategy=strategy, **kwargs)
-            sums.add(logits_of(outputs, labelled=False, where=type(model).__name__))
+            sums.add(logits_in(outputs, None, labelled=False, where=type(model).__name__))
     return sums.prediction()
 
 
