@@ -150,7 +150,7 @@ def compared_positions(
     places = logits.shape[1:-1]
     compared = torch.ones(places, dtype=torch.bool, device=logits.device)
     indices = isinstance(labels, Tensor) and not labels.is_floating_point()
-    if options.consistency == "all" or not indices:
+    if options.consistency == "all" or not indices or reading.ignore_index is None:
         return logits, compared
     labels = labels.to(logits.device)
     if labels.shape == places:
