@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from regraft.errors import InputsError, LossError, ModelError
+from regraft.errors import LossError, ModelError
 from regraft.find.inspect import inspect as inspect_sites
 from regraft.find.probe.preserve_state import buffers_kept, random_state_kept
 from regraft.find.walk import inner_model
@@ -420,7 +420,7 @@ class RDrop:
         trains = model.training and torch.is_grad_enabled()
         if labels is None:
             if trains:
-                raise _no_labels(model, self.labels, forward=forward, call=call)
+                raise _no_labels(model, self.labels, criterion=True)
             return forward(*args, **rest)
         if not trains:
             outputs = forward(*args, **rest)
@@ -458,23 +458,16 @@ def criterion_divergence(
     return divergence(logits, compared, options, reading.task, items)
 
 
-def _no_labels(
-    model: nn.Module, names: tuple[str, ...], forward: Forward | None = None, call: Call | None = None
-) -> LossError | InputsError:
-    name, given = type(model).__name__, ", ".join(f"{name}=" for name in names)
-    if forward is not None and call is not None:
-        try:
-            inspect.signature(forward).bind(*call[0], **call[1])
-        except TypeError:
-            return InputsError(
-                f"{name} is grafted with R-Drop, and takes its labels by name",
-                remedy=f"loss, logits = model(x, {given}y); for a loss outside it regraft.rdrop_criterion",
-            )
+def _no_labels(model: nn.Module, names: tuple[str, ...], *, criterion: bool = False) -> LossError:
+    name, given = type(model).__name__, ", ".join(f"{name}=y" for name in names)
     return LossError(
-        f"{name} is grafted with R-Drop, and this training forward was given no {given.rstrip('=')}",
-        where="Trainer's label_smoothing_factor and compute_loss_func take the labels away from the model",
-        remedy=f"call model(x, {given}y); smoothing is regraft.rdrop(model, label_smoothing=...); for a loss "
-        "outside the model, compute_loss_func included, regraft.rdrop_criterion(model, criterion)",
+        f"{name} is grafted with R-Drop, and this training forward was given no {' and '.join(names)}",
+        where="labels are given by name"
+        if criterion
+        else "Trainer's label_smoothing_factor and compute_loss_func take the labels away from the model",
+        remedy=f"{'loss, logits = ' if criterion else ''}model(x, {given}); "
+        + ("" if criterion else "smoothing is regraft.rdrop(model, label_smoothing=...); ")
+        + "for a loss outside the model, compute_loss_func included, regraft.rdrop_criterion(model, criterion)",
     )
 
 
