@@ -6,46 +6,109 @@ is always read against the original.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 RECORD = "_regraft"
-"""The attribute of a grafted module that holds its grafts, by slot."""
+"""The attribute of a grafted module that holds its grafts, by the text of their slots."""
 BASE = "_regraft_base"
 """On a generated class: the class it was generated from."""
 LAYER = "_regraft_layer"
-"""On a generated class: which layer it adds, for example `variant:gaussian`."""
+"""On a generated class: the `Layer` it adds."""
 MISSING = "<missing>"
 """Stands for an attribute that was not there before the graft; a string, so that it survives pickling."""
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Where a graft sits on a module: one graft fits in each.
+
+    Its text, `calls:dropout` or `insert:after:gaussian`, is the key in a module's record and what a pickle
+    holds; `read_slot` reads it.
+
+    Attributes:
+        kind: "rate", "variant", "calls", "lend", "insert" or "passes".
+        op: of calls the operation, of an insertion "before" or "after".
+        variant: of an insertion, for two variants may stand at one place.
+        field: of an insertion, the argument or the part of the output; "" for the first tensor.
+        node: of a node in the module's graph, its name.
+    """
+
+    kind: str
+    op: str = ""
+    variant: str = ""
+    field: str = ""
+    node: str = ""
+
+    def __str__(self) -> str:
+        text = ":".join([self.kind, *filter(None, (self.op, self.variant, self.field))])
+        return f"node:{self.node}:{text}" if self.node else text
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return read_slot, (str(self),)
+
+
+def read_slot(text: str) -> Slot:
+    """The slot that a text stands for."""
+    node = ""
+    if text.startswith("node:"):
+        _, node, text = text.split(":", 2)
+    kind, op, variant, part = [*text.split(":", 3), "", "", ""][:4]
+    return Slot(kind, op, variant, part, node)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one generated class adds to the class below it.
+
+    Attributes:
+        build: a function of a module's top level, which a pickle refers to by name; of the class below and
+            `args` it makes the namespace of the class above.
+        args: what the builder has to know.
+    """
+
+    build: Callable[..., dict[str, Any]]
+    args: tuple[str, ...] = ()
+
+
 @dataclass
 class Graft:
-    """One graft on one module. `edit` is what the report says of it."""
+    """One graft on one module."""
 
-    layer: str
-    edit: dict[str, Any]
+    slot: Slot
+    layer: Layer | None = None
+    variant: str = ""
+    """The variant's name; "" of a graft that puts none there, such as the boundary around a mode."""
+    rate: float | str | None = None
+    """A number, or a factor of the rate that each call carries ("x2"); None where the call's own stays."""
     options: dict[str, Any] = field(default_factory=dict)
+    """The variant's other options, all of them."""
+    edit: dict[str, Any] = field(default_factory=dict)
+    """The edit that the graft carries out, as plain values: for reports and saved plans, for no forward."""
     saved: dict[str, Any] = field(default_factory=dict)
     """Attributes the graft wrote, as they were."""
     written: dict[str, Any] = field(default_factory=dict)
     """The same attributes, as the graft wrote them."""
     in_eval: bool = False
     """Does it act in eval too?"""
-    mends: bool = False
+    fixes_eval: bool = False
     """Does it keep a call from dropping in eval?"""
     state: dict[str, Any] = field(default_factory=dict)
     """Parameters and buffers that the graft adds, by name: their values while the graft is not in place."""
     transient: tuple[str, ...] = ()
     """Names of the buffers among them that stay out of the state dict."""
+    covered: dict[str, Graft] = field(default_factory=dict)
+    """Of a graft for a while: the grafts whose places it took, by slot; they come back when it goes."""
     settings: str = ""
     """Of a graft of calls: what it does, as text by which a compiled version of a method is found."""
 
 
 def grafts_of(module: nn.Module) -> dict[str, Graft]:
-    """The grafts on `module` by slot; empty if there are none."""
+    """The grafts on `module` by the text of their slots; empty if there are none."""
     return module.__dict__.get(RECORD) or {}
 
 
@@ -83,14 +146,26 @@ def foreign_base(cls: type) -> type[nn.Module]:
     return base
 
 
-def stand_aside(module: nn.Module) -> type[nn.Module] | None:
-    """Make a grafted module what it was, for a look at it; returns the class to set again afterwards.
+@contextmanager
+def temporarily_ungrafted(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The modules as they were before any graft, while the block runs."""
+    kept: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
+    try:
+        for module in modules:
+            grafts, cls = grafts_of(module), type(module)
+            if grafts and not is_foreign(cls):
+                kept.append((module, cls, dict(module.__dict__)))
+                _ungraft(module, grafts)
+        yield
+    finally:
+        for module, cls, attributes in kept:
+            grafts = attributes[RECORD]
+            names = [RECORD, "_old_forward", *(name for graft in grafts.values() for name in graft.saved)]
+            module.__dict__.update({name: attributes[name] for name in names if name in attributes})
+            module.__class__ = cls
 
-    The attributes are left to the caller to put back, who keeps them all anyway.
-    """
-    grafts, cls = grafts_of(module), type(module)
-    if not grafts or is_foreign(cls):
-        return None
+
+def _ungraft(module: nn.Module, grafts: dict[str, Graft]) -> None:
     module.__class__ = original_class(module)
     for graft in grafts.values():
         for name, value in graft.saved.items():
@@ -100,7 +175,6 @@ def stand_aside(module: nn.Module) -> type[nn.Module] | None:
                     del module.__dict__[name]
     del module.__dict__[RECORD]
     rebind_instance_forward(module)
-    return cls
 
 
 def rebind_instance_forward(module: nn.Module) -> None:

@@ -12,8 +12,15 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+
+for profile, count in (("default", 25), ("ci", 200), ("weekly", 2_000)):
+    settings.register_profile(
+        profile, max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
+settings.load_profile("default")
 
 
 def pytest_collectstart():

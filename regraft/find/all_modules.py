@@ -5,7 +5,7 @@ A rule that inserts something, or that limits weights, may name any module; a ru
 
 from __future__ import annotations
 
-from regraft.find.kinds import op_of
+from regraft.find.recognize import op_of
 from regraft.find.site import Site
 from regraft.find.walk import Named
 from regraft.record import original_class

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from regraft.find.functions import OPS
+from regraft.ops import OPS
 
 DEEPEST = 3
 """Functions that functions call: attention is often two away from the forward."""

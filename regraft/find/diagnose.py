@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from regraft.find.functions import ATTENTION
+from regraft.find.balance import unrecognized_draws
 from regraft.find.graph_nodes import nodes_fixed_by_tracing
-from regraft.find.kinds import PLAIN
 from regraft.find.probe.run import Probe
 from regraft.find.site import Site
 from regraft.find.walk import Named
+from regraft.ops import ATTENTION, PLAIN
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def diagnose(sites: list[Site], modules: list[Named], probe: Probe) -> list[Find
         *_every_rate_zero(noise),
         *_vanished_drop_paths(modules),
         *_out_of_reach(modules, probe),
+        *_unrecognized(sites, modules, probe),
     ]
 
 
@@ -48,10 +49,11 @@ def _draws_in_eval(modules: list[Named], probe: Probe) -> Iterator[Finding]:
     for called in probe.eval_called:
         if called.node:
             continue
+        rate = "" if called.p is None else f" at p={called.p:g}"
         why = " (it does not know about .eval())" if called.op == ATTENTION else ""
         yield Finding(
             names[id(called.owner)],
-            f"{called.op} drops at p={called.p:g} in eval too{why}",
+            f"{called.op} drops{rate} in eval too{why}",
             called.sources[0],
             "apply {'Dropout': 'dropout'}: the graft follows .training; or pass the rate only in training",
         )
@@ -150,15 +152,38 @@ def _vanished_drop_paths(modules: list[Named]) -> Iterator[Finding]:
 
 
 def _out_of_reach(modules: list[Named], probe: Probe) -> Iterator[Finding]:
-    for line in dict.fromkeys(probe.layer_drops):
-        yield Finding("", "LayerDrop skips whole layers by a scalar draw: out of reach", line, _SET_IT)
-    for named in modules:
-        config: Any = getattr(named.module, "config", None)
-        if named.paths[0] == "" and getattr(config, "apply_spec_augment", False):
-            rates = [getattr(config, name, 0) for name in ("mask_time_prob", "mask_feature_prob")]
-            if any(rates):
-                what = f"SpecAugment masks spans at {max(rates):g}, drawn from numpy: out of reach"
-                yield Finding("", what, None, _SET_IT)
+    """Named randomness that is no regularizer of a layer's output, once for each line or module."""
+    paths = {id(named.module): named.paths[0] for named in modules}
+    told = set()
+    for draw in probe.draws:
+        key = (draw.kind, draw.source if draw.kind == "LayerDrop" else paths[id(draw.module)])
+        if draw.kind and draw.kind in _KINDS and key not in told:
+            told.add(key)
+            where = "" if draw.kind == "LayerDrop" else paths[id(draw.module)]
+            yield Finding(where, _KINDS[draw.kind], draw.source or None, _SET_IT)
+    config: Any = getattr(modules[0].module, "config", None)
+    rates = [getattr(config, name, 0) for name in ("mask_time_prob", "mask_feature_prob")]
+    if (
+        getattr(config, "apply_spec_augment", False)
+        and any(rates)
+        and not any(d == "SpecAugment" for d, _ in told)
+    ):
+        what = f"SpecAugment masks spans at {max(rates):g}, drawn from numpy: out of reach"
+        yield Finding("", what, None, _SET_IT)
 
 
+def _unrecognized(sites: list[Site], modules: list[Named], probe: Probe) -> Iterator[Finding]:
+    """Draws that are at no site, and no randomness that has a name."""
+    for row in unrecognized_draws(sites, modules, probe):
+        for path in row["paths"]:
+            yield Finding(path, row["finding"], row["source"], row["remedy"])
+
+
+_KINDS = {
+    "LayerDrop": "LayerDrop skips whole layers by a scalar draw: out of reach",
+    "SpecAugment": "SpecAugment masks spans, drawn from numpy: out of reach",
+    "jitter": "a router's input is multiplied with random numbers (jitter): out of reach",
+    "DropBlock": "DropBlock is called as a function: out of reach",
+    "RReLU": "RReLU draws its slopes: out of reach",
+}
 _SET_IT = "set its rate in the model's config"

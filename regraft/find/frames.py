@@ -14,7 +14,7 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep  # with the s
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 _LAYERS = os.path.join(_TORCH, "nn", "modules")
-_WATCH = os.path.join(_OWN, "find", "probe", "trace_forward.py")
+_OBSERVER = os.path.join(_OWN, "find", "probe", "ledger.py")
 _GENERATED = "<eval_with_key>"
 _TRACED = re.compile(r'File "([^"]+)", line (\d+)')
 
@@ -29,7 +29,7 @@ def calling_frames() -> list[FrameType]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name == _WATCH and frame.f_code.co_name == "watch":
+        if name == _OBSERVER and frame.f_code.co_name == "observe":
             break  # what is above looks at the model
         if frames and frame.f_code.co_name == "_call_impl" and name.startswith(_TORCH):
             break

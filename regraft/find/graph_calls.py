@@ -21,21 +21,14 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from regraft.find.functions import ATTENTION, FUNCTIONS, MULTI_HEAD
+from regraft.ops import ATTENTION, DROP_PATH, LINEAR, OPS
 
 NODE = "_regraft_node"
 """The attribute of a module that stands in a function's place: what the node called before."""
-LINEAR = "linear"
-DROP_PATH = "DropPath"
 WRAPPED = "is_wrapped"
 """torch.fx's own mark on a node: its function is to be declared as wrapped in the code."""
 
-_SPECIAL = {F.scaled_dot_product_attention: ATTENTION, F.multi_head_attention_forward: MULTI_HEAD}
-_OPERATIONS: dict[Any, str] = {
-    F.linear: LINEAR,
-    **{one: _SPECIAL.get(one) or read(None).op for one, read in FUNCTIONS.items() if one not in _SPECIAL},
-    **_SPECIAL,
-}
+_OPERATIONS: dict[Any, str] = {F.linear: LINEAR, **OPS}
 _DROP_PATHS = re.compile(r"(drop_path|stochastic_depth)$")
 RATES = ("p", "dropout_p", "drop_prob", "drop_rate")
 _FLAGS = ("training", "train")

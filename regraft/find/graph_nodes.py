@@ -10,12 +10,12 @@ from torch import Tensor, fx, nn
 
 from regraft.find.calls import Called
 from regraft.find.frames import line_of_trace
-from regraft.find.graph_calls import DROP_PATH, LINEAR, GraphNode, graph_node, graph_nodes
-from regraft.find.kinds import FAMILIES
+from regraft.find.graph_calls import GraphNode, graph_node, graph_nodes
 from regraft.find.probe.run import Probe
 from regraft.find.site import Site
 from regraft.find.ungraftable import owner_obstacle
 from regraft.find.walk import Named
+from regraft.ops import DROP_PATH, FAMILIES, LINEAR
 from regraft.record import Graft, grafts_of, original_class
 
 
@@ -54,7 +54,7 @@ def _key(called: Called) -> tuple[int, str, str]:
 
 
 def _opaque(owner: Named, found: GraphNode, called: Called, *, drew: bool) -> Site:
-    running = [source for source, rate in zip(called.sources, called.rates, strict=True) if rate > 0]
+    running = [source for source, rate in zip(called.sources, called.rates, strict=True) if rate != 0]
     return replace(
         _site(owner, found, called.op),
         p=called.p,
@@ -84,6 +84,7 @@ def _site(owner: Named, found: GraphNode, op: str) -> Site:
         device=None if weight is None else str(weight.device),
         dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
         training=module.training,
+        node=found.called.name,
         variant=None if graft is None else graft.edit["after"],
         draws_in_eval=bool(found.baked) and found.called.p != 0,
         baked=found.baked,

@@ -15,7 +15,7 @@ from regraft.find.graph_calls import graph_nodes, standing_in
 from regraft.find.graph_nodes import node_path
 from regraft.find.modules import module_sites
 from regraft.find.selectors import Selector, read_selector
-from regraft.find.site import Site
+from regraft.find.site import Site, grafted_site
 from regraft.find.ungraftable import owner_obstacle
 from regraft.find.walk import Named
 from regraft.record import grafts_of, original_class
@@ -108,6 +108,7 @@ def _functions(modules: list[Named]) -> Iterator[Site]:
                 family=None,
                 module=named.module,
                 training=named.module.training,
+                node=one.called.name,
             )
 
 
@@ -143,20 +144,9 @@ def inserted_sites(modules: list[Named]) -> list[Site]:
     """What has been inserted, as sites."""
     sites = []
     for place in places([named for named in modules if grafts_of(named.module)]):
-        node = standing_in(place.module)
-        for slot, graft in grafts_of(place.module).items():
-            if slot.startswith(f"{SLOT}:"):
-                sites.append(
-                    replace(
-                        place,
-                        path=place.path if node is None else graft.edit["path"],
-                        paths=place.paths if node is None else tuple(graft.edit["paths"]),
-                        type=graft.edit["type"],
-                        kind=INSERTED,
-                        op=graft.edit["op"],
-                        p=graft.edit["options"].get("p"),
-                        family=family_to_insert(graft.edit["variant"]),
-                        variant=graft.edit["after"],
-                    )
-                )
+        in_graph = standing_in(place.module) is not None
+        for graft in grafts_of(place.module).values():
+            if graft.slot.kind == SLOT:
+                paths = graft.edit["paths"] if in_graph else place.paths
+                sites.append(grafted_site(place.module, paths, graft.edit))
     return sites

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from regraft.find.balance import balance, left
 from regraft.find.diagnose import Finding, diagnose
 from regraft.find.graph_nodes import node_sites
 from regraft.find.insertion_points import inserted_sites
@@ -40,6 +41,16 @@ class Inspection(View):
     probe: Probe = field(default_factory=Probe)
     modules: list[Named] = field(default_factory=list)
 
+    @property
+    def balance(self) -> dict[str, Any]:
+        """How many draws the probe saw: at sites, of named randomness of another kind, unrecognized."""
+        return balance(self.sites, self.probe) if self.probe.ran else {}
+
+    @property
+    def left(self) -> list[dict[str, Any]]:
+        """The draws that are at no site, with module, line and remedy."""
+        return left(self.sites, self.modules, self.probe)
+
     def to_dict(self) -> dict[str, Any]:
         """The inspection as plain JSON values."""
         sites = [site.to_dict() for site in self.sites]
@@ -51,6 +62,8 @@ class Inspection(View):
             "probe": self.probe.to_dict(),
             "summary": summary(sites),
             "sites": sites,
+            "balance": self.balance,
+            "left": self.left,
             "findings": [vars(finding) for finding in self.findings],
         }
 
@@ -74,14 +87,14 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
         >>> [site.written for site in regraft.inspect(net).sites]
         ['Linear(4, 8)', 'Dropout(p=0.1)']
     """
-    seen = look(model)
+    seen = inspect_static(model)
     probe = _probed(seen.root, seen.modules, inputs, {id(site.module) for site in seen.sites})
     sites = probed_sites(seen.sites, seen.modules, probe)
     findings = diagnose(sites, seen.modules, probe)
     return replace(seen, sites=sites, findings=findings, probe=probe)
 
 
-def look(model: nn.Module) -> Inspection:
+def inspect_static(model: nn.Module) -> Inspection:
     """What can be seen of a model without running it."""
     root, notes = inner_model(model)
     modules = named_modules(root)
@@ -90,6 +103,9 @@ def look(model: nn.Module) -> Inspection:
     found = [*node_sites(modules), *module_sites(modules), *inserted_sites(modules)]
     sites = sorted(found, key=lambda site: order[id(site.module)])
     return Inspection(root, sites, notes=notes, probe=probe, modules=modules)
+
+
+look = inspect_static
 
 
 def _probed(root: nn.Module, modules: list[Named], inputs: Any, sites: set[int]) -> Probe:

@@ -7,14 +7,16 @@ from dataclasses import replace
 
 from torch import nn
 
+from regraft.find.balance import with_draws
 from regraft.find.bytecode_scan import written_calls
 from regraft.find.calls import Called
 from regraft.find.graph_nodes import probed_nodes
-from regraft.find.kinds import FAMILIES, op_of
 from regraft.find.probe.run import Probe
+from regraft.find.recognize import op_of, own_name
 from regraft.find.site import Site
 from regraft.find.ungraftable import owner_obstacle
 from regraft.find.walk import Named
+from regraft.ops import FAMILIES
 from regraft.record import grafts_of, original_class
 
 
@@ -50,12 +52,42 @@ def probed_sites(sites: list[Site], modules: list[Named], probe: Probe) -> list[
     if not probe.ran:
         placed += [(order[id(site.module)], site) for site in sites]
         return [site for _, site in sorted(placed, key=lambda pair: pair[0])]
+    placed += [(order[id(site.module)], site) for site in _unnamed_sites(sites, names, probe)]
     nodes = probed_nodes([site for site in sites if site.kind == "node"], modules, probe)
     placed += [(order[id(site.module)], site) for site in nodes]
     for site in sites:
         if site.kind != "node" and id(site.module) not in merged:
             placed.append((order[id(site.module)], _with_calls(site, probe)))
-    return [site for _, site in sorted(placed, key=lambda pair: pair[0])]
+    return with_draws([site for _, site in sorted(placed, key=lambda pair: pair[0])], probe)
+
+
+def _unnamed_sites(sites: list[Site], names: dict[int, Named], probe: Probe) -> Iterator[Site]:
+    """Modules without weights that draw by a law of their own: a rule on the class takes their place."""
+    known = {id(site.module) for site in sites}
+    drawing = {id(draw.module): draw.module for draw in probe.draws if draw.call is None and not draw.kind}
+    for key, module in drawing.items():
+        given, returned = probe.flows.get(key, (None, None))
+        if key in known or module._modules or module._parameters or given is None or given != returned:
+            continue
+        cls, named = original_class(module), names[key]
+        if cls.__module__.startswith("torch.nn."):
+            continue
+        graft = grafts_of(module).get("variant")
+        yield Site(
+            path=named.paths[0],
+            paths=tuple(named.paths),
+            kind="module",
+            op=own_name(cls),
+            type=cls.__name__,
+            p=None,
+            calls=probe.counts.get(key, 0),
+            source=None,
+            family="Dropout",
+            module=module,
+            training=module.training,
+            variant=graft.edit["after"] if graft else None,
+            obstacle=owner_obstacle(module),
+        )
 
 
 def _written_sites(modules: list[Named], probe: Probe) -> Iterator[Site]:
@@ -74,6 +106,7 @@ def _with_calls(site: Site, probe: Probe) -> Site:
     if not probe.covers(site.module):
         return site
     drew = any(called.owner is site.module for called in probe.eval_called)
+    drew = drew or any(draw.module is site.module for draw in probe.eval_draws)
     return replace(
         site, calls=probe.counts.get(key, 0), source=probe.lines.get(key) or None, draws_in_eval=drew
     )
@@ -82,7 +115,7 @@ def _with_calls(site: Site, probe: Probe) -> Site:
 def _call_site(owner: Named, called: Called, twins: list[Named], *, drew: bool) -> Site:
     module: nn.Module = owner.module
     graft = grafts_of(module).get(f"calls:{called.op}")
-    running = [source for source, rate in zip(called.sources, called.rates, strict=True) if rate > 0]
+    running = [source for source, rate in zip(called.sources, called.rates, strict=True) if rate != 0]
     return Site(
         path=owner.paths[0],
         paths=(*owner.paths, *(path for twin in twins for path in twin.paths)),

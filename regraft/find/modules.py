@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from regraft.find.kinds import family_of, never_runs, op_of, rate_name
+from regraft.find.recognize import family_of, never_runs, op_of, rate_name
 from regraft.find.site import Site
 from regraft.find.ungraftable import obstacle, weight_of
 from regraft.find.walk import Named

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from regraft.errors import RuleSyntaxError
-from regraft.find.kinds import PLAIN
 from regraft.find.paths import compile_path
 from regraft.find.site import Site
+from regraft.ops import FAMILIES, KINDS
 from regraft.record import original_class
 
 _POSITIONS = ("after", "before")
@@ -60,11 +60,9 @@ class Selector:
 
     def _matches_inserted(self, site: Site) -> bool:
         """An insertion is what it was inserted by, `after:Linear`, and a dropout or drop-path itself."""
-        position, _, place = site.op.partition(":")
-        op, _, field = place.partition("#")
         if self.position:
-            there = self.position == position and self.field in ("", field)
-            return there and self.means(replace(site, kind="module", op=op))
+            there = self.position == site.position and self.field in ("", site.field)
+            return there and self.means(replace(site, kind="module", op=site.place))
         if self.test is not None:
             return bool(self.test(site))
         return self.type in ("*", site.family, site.op) and self.path_matches(site.paths)
@@ -72,12 +70,10 @@ class Selector:
     def _type_matches(self, site: Site) -> bool:
         if self.type in ("*", site.op):
             return True
-        if self.type == "Dropout":
-            return site.op in PLAIN
-        if site.kind in ("call", "node") and self.type.casefold() == site.op.replace("_", ""):
+        if self.type == KINDS.get(site.op):
             return True  # "Dropout2d" is the kind, made as a module or called
-        # A class name of the user's own, for the modules that have no operation name of their own.
-        return site.kind == "module" and self.type == site.type
+        # A class name of the user's own; a private class that has the name of an operation is none.
+        return site.kind == "module" and self.type == site.type and self.type not in FAMILIES
 
 
 def read_selector(key: Any) -> Selector:

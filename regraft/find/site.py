@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from regraft.find.calls import Called
-from regraft.find.functions import ATTENTION
+from regraft.ops import ATTENTION
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +21,8 @@ class Site:
         path: dotted name of the module that owns it ("" for the model itself).
         paths: all names of that module; several if it is shared, or if a dead twin holds the rate.
         kind: "module", "call" (functional, inside the module's forward), "node" or "inserted".
-        op: what is done there: "Dropout", "Linear", "scaled_dot_product_attention", "DropPath", ...
+        op: what is done there: "Dropout", "Linear", "scaled_dot_product_attention", "DropPath", ...; of an
+            insertion "after:Linear#field".
         type: the name of the owner's class.
         p: the rate, or None where there is none.
         calls: how often it ran in the probe's forward; 0 is never, None is not probed.
@@ -27,6 +30,10 @@ class Site:
         family: the variants that can take its place: "Dropout", "DropPath", "Linear", "Embedding".
         module: the owner itself.
         variant: the variant grafted there, as text.
+        node: of a node in a graph, its name.
+        position: of an insertion, "before" or "after".
+        place: of an insertion, what it is put before or after: "Linear".
+        field: of an insertion, the argument or the part of the output that it is on; "" for the first tensor.
     """
 
     path: str
@@ -38,27 +45,32 @@ class Site:
     calls: int | None
     source: str | None
     family: str | None
-    module: nn.Module = field(repr=False)
+    module: nn.Module = dataclasses.field(repr=False)
     shape: tuple[int, ...] | None = None
     parameters: int = 0
     device: str | None = None
     dtype: str | None = None
     training: bool = True
     variant: str | None = None
+    draws: int = 0
+    """How many operations drew random numbers there, in the probe's forward."""
+    node: str = ""
+    position: str = ""
+    place: str = ""
+    field: str = ""
     draws_in_eval: bool = False
-    baked: bool | None = field(default=None, repr=False)
+    baked: bool | None = dataclasses.field(default=None, repr=False)
     """Of a node: the training flag, where tracing fixed it."""
-    call: Called | None = field(default=None, repr=False)
+    call: Called | None = dataclasses.field(default=None, repr=False)
     """Of a call site: what the probe recorded of it."""
-    obstacle: tuple[str, str] | None = field(default=None, repr=False)
+    obstacle: tuple[str, str] | None = dataclasses.field(default=None, repr=False)
     """Why a graft here would be lost, and the remedy, where that is known from the module alone."""
 
     @property
     def written(self) -> str:
         """The site as a diff shows it: `Dropout(p=0.1)`, `Linear(768, 2)`."""
         if self.kind == "inserted":
-            place = self.op.partition(":")[2].partition("#")[0]
-            return f"{place}({', '.join(map(str, self.shape))})" if self.shape else place
+            return f"{self.place}({', '.join(map(str, self.shape))})" if self.shape else self.place
         if self.shape and self.family in ("Linear", "Embedding"):
             return f"{self.op}({', '.join(map(str, self.shape))})"
         fixed = "" if self.baked is None or self.op == ATTENTION else f", training={self.baked}"
@@ -71,3 +83,26 @@ class Site:
         plain["paths"] = list(self.paths)
         plain["shape"] = None if self.shape is None else list(self.shape)
         return plain | {"training": self.training, "variant": self.variant}
+
+
+def grafted_site(module: nn.Module, paths: Iterable[str], edit: Mapping[str, Any]) -> Site:
+    """The site that an edit is at, as far as the edit tells: of a graft, or of a plan that was read.
+
+    Args:
+        module: the module at the site; of a node, the module whose graph it is in.
+        paths: the names that it has now.
+        edit: the edit as plain values.
+    """
+    paths = tuple(paths)
+    inserted = edit["kind"] == "inserted"
+    names = ("kind", "op", "type", "calls", "source", "family", "node", "position", "place", "field")
+    return Site(
+        path=paths[0],
+        paths=paths,
+        p=edit["options"].get("p") if inserted else edit["p"],
+        module=module,
+        shape=tuple(edit["shape"]) if edit["shape"] else None,
+        training=module.training,
+        variant=edit["after"],
+        **{name: edit[name] for name in names},
+    )

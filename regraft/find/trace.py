@@ -13,8 +13,8 @@ from torch import fx, nn
 from regraft.errors import ModelError
 from regraft.find.frames import own_line
 from regraft.find.graph_calls import standing_in
-from regraft.find.kinds import op_of
 from regraft.find.probe.example_inputs import made_inputs
+from regraft.find.recognize import op_of
 from regraft.find.walk import inner_model
 from regraft.record import grafts_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from regraft.find.kinds import never_runs
+from regraft.find.recognize import never_runs
 from regraft.record import original_class
 
 _PLAIN_TENSORS = ("Parameter", "Tensor", "DTensor", "FakeTensor", "Buffer", "UninitializedParameter")

@@ -16,16 +16,16 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from regraft.find.functions import MULTI_HEAD
 from regraft.graft.checkpoints import checkpoint_marks, inside_checkpoint
-from regraft.graft.classes import Namespace, layer
-from regraft.graft.compiled_variants import SLOT, VERSIONS, Versions, settings_of
+from regraft.graft.classes import Namespace
+from regraft.graft.compiled_variants import VERSIONS, Versions, settings_of
 from regraft.graft.handlers import ROUTES, Routed
-from regraft.planning.edits import Edit
-from regraft.record import RECORD, Graft
+from regraft.ops import MULTI_HEAD
+from regraft.planning.plan import Edit
+from regraft.record import RECORD, Graft, Layer, Slot
 from regraft.variants.registry import complete_options, spec
 
-BOUNDARY = "calls:boundary"
+BOUNDARY = Slot("calls", "boundary")
 
 
 class _Running(threading.local):
@@ -38,48 +38,52 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def call_graft(edit: Edit) -> tuple[str, Graft]:
-    """The slot and the graft that make the calls of `edit.op` inside the module do what `edit` says."""
+def call_graft(edit: Edit) -> Graft:
+    """The graft that makes the calls of `edit.op` inside the module do what the edit says."""
     found = spec(edit.variant)
-    op = MULTI_HEAD if edit.op == "MultiheadAttention" else edit.op
-    methods = {"forward"} | set(edit.methods)
     options = complete_options(found, edit.options)
     options.pop("fused", None)
-    in_eval = found.changes_eval is not None and found.changes_eval(options)
-    return f"{SLOT}:{op}", Graft(_layer_name(methods), vars(edit), options, in_eval=in_eval, mends=edit.mends)
+    return Graft(
+        Slot("calls", MULTI_HEAD if edit.op == "MultiheadAttention" else edit.op),
+        Layer(calls_layer, tuple(sorted({"forward", *edit.methods}))),
+        found.name,
+        edit.options.get("p"),
+        options,
+        edit.to_dict(),
+        in_eval=found.changes_eval is not None and found.changes_eval(options),
+        fixes_eval=edit.fixes_eval,
+    )
 
 
-def boundary_graft(*, awake: bool = False) -> Graft:
+def boundary_graft(*, disable_fast_path: bool = False) -> Graft:
     """A graft that keeps the mode of the modules around out of a module.
 
-    With `awake` it enters a mode of its own: torch's fused fast path steps aside where one is active.
+    With `disable_fast_path` it enters a mode of its own: torch's fused fast path of transformer layers is
+    not taken where one is active.
     """
-    return Graft(_layer_name({"forward"}), {}, in_eval=awake)
+    return Graft(BOUNDARY, Layer(calls_layer, ("forward",)), in_eval=disable_fast_path)
 
 
-def _layer_name(methods: set[str]) -> str:
-    return f"{SLOT}:{','.join(sorted(methods))}"
+def calls_layer(base: type[nn.Module], *methods: str) -> Namespace:
+    """The layer of call sites: each of the methods enters the mode of its module's grafts."""
+    return {name: wrap_method(getattr(base, name)) for name in methods}
 
 
-@layer(SLOT)
-def _calls_layer(base: type[nn.Module], argument: str) -> Namespace:
-    return {name: _entrance(getattr(base, name)) for name in argument.split(",")}
-
-
-def _entrance(method: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_method(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method inside the mode of its module's grafts."""
     versions = Versions(method)
 
     @functools.wraps(method)
     def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # After a revert somebody may still hold this method (accelerate, a hook): then nothing is grafted.
         record = self.__dict__.get(RECORD, {})
-        grafts = {slot: graft for slot, graft in record.items() if slot.startswith(SLOT)}
+        grafts = [graft for graft in record.values() if graft.slot.kind == "calls"]
         acts = _acts(self, grafts)
         if torch.compiler.is_compiling():
             version = versions.made.get(settings_of(grafts, self.training))
             if version is not None and not torch._C._len_torch_function_stack():
                 return version(self, *args, **kwargs)
-            with _CompiledMode(self, grafts if acts else {}):
+            with _CompiledMode(self, grafts if acts else []):
                 return method(self, *args, **kwargs)
         if not acts:
             with Pause():
@@ -91,11 +95,11 @@ def _entrance(method: Callable[..., Any]) -> Callable[..., Any]:
     return enter
 
 
-def _acts(module: nn.Module, grafts: dict[str, Graft]) -> bool:
+def _acts(module: nn.Module, grafts: list[Graft]) -> bool:
     """Is there anything for a mode to do? A mode costs each torch op under it, so none is entered idly."""
     return any(
-        graft.in_eval or graft.mends or (module.training and slot != BOUNDARY)
-        for slot, graft in grafts.items()
+        graft.in_eval or graft.fixes_eval or (module.training and graft.slot.op != "boundary")
+        for graft in grafts
     )
 
 
@@ -116,7 +120,7 @@ class Pause:
 class CallMode(Routed, TorchFunctionMode):
     """Routes the calls of functions that drop, inside one module's own forward, to its variants."""
 
-    def __init__(self, module: nn.Module, grafts: dict[str, Graft]) -> None:
+    def __init__(self, module: nn.Module, grafts: list[Graft]) -> None:
         TorchFunctionMode.__init__(self)
         Routed.__init__(self, module, grafts)
         self.on = True

@@ -3,72 +3,45 @@
 A graft changes what a module does by giving it a class derived from its own, so that references, hooks,
 tied weights, optimizers and sharding survive by construction. Each layer (a variant, the handling of
 calls, an insertion) is one derived class with one reason to exist; the chain above a user's class is
-rebuilt from the names of its layers, never undone by assignment, because other tools may since have put
+rebuilt from its layers, never undone by assignment, because other tools may since have put
 a class of their own on top.
 """
 
 from __future__ import annotations
 
 import copyreg
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import nn
 
 from regraft.errors import RevertError
-from regraft.graft.graph_classes import graph_methods, steady
-from regraft.record import BASE, LAYER, foreign_base, is_foreign, is_generated
+from regraft.graft.graph_classes import graph_methods, stable_base
+from regraft.record import BASE, LAYER, Layer, foreign_base, is_foreign, is_generated
 
 Namespace = dict[str, Any]
-LayerBuilder = Callable[[type[nn.Module], str], Namespace]
+"""What a layer's builder returns: methods, and a `__name__` if the class is not to keep the one below's."""
 Class = type[nn.Module]
-
-_HOMES = {
-    "variant": "regraft.graft.modules",
-    "calls": "regraft.graft.calls",
-    "insert": "regraft.graft.insertions",
-    "passes": "regraft.training.rdrop.rdrop",
-}
-"""Where each kind of layer is registered: a model can be unpickled before any of them was imported."""
-_builders: dict[str, LayerBuilder] = {}
-_derived: dict[tuple[Class, str], Class] = {}
+_derived: dict[tuple[Class, Layer], Class] = {}
 _rebuilt: dict[tuple[Class, Class], Class] = {}
 
 
-def layer(kind: str) -> Callable[[LayerBuilder], LayerBuilder]:
-    """Register the builder of a kind of layer: of the class below and the text after `kind:`, the methods.
-
-    A namespace's `__name__` names the class; without it the class below keeps its names.
-    """
-
-    def add(builder: LayerBuilder) -> LayerBuilder:
-        _builders[kind] = builder
-        return builder
-
-    return add
-
-
-def derive(base: Class, name: str) -> Class:
-    """The class that adds the layer `name` to `base`; always the same one for the same two."""
-    key = (base, name)
+def derive(base: Class, layer: Layer) -> Class:
+    """The class that adds a layer to `base`; always the same one for the same two."""
+    key = (base, layer)
     if key not in _derived:
-        kind, _, argument = name.partition(":")
-        if kind not in _builders:
-            importlib.import_module(_HOMES[kind])
-        namespace = dict(_builders[kind](steady(base), argument))
+        namespace = dict(layer.build(stable_base(base), *layer.args))
         title = namespace.pop("__name__", base.__name__)
         namespace.setdefault("__module__", base.__module__)
         namespace.setdefault("__qualname__", base.__qualname__)
         namespace.setdefault("__doc__", base.__doc__)
-        namespace |= {BASE: base, LAYER: name, "__reduce_ex__": _reduce_ex}
+        namespace |= {BASE: base, LAYER: layer, "__reduce_ex__": _reduce_ex}
         namespace |= graph_methods(base, lambda cls, other: layered(cls, layers_of(other)))
-        made = _new_class(base, title, (base,), namespace)
-        _derived[key] = made
+        _derived[key] = _new_class(base, title, (base,), namespace)
     return _derived[key]
 
 
-def layered(cls: Class, layers: Sequence[str]) -> Class:
+def layered(cls: Class, layers: Sequence[Layer]) -> Class:
     """The class of a module of class `cls` once its grafts are exactly `layers`, the lowest first.
 
     Classes that torch generated stay on top: they look for the user's methods right below themselves.
@@ -86,8 +59,8 @@ def layered(cls: Class, layers: Sequence[str]) -> Class:
             where=f"{cls.__module__}.{cls.__qualname__} above {hidden[0].__name__}",
             remedy="undo that first, then revert",
         )
-    for name in layers:
-        cls = derive(cls, name)
+    for layer in layers:
+        cls = derive(cls, layer)
     return cls
 
 
@@ -110,13 +83,13 @@ def _body(cls: Class) -> Namespace:
     return {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__", "__doc__")}
 
 
-def layers_of(cls: Class) -> list[str]:
-    """Names of the layers in `cls`, the lowest first."""
+def layers_of(cls: Class) -> list[Layer]:
+    """The layers in `cls`, the lowest first."""
     return [one.__dict__[LAYER] for one in reversed(cls.__mro__) if is_generated(one)]
 
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
-    """Pickle by the user's class and the layers' names: a generated class cannot be imported."""
+    """Pickle by the user's class and the layers: a generated class cannot be imported."""
     cls = type(self)
     user = cls
     while is_generated(user):
@@ -132,12 +105,12 @@ def _lowest(cls: Class) -> Class:
     return next(one for one in reversed(cls.__mro__) if is_generated(one))
 
 
-def _make(user: Class, layers: list[str], *args: Any) -> nn.Module:
+def _make(user: Class, layers: list[Layer], *args: Any) -> nn.Module:
     cls = layered(user, layers)
     return cls.__new__(cls, *args)
 
 
-def _make_by(function: Callable[..., nn.Module], args: tuple[Any, ...], layers: list[str]) -> nn.Module:
+def _make_by(function: Callable[..., nn.Module], args: tuple[Any, ...], layers: list[Layer]) -> nn.Module:
     made = function(*args)
     made.__class__ = layered(type(made), layers)
     return made

@@ -6,21 +6,19 @@ They are made when a graft is put in place, since a compiler cannot trace the ma
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from regraft.find.functions import OPS
 from regraft.graft.compiled import rebound
 from regraft.graft.handlers import ROUTES, Routed
+from regraft.ops import OPS
 from regraft.record import Graft, grafts_of
 
 VERSIONS = "_regraft_versions"
 """The attribute of an entrance that holds its versions."""
-SLOT = "calls"
-_BOUNDARY = "calls:boundary"
 
 
 class Versions:
@@ -38,27 +36,25 @@ class _Mode:
     training: bool
 
 
-def settings_of(grafts: Mapping[str, Graft], training: bool) -> str:
+def settings_of(grafts: Sequence[Graft], training: bool) -> str:
     """What two modules have in common that one version serves."""
-    return "&".join([graft.settings for graft in grafts.values()]) + ("+" if training else "-")
+    return "&".join([graft.settings for graft in grafts]) + ("+" if training else "-")
 
 
-def settings(slot: str, graft: Graft) -> str:
+def settings(graft: Graft) -> str:
     """The settings of one graft, as text."""
-    return json.dumps(
-        [slot, graft.edit.get("variant"), graft.edit.get("options"), graft.options], default=str
-    )
+    return json.dumps([str(graft.slot), graft.variant, graft.rate, graft.options], default=str)
 
 
 def prepare(module: nn.Module) -> None:
     """Make the versions of all entrances of `module` for its grafts as they are now."""
-    grafts = {slot: graft for slot, graft in grafts_of(module).items() if slot.startswith(SLOT)}
-    acting = {slot: graft for slot, graft in grafts.items() if slot != _BOUNDARY}
-    if not grafts or any(graft.mends for graft in acting.values()):
+    grafts = [graft for graft in grafts_of(module).values() if graft.slot.kind == "calls"]
+    acting = [graft for graft in grafts if graft.slot.op != "boundary"]
+    if not grafts or any(graft.fixes_eval for graft in acting):
         return
-    for slot, graft in grafts.items():
-        graft.settings = settings(slot, graft)
-    for name in dict.fromkeys(name for graft in grafts.values() for name in _methods(graft)):
+    for graft in grafts:
+        graft.settings = settings(graft)
+    for name in dict.fromkeys(name for graft in grafts if graft.layer for name in graft.layer.args):
         versions: Versions | None = getattr(getattr(type(module), name, None), VERSIONS, None)
         if versions is None:
             continue
@@ -68,23 +64,17 @@ def prepare(module: nn.Module) -> None:
                 versions.made[key] = made
 
 
-def _methods(graft: Graft) -> list[str]:
-    return graft.layer.partition(":")[2].split(",")
-
-
 def _version(
-    method: Callable[..., Any], name: str, acting: Mapping[str, Graft], training: bool
+    method: Callable[..., Any], name: str, acting: Sequence[Graft], training: bool
 ) -> Callable[..., Any] | None:
     """The method with all of `acting` in place; None if some call in it cannot be bound to anything else."""
-    if not training and not any(graft.in_eval for graft in acting.values()):
+    if not training and not any(graft.in_eval for graft in acting):
         return method  # in eval nothing is to be done
     made = method
-    for slot, graft in acting.items():
-        op = slot.partition(":")[2]
+    for graft in acting:
         # A copy: the module's own may be changed, and this version serves other modules too.
-        edit = {**graft.edit, "options": dict(graft.edit["options"])}
-        routed = Routed(_Mode(training), {slot: replace(graft, edit=edit, options=dict(graft.options))})
-        takes = {function: _route(routed, function) for function, one in OPS.items() if one == op}
+        routed = Routed(_Mode(training), [replace(graft, options=dict(graft.options))])
+        takes = {function: _route(routed, function) for function, op in OPS.items() if op == graft.slot.op}
         found = rebound(made, takes)
         if found is None and not _is_in_another(graft, name):
             return None
@@ -101,4 +91,4 @@ def _route(routed: Routed, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_in_another(graft: Graft, name: str) -> bool:
     """Does another method run the call, one that `name` calls?"""
-    return any(other != name for other in graft.edit.get("methods", []))
+    return any(other != name for other in graft.edit["methods"])

@@ -35,7 +35,7 @@ def compile_graph(owner: fx.GraphModule) -> Any:
     return code
 
 
-def steady(base: type[nn.Module]) -> type[nn.Module]:
+def stable_base(base: type[nn.Module]) -> type[nn.Module]:
     """A stand-in for `base` whose forward stays the same object while the graph is compiled again."""
     if not issubclass(base, fx.GraphModule) or _COMPILED not in vars(base):
         return base

@@ -8,37 +8,26 @@ where tracing had fixed the flag, and has no parameters.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 
 from regraft.errors import MisfitError
-from regraft.find.functions import ATTENTION
-from regraft.find.graph_calls import (
-    DROP_PATH,
-    LINEAR,
-    NODE,
-    WRAPPED,
-    GraphNode,
-    Replaced,
-    graph_node,
-    graph_nodes,
-)
+from regraft.find.graph_calls import NODE, WRAPPED, GraphNode, Replaced, graph_node, graph_nodes
 from regraft.find.graph_nodes import node_path
-from regraft.find.insertion_points import SLOT as INSERT
 from regraft.find.walk import Named
 from regraft.graft.calls import call_graft
 from regraft.graft.graph_classes import compile_graph
 from regraft.graft.handlers import call_rate
-from regraft.graft.slots import set_graft
-from regraft.planning.edits import Edit
-from regraft.record import Graft, grafts_of
+from regraft.graft.slots import Change, set_graft
+from regraft.interrupts import HeldInterrupts
+from regraft.ops import ATTENTION, DROP_PATH, LINEAR
+from regraft.planning.plan import Edit
+from regraft.record import Graft, Slot, grafts_of
 from regraft.variants.registry import spec
-
-SLOT = "node"
-"""The slot of a node in the module whose graph it is in: `node:NAME:OPERATION`."""
 
 
 class NodeFunction(nn.Module):
@@ -51,13 +40,12 @@ class NodeFunction(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         called: Replaced = self.__dict__[NODE]
         # What is inserted before and after it is around this, in a layer of its own.
-        grafts = {slot: one for slot, one in grafts_of(self).items() if not slot.startswith(INSERT)}
+        grafts = [graft for graft in grafts_of(self).values() if graft.slot.kind != "insert"]
         if not grafts:
             return called.function(*args, **kwargs)  # for a look at the model as it was
         if called.op in (LINEAR, DROP_PATH):
             # No functions of torch that drop, which a mode would see: the variant is called here.
-            graft = next(iter(grafts.values()))
-            return _DIRECTLY[called.op](called, graft, self.training, args, kwargs)
+            return _DIRECTLY[called.op](called, grafts[0], self.training, args, kwargs)
         if called.switch is not None:
             args, kwargs = _switched(called, args, kwargs, self.training)
         return called.function(*args, **kwargs)
@@ -85,53 +73,39 @@ def _linear(called: Replaced, graft: Graft, training: bool, args: Any, kwargs: A
     if not training and not graft.in_eval:
         return called.function(*args, **kwargs)
     call = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-    function = spec(graft.edit["variant"]).function_for("Linear")
-    rate = graft.edit["options"].get("p", 0.0)
-    return function(call["input"], call["weight"], call.get("bias"), rate, training, **graft.options)
+    function = spec(graft.variant).function_for("Linear")
+    return function(
+        call["input"], call["weight"], call.get("bias"), graft.rate or 0.0, training, **graft.options
+    )
 
 
 def _drop_path(called: Replaced, graft: Graft, training: bool, args: Any, kwargs: Any) -> Any:
     x = args[0] if args else next(iter(kwargs.values()))
     if not training and not graft.in_eval:
         return x
-    function = spec(graft.edit["variant"]).function
+    function = spec(graft.variant).function
     return function(x, call_rate(graft, called.p or 0.0), training, **graft.options)
 
 
 _DIRECTLY = {LINEAR: _linear, DROP_PATH: _drop_path}
 
 
-def node_slot(edit: Edit) -> tuple[str, Graft]:
-    """The slot and the graft that make the node of `edit` do what it says."""
-    _, graft = call_graft(edit)
-    if edit.op in _DIRECTLY:
-        graft.layer = ""
-    return f"{SLOT}:{edit.path.rpartition('.')[2]}:{edit.op}", graft
+def node_graft(edit: Edit) -> Graft:
+    """The graft that makes the node of `edit` do what it says."""
+    graft = call_graft(edit)
+    return replace(graft, layer=None) if edit.op in _DIRECTLY else graft
 
 
-def outside_slot(name: str, slot: str) -> str:
-    """The slot of a node, by which the owner of its graph knows a slot of the module in its place."""
-    kind, _, rest = slot.partition(":")
-    return f"{SLOT}:{name}:{rest}" if kind != INSERT else f"{SLOT}:{name}:{INSERT}:{rest}"
-
-
-def inside_slot(slot: str) -> str:
-    """The slot of the module in a node's place: `calls:OPERATION`, or that of an insertion."""
-    rest = slot.split(":", 2)[2]
-    return rest if rest.startswith(f"{INSERT}:") else f"calls:{rest}"
-
-
-def set_slot(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None:
+def set_slot(module: nn.Module, slot: Slot, graft: Graft | None) -> Graft | None:
     """Put `graft` into a slot of a module, or of a node of its graph, or empty it; returns what was there."""
-    if not slot.startswith(f"{SLOT}:"):
+    if not slot.node:
         return set_graft(module, slot, graft)
-    name = slot.split(":")[1]
+    name, inside = slot.node, replace(slot, node="")
     found = graph_node(module, name)
     if found is None and graft is None:
         return None  # somebody erased the node, and the graft with it
     if found is None or not isinstance(module, fx.GraphModule):
         raise MisfitError(f"the graph has no node {name!r} that can be grafted", where=type(module).__name__)
-    inside = inside_slot(slot)
     if found.module is None:
         if graft is not None:
             made = NodeFunction(found.called).train(module.training)
@@ -144,19 +118,29 @@ def set_slot(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None:
     return previous
 
 
-def placed_grafts(modules: list[Named]) -> Iterator[tuple[Named, str, Graft]]:
+def graft_at(module: nn.Module, slot: Slot) -> Graft | None:
+    """What is in a slot of a module, or of a node of its graph."""
+    if slot.node:
+        found = graph_node(module, slot.node)
+        if found is None or found.module is None:
+            return None
+        module = found.module
+    return grafts_of(module).get(str(replace(slot, node="")))
+
+
+def placed_grafts(modules: list[Named]) -> Iterator[tuple[Named, Slot, Graft]]:
     """Every graft, with the module and the slot by which it is set, and the paths of its site."""
     nodes = {id(named.module): [one for one in graph_nodes(named.module) if one.module] for named in modules}
     inside = {id(one.module) for found in nodes.values() for one in found}
     for named in modules:
         if id(named.module) not in inside:
-            for slot, graft in grafts_of(named.module).items():
-                yield named, slot, graft
+            for graft in grafts_of(named.module).values():
+                yield named, graft.slot, graft
         for one in nodes[id(named.module)]:
             assert one.module is not None
             paths = [node_path(path, one.called.name) for path in named.paths]
-            for slot, graft in grafts_of(one.module).items():
-                yield Named(named.module, paths), outside_slot(one.called.name, slot), graft
+            for graft in grafts_of(one.module).values():
+                yield Named(named.module, paths), replace(graft.slot, node=one.called.name), graft
 
 
 def _put_in(owner: fx.GraphModule, node: fx.Node, module: NodeFunction) -> None:
@@ -181,6 +165,42 @@ def _take_out(owner: fx.GraphModule, found: GraphNode) -> None:
     _compile(owner)
 
 
+@contextmanager
+def all_or_nothing() -> Iterator[Callable[[nn.Module, Slot, Graft | None], Graft | None]]:
+    """Yields `set_slot`; an exception in the block, Ctrl-C included, undoes what it has changed so far."""
+    changes: list[Change] = []
+
+    def change(module: nn.Module, slot: Slot, graft: Graft | None) -> Graft | None:
+        changes.append((module, slot, graft_at(module, slot)))
+        return set_slot(module, slot, graft)
+
+    with HeldInterrupts() as held:
+        try:
+            with compiled_once():
+                yield change
+            with held.released():
+                pass  # one that has waited is raised here
+        except BaseException:
+            with compiled_once():
+                finish(set_slot, reversed(changes))
+            raise
+
+
+def finish(function: Callable[..., object], items: Iterable[tuple[Any, ...]]) -> None:
+    """Call `function` with each of the items; the first exception goes on when all of them are done."""
+    first: BaseException | None = None
+    for item in items:
+        try:
+            try:
+                function(*item)
+            except (KeyboardInterrupt, MemoryError, RecursionError):
+                function(*item)  # whatever it was may be over
+        except BaseException as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
 class _Waiting(threading.local):
     """The graphs that are to be compiled when all of their nodes are done."""
 
@@ -202,8 +222,7 @@ def compiled_once() -> Iterator[None]:
         yield
     finally:
         _waiting.owners = None
-        for owner in changed.values():
-            _compile(owner)
+        finish(_compile, [(owner,) for owner in changed.values()])
 
 
 def _compile(owner: fx.GraphModule) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regraft.find.functions import ATTENTION, DRAWS, DROP_PATH, FUNCTIONS, MULTI_HEAD, draws_rows
 from regraft.graft.attention import attend, multi_head_attention
 from regraft.graft.recurrent import RECURRENT, layer_by_layer, read_recurrence
+from regraft.ops import ATTENTION, DROP_PATH, FUNCTIONS, MULTI_HEAD, ROW_DRAWS, draws_rows
 from regraft.record import Graft
 from regraft.variants.registry import spec
 
@@ -22,12 +22,12 @@ class Routed:
 
     Args:
         module: the module, or what has its `training`.
-        grafts: its grafts of calls, by slot.
+        grafts: its grafts of calls.
     """
 
-    def __init__(self, module: Any, grafts: Mapping[str, Graft]) -> None:
+    def __init__(self, module: Any, grafts: Iterable[Graft]) -> None:
         self.module = module
-        self.grafts = {slot.partition(":")[2]: graft for slot, graft in grafts.items()}
+        self.grafts = {graft.slot.op: graft for graft in grafts}
 
     def drop(self, op: str, x: Tensor, p: float, training: bool) -> Tensor | None:
         """What the variant at `op` makes of x; None if the call is to stay as it is."""
@@ -36,7 +36,7 @@ class Routed:
             return None
         self.refuse_recompute(op)
         rate = call_rate(graft, p)
-        function = spec(graft.edit["variant"]).function
+        function = spec(graft.variant).function
         made: Tensor = function(x, rate, training and self.module.training, **graft.options)
         return made
 
@@ -46,12 +46,11 @@ class Routed:
 
 def call_rate(graft: Graft, carried: float) -> float:
     """The rate of one call: the rule's own, or relative to the one that the call carries."""
-    p = graft.edit["options"].get("p")
-    if p is None:
+    if graft.rate is None:
         return carried
-    if isinstance(p, str):
-        return min(carried * float(p[1:]), 1 - 2**-24)
-    return float(p)
+    if isinstance(graft.rate, str):
+        return min(carried * float(graft.rate[1:]), 1 - 2**-24)
+    return float(graft.rate)
 
 
 def _handle_dropout(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -66,11 +65,9 @@ def _handle_attention(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: di
         return func(*args, **kwargs)
     call = {**dict(zip(_ATTENTION_NAMES[: len(args)], args, strict=True)), **kwargs}
     carried = float(call.pop("dropout_p", 0.0))
-    if graft.edit["variant"] in ("dropout", "off"):
+    if graft.variant in ("dropout", "off"):
         # Only the number changes, so the fused kernel stays; under vmap it cannot draw for each pass.
-        rate = (
-            call_rate(graft, carried) if graft.edit["variant"] == "dropout" and mode.module.training else 0.0
-        )
+        rate = call_rate(graft, carried) if graft.variant == "dropout" and mode.module.training else 0.0
         if rate > 0 and _vmapped():
             return attend(**call, drop=lambda scores: mode.drop(ATTENTION, scores, carried, training=True))
         return func(**call, dropout_p=rate)
@@ -132,6 +129,6 @@ ROUTES: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _handle_attention,
     F.multi_head_attention_forward: _handle_mha,
     **dict.fromkeys(RECURRENT, _handle_recurrent),
-    **dict.fromkeys(DRAWS, _handle_rows),
+    **dict.fromkeys(ROW_DRAWS, _handle_rows),
 }
 """Function -> what is done in its place."""

@@ -13,29 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import ModelError
-from regraft.find.insertion_points import SLOT
 from regraft.find.tensor_io import NoTensorError, first_tensor, with_first
 from regraft.graft.calls import Pause
-from regraft.graft.classes import Namespace, layer
-from regraft.planning.edits import Edit
-from regraft.record import RECORD, Graft, grafts_of
+from regraft.graft.classes import Namespace
+from regraft.planning.plan import Edit
+from regraft.record import RECORD, Graft, Layer, Slot, grafts_of
 from regraft.variants.registry import complete_options, spec
 
 
 @dataclass
 class Inserted(Graft):
-    """The graft of an insertion.
+    """The graft of an insertion; its slot says where it is.
 
     Attributes:
-        position: "before" or "after".
-        field: the argument, or the part of the output; "" for the first tensor.
-        adds: is what the module adds to its input dropped, and not its whole output?
+        residual: is what the module adds to its input dropped, and not its whole output?
         sampling: does it drop in eval, too, for the time being?
     """
 
-    position: str = ""
-    field: str = ""
-    adds: bool = False
+    residual: bool = False
     sampling: bool = False
 
 
@@ -51,36 +46,34 @@ def inserted_on(model: nn.Module) -> Iterator[bool]:
     for graft in found:
         graft.sampling = True
     try:
-        yield any(_rate(graft) for graft in found)
+        yield any(graft.rate for graft in found)
     finally:
         for graft in found:
             graft.sampling = False
 
 
-def insert_graft(edit: Edit) -> tuple[str, Graft]:
-    """The slot and the graft that insert what `edit` says.
+def insert_graft(edit: Edit) -> Graft:
+    """The graft that inserts what `edit` says.
 
     One variant stands at one place once, so that a rule applied again sets its rate; two variants stack.
     """
     found = spec(edit.variant)
     options = complete_options(found, edit.options)
     options.pop("fused", None)
-    position, _, place = edit.op.partition(":")
-    field = place.partition("#")[2]
-    graft = Inserted(
-        SLOT,
-        vars(edit),
+    return Inserted(
+        Slot("insert", edit.position, edit.variant, edit.field),
+        Layer(insert_layer),
+        edit.variant,
+        edit.options.get("p", 0.0),
         options,
+        edit.to_dict(),
         in_eval=found.changes_eval is not None and found.changes_eval(options),
-        position=position,
-        field=field,
-        adds=edit.after.endswith("on what it adds"),
+        residual=edit.residual,
     )
-    return f"{SLOT}:{position}#{field}:{edit.variant}", graft
 
 
-@layer(SLOT)
-def _insert_layer(base: type[nn.Module], _: str) -> Namespace:
+def insert_layer(base: type[nn.Module]) -> Namespace:
+    """The layer of insertions: what is before and after a module's forward."""
     own = base.forward
     names = tuple(inspect.signature(own).parameters)[1:]
 
@@ -88,11 +81,11 @@ def _insert_layer(base: type[nn.Module], _: str) -> Namespace:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         grafts = _acting(self)
         for graft in grafts:
-            if graft.position == "before":
+            if graft.slot.op == "before":
                 args, kwargs = _on_input(graft, names, args, kwargs, self.training)
         output = own(self, *args, **kwargs)
         for graft in grafts:
-            if graft.position == "after":
+            if graft.slot.op == "after":
                 output = _on_output(graft, (args, kwargs), output, self.training)
         return output
 
@@ -112,14 +105,14 @@ def _on_input(
     graft: Inserted, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     drop = _drop(graft, training)
-    where = graft.field or next(
+    where = graft.slot.field or next(
         (name for name in names if isinstance(kwargs.get(name), Tensor)), next(iter(kwargs), "")
     )
-    if graft.field and graft.field in names[: len(args)]:
-        at = names.index(graft.field)
+    if graft.slot.field and graft.slot.field in names[: len(args)]:
+        at = names.index(graft.slot.field)
         return (*args[:at], with_first(args[at], "", drop), *args[at + 1 :]), kwargs
     try:
-        if args and not graft.field:
+        if args and not graft.slot.field:
             return with_first(args, "", drop), kwargs
         return args, {**kwargs, where: with_first(kwargs[where], "", drop)}
     except (NoTensorError, KeyError):
@@ -129,8 +122,8 @@ def _on_input(
 def _on_output(graft: Inserted, given: tuple[Any, Any], output: Any, training: bool) -> Any:
     drop = _drop(graft, training)
     try:
-        if not graft.adds:
-            return with_first(output, graft.field, drop)
+        if not graft.residual:
+            return with_first(output, graft.slot.field, drop)
         x = first_tensor(given[0] or tuple(given[1].values()))
     except NoTensorError:
         raise _nothing_there(graft, "output", "after") from None
@@ -144,12 +137,12 @@ def _on_output(graft: Inserted, given: tuple[Any, Any], output: Any, training: b
             )
         return x + drop(y - x)
 
-    return with_first(output, graft.field, drop_what_it_adds)
+    return with_first(output, graft.slot.field, drop_what_it_adds)
 
 
 def _drop(graft: Inserted, training: bool) -> Callable[[Tensor], Tensor]:
-    function = spec(graft.edit["variant"]).function
-    rate, on = _rate(graft), training or graft.sampling
+    function = spec(graft.variant).function
+    rate, on = graft.rate, training or graft.sampling
 
     def drop(x: Tensor) -> Tensor:
         if not x.is_floating_point():
@@ -165,18 +158,13 @@ def _drop(graft: Inserted, training: bool) -> Callable[[Tensor], Tensor]:
     return drop
 
 
-def _rate(graft: Inserted) -> float:
-    rate: float = graft.edit["options"].get("p", 0.0)
-    return rate
-
-
 def _alone() -> Any:
     """Keeps the inserted dropout from the grafts of the calls in the modules around: it is none of those."""
     return torch._C.DisableTorchFunction() if torch.compiler.is_compiling() else Pause()
 
 
 def _nothing_there(graft: Inserted, side: str, function: str) -> ModelError:
-    what = f"there is no {graft.field!r}" if graft.field else "there is no tensor"
+    what = f"there is no {graft.slot.field!r}" if graft.slot.field else "there is no tensor"
     return ModelError(
         f"{what} in its {side}",
         where=graft.edit["path"],

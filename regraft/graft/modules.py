@@ -8,45 +8,51 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regraft.find.kinds import rate_name
-from regraft.find.site import Site
-from regraft.graft.classes import Namespace, layer
-from regraft.planning.edits import Edit
-from regraft.record import RECORD, Graft
+from regraft.find.recognize import rate_name
+from regraft.graft.classes import Namespace
+from regraft.planning.plan import Edit
+from regraft.record import RECORD, Graft, Layer, Slot
 from regraft.variants.module import written_options
 from regraft.variants.registry import complete_options, spec
 from regraft.variants.spec import Spec
 
-SLOT = "variant"
+VARIANT = Slot("variant")
+_KEY = str(VARIANT)
 
 
-def module_graft(site: Site, edit: Edit) -> Graft:
-    """The graft that makes the module at `site` do what `edit` says; nothing is changed yet."""
-    found = spec(edit.variant)
-    family = site.family or found.families[0]
-    written: dict[str, Any] = {}
-    if "p" in edit.options:
-        written[rate_name(site.module) or "p"] = float(edit.options["p"])
+def module_graft(edit: Edit) -> Graft:
+    """The graft that makes the module at the edit's site do what the edit says; nothing is changed yet."""
+    assert edit.site is not None
+    found, module = spec(edit.variant), edit.site.module
+    p = edit.options.get("p")
+    rate = {} if p is None else {"p": p}
+    written = {} if p is None else {rate_name(module) or "p": float(p)}
     options = complete_options(found, edit.options)
-    layer_name = f"{SLOT}:{found.name}/{family}/{next(iter(written), '')}"
-    rate = {"p": edit.options["p"]} if "p" in edit.options else {}
-    state = found.state(site.module, {**options, **rate}) if found.state else {}
-    graft = Graft(layer_name, vars(edit), options, written=written, state=state, mends=edit.mends)
-    graft.transient = found.transient
-    return graft
+    return Graft(
+        VARIANT,
+        Layer(variant_layer, (found.name, edit.family, next(iter(written), ""))),
+        found.name,
+        p,
+        options,
+        edit.to_dict(),
+        written=written,
+        state=found.state(module, {**options, **rate}) if found.state else {},
+        fixes_eval=edit.fixes_eval,
+        transient=found.transient,
+    )
 
 
-def rate_graft(site: Site, edit: Edit) -> Graft:
+def rate_graft(edit: Edit) -> Graft:
     """The graft that only sets the rate of a module of torch that drops inside, such as an LSTM."""
+    assert edit.site is not None
     rate = 0.0 if edit.variant == "off" else float(edit.options["p"])
-    return Graft("", vars(edit), written={rate_name(site.module) or "dropout": rate})
+    written = {rate_name(edit.site.module) or "dropout": rate}
+    return Graft(Slot("rate"), None, edit.variant, rate, edit=edit.to_dict(), written=written)
 
 
-@layer(SLOT)
-def _variant_layer(base: type[nn.Module], argument: str) -> Namespace:
-    name, family, rate = argument.split("/")
+def variant_layer(base: type[nn.Module], name: str, family: str, rate: str) -> Namespace:
+    """The layer of a variant: its forward, its name and its `repr`; the attribute `rate` has the rate."""
     found = spec(name)
-    forward = _FORWARDS[family](base, found, rate)
     title = found.module_for(family).__name__
     on_mode = {"train": _train(base, found.on_mode)} if found.on_mode else {}
     return {
@@ -54,7 +60,7 @@ def _variant_layer(base: type[nn.Module], argument: str) -> Namespace:
         "__name__": title,
         "__qualname__": title,
         "__module__": found.module_for(family).__module__,
-        "forward": functools.wraps(base.forward)(forward),
+        "forward": functools.wraps(base.forward)(_FORWARDS[family](base, found, rate)),
         "extra_repr": _extra_repr(base, rate),
     }
 
@@ -70,7 +76,7 @@ def _train(base: type[nn.Module], on_mode: Callable[[nn.Module, bool], None]) ->
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    graft: Graft = module.__dict__[RECORD][SLOT]
+    graft: Graft = module.__dict__[RECORD][_KEY]
     if not graft.state:
         return graft.options
     return {**graft.options, **{name: getattr(module, name) for name in graft.state}}
@@ -78,8 +84,8 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 def _stands_aside(module: nn.Module, in_eval: bool) -> bool:
     """In eval; or after a revert, in a bound method that somebody kept (accelerate does)."""
-    graft: Graft | None = module.__dict__.get(RECORD, {}).get(SLOT)
-    return graft is None or not (module.training or in_eval or graft.mends)
+    graft: Graft | None = module.__dict__.get(RECORD, {}).get(_KEY)
+    return graft is None or not (module.training or in_eval or graft.fixes_eval)
 
 
 def _dropout_forward(base: type[nn.Module], found: Spec, rate: str) -> Callable[..., Tensor]:
@@ -133,7 +139,9 @@ _FORWARDS = {
 
 def _extra_repr(base: type[nn.Module], rate: str) -> Callable[[nn.Module], str]:
     def extra_repr(self: nn.Module) -> str:
-        graft: Graft = self.__dict__[RECORD][SLOT]
+        graft: Graft | None = self.__dict__.get(RECORD, {}).get(_KEY)
+        if graft is None:  # between two states
+            return base.extra_repr(self)
         own = "" if issubclass(base, nn.modules.dropout._DropoutNd) else base.extra_repr(self)
         new = written_options(getattr(self, rate) if rate else None, graft.options)
         return ", ".join(filter(None, [own, new]))

@@ -6,24 +6,20 @@ by itself for a float that it reads off a module or a graft, so rates stay plain
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
-from regraft.find.functions import ATTENTION
-from regraft.find.graph_calls import graph_node
 from regraft.find.site import Site
 from regraft.find.walk import named_modules
-from regraft.graft.graph_nodes import SLOT as NODE
-from regraft.graft.graph_nodes import inside_slot, placed_grafts
-from regraft.record import Graft, grafts_of
+from regraft.graft.graph_nodes import graft_at, placed_grafts
+from regraft.ops import ATTENTION
+from regraft.planning.plan import Edit, rendered
+from regraft.record import Graft, Slot
 from regraft.variants.registry import complete_options, spec
 
 Key = tuple[str, str, str]
 """A site's path, kind and operation."""
-_WRITTEN = re.compile(r"\bp=[0-9.e+-]+")
 _LEARNED = ("concrete",)
 _FUSED = (ATTENTION, "MultiheadAttention", "multi_head_attention_forward", "LSTM", "GRU", "RNN")
 
@@ -44,12 +40,10 @@ class Rate:
     variant: str
     base: float
     module: nn.Module = field(repr=False)
-    slot: str = field(repr=False)
+    slot: Slot = field(repr=False)
     graft: Graft = field(repr=False)
-    given: Any = field(repr=False)
-    """The graft's own option p, None where the calls carry the rate."""
-    place: tuple[nn.Module, str] = field(repr=False)
-    """Where a change puts the graft: of a node, the module whose graph it is in."""
+    given: float | str | None = field(repr=False)
+    """The graft's own rate, None where the calls carry it."""
 
     @property
     def fused(self) -> bool:
@@ -59,24 +53,29 @@ class Rate:
     @property
     def in_place(self) -> bool:
         """Is the graft still there?"""
-        return grafts_of(self.module).get(self.slot) is self.graft
+        return graft_at(self.module, self.slot) is self.graft
 
     def set(self, p: float) -> None:
         """Give the graft the rate `p`, if it is still there."""
-        if not self.in_place:
-            return
-        for name in self.graft.written:
-            self.graft.written[name] = self.module.__dict__[name] = p
-        self.graft.edit["options"]["p"] = p
-        self.graft.edit["after"] = _WRITTEN.sub(f"p={p:g}", self.graft.edit["after"], count=1)
+        if self.in_place:
+            self._set(p, p)
 
     def restore(self) -> None:
         """The rate as it was."""
-        self.set(self.base)
-        if self.in_place and self.given is None:
-            del self.graft.edit["options"]["p"]
-        elif self.in_place:
-            self.graft.edit["options"]["p"] = self.given
+        if self.in_place:
+            self._set(self.given, self.base)
+
+    def _set(self, rate: float | str | None, p: float) -> None:
+        graft = self.graft
+        for name in graft.written:
+            graft.written[name] = self.module.__dict__[name] = p
+        if graft.rate == rate:
+            return
+        graft.rate = rate
+        options = {key: value for key, value in graft.edit["options"].items() if key != "p"}
+        options = options if rate is None else {"p": rate, **options}
+        edit = Edit(**{**graft.edit, "options": options})
+        graft.edit = {**graft.edit, "options": options, "after": rendered(edit)}
 
 
 def key_of(site: Site) -> Key:
@@ -95,23 +94,13 @@ def rates_of(root: nn.Module, sites: dict[Key, Site]) -> tuple[list[Rate], dict[
         if reason is not None:
             without[site.path] = reason
             continue
-        place = named.module, slot
-        if slot.startswith(f"{NODE}:"):
-            node = graph_node(named.module, slot.split(":")[1])
-            assert node is not None
-            assert node.module is not None
-            rates.append(_rate(site, node.module, inside_slot(slot), graft, place))
-        else:
-            rates.append(_rate(site, *place, graft, place))
+        rates.append(_rate(site, named.module, slot, graft))
     return rates, without
 
 
-def _rate(site: Site, module: nn.Module, slot: str, graft: Graft, place: tuple[nn.Module, str]) -> Rate:
-    # The report that was made of the graft is to stay what it was.
-    graft.edit = {**graft.edit, "options": dict(graft.edit["options"])}
+def _rate(site: Site, module: nn.Module, slot: Slot, graft: Graft) -> Rate:
     graft.settings = ""  # compiled code reads the rate at each call, and keeps no version with it
-    given = graft.edit["options"].get("p")
-    base = site.p or 0.0
+    given, base = graft.rate, site.p or 0.0
     if site.variant is not None:  # else it was grafted for the sake of its rate, and stands at another
         if isinstance(given, str):
             base *= float(given[1:])
@@ -119,14 +108,13 @@ def _rate(site: Site, module: nn.Module, slot: str, graft: Graft, place: tuple[n
             base = float(given)
         for name in graft.written:
             base = float(module.__dict__[name])
-    return Rate(site.path, site.op, graft.edit["variant"], base, module, slot, graft, given, place)
+    return Rate(site.path, site.op, graft.variant, base, module, slot, graft, given)
 
 
 def _why_no_rate(graft: Graft) -> str | None:
     """Why the rate of a graft cannot be set from outside; None if it can."""
-    name = graft.edit["variant"]
-    found = spec(name)
-    options = complete_options(found, graft.edit["options"])
+    name, found = graft.variant, spec(graft.variant)
+    options = complete_options(found, graft.options)
     if not found.rated or name == "off":
         return f"{name!r} has no rate"
     if name in _LEARNED:

@@ -7,16 +7,13 @@ from typing import Any
 from torch import nn
 
 from regraft.errors import NoMatchError
-from regraft.find.insertion_points import INSERTED, family_to_insert
 from regraft.find.selectors import Selector, read_selector
-from regraft.find.site import Site
+from regraft.find.site import grafted_site
 from regraft.find.walk import Named, inner_model, named_modules
-from regraft.graft.apply import undo
 from regraft.graft.calls import BOUNDARY
-from regraft.graft.graph_nodes import compiled_once, placed_grafts, set_slot
-from regraft.graft.slots import Change
+from regraft.graft.graph_nodes import all_or_nothing, placed_grafts
 from regraft.planning.resolve import acts_in_eval
-from regraft.record import Graft, grafts_of, original_class
+from regraft.record import Graft, Slot, grafts_of
 from regraft.variants.spec import Variant
 
 
@@ -44,46 +41,42 @@ def revert(model: nn.Module, selector: Any = None) -> nn.Module:
         Dropout(p=0.1, inplace=False)
     """
     root, _ = inner_model(model)
+    modules = named_modules(root)
     wanted = None if selector is None else read_selector(selector)
     chosen = [
         (named.module, slot)
-        for named, slot, graft in placed_grafts(named_modules(root))
-        if wanted is None or (graft.edit and wanted.matches(_site(named, graft)))
+        for named, slot, graft in placed_grafts(modules)
+        if wanted is None
+        or (graft.edit and wanted.matches(grafted_site(named.module, named.paths, graft.edit)))
     ]
     if wanted is not None:
         if not chosen:
-            raise _nothing(root, wanted)
-        chosen += _idle_boundaries(root, {(id(module), slot) for module, slot in chosen})
-    changes: list[Change] = []
-    try:
-        with compiled_once():
-            for module, slot in chosen:
-                changes.append((module, slot, set_slot(module, slot, None)))
-    except BaseException:
-        undo(changes)
-        raise
+            raise _nothing(modules, wanted)
+        chosen += _idle_boundaries(modules, {(id(module), slot) for module, slot in chosen})
+    with all_or_nothing() as change:
+        for module, slot in chosen:
+            change(module, slot, None)
     return model
 
 
-def _idle_boundaries(root: nn.Module, gone: set[tuple[int, str]]) -> list[tuple[nn.Module, str]]:
+def _idle_boundaries(modules: list[Named], gone: set[tuple[int, Slot]]) -> list[tuple[nn.Module, Slot]]:
     """Boundaries that nothing needs any more once the grafts `gone` are taken out."""
-    named = named_modules(root)
     left = [
-        (one, graft)
-        for one, slot, graft in placed_grafts(named)
-        if graft.edit and (id(one.module), slot) not in gone
+        (named, graft)
+        for named, slot, graft in placed_grafts(modules)
+        if graft.edit and (id(named.module), slot) not in gone
     ]
-    owners = [path for one, graft in left if graft.edit["kind"] == "call" for path in one.paths]
-    acting = [path for one, graft in left if _acts_in_eval(graft) for path in one.paths]
+    owners = [path for named, graft in left if graft.edit["kind"] == "call" for path in named.paths]
+    acting = [path for named, graft in left if _acts_in_eval(graft) for path in named.paths]
     idle = []
-    for one in named:
-        graft = grafts_of(one.module).get(BOUNDARY)
+    for named in modules:
+        graft = grafts_of(named.module).get(str(BOUNDARY))
         if graft is None:
             continue
-        inside = any(_within(path, owner) for path in one.paths for owner in owners)
-        awake = graft.in_eval and any(_within(path, own) for path in acting for own in one.paths)
-        if not inside and not awake:
-            idle.append((one.module, BOUNDARY))
+        inside = any(_within(path, owner) for path in named.paths for owner in owners)
+        fast_path = graft.in_eval and any(_within(path, own) for path in acting for own in named.paths)
+        if not inside and not fast_path:
+            idle.append((named.module, BOUNDARY))
     return idle
 
 
@@ -92,29 +85,11 @@ def _within(path: str, above: str) -> bool:
 
 
 def _acts_in_eval(graft: Graft) -> bool:
-    return acts_in_eval(Variant(graft.edit["variant"], graft.edit["options"]))
+    return acts_in_eval(Variant(graft.variant, graft.options))
 
 
-def _site(named: Named, graft: Graft) -> Site:
-    """The site of a graft, as far as a selector asks."""
-    edit = graft.edit
-    return Site(
-        path=named.paths[0],
-        paths=tuple(named.paths),
-        kind=edit["kind"],
-        op=edit["op"],
-        type=original_class(named.module).__name__,
-        p=edit["options"].get("p"),
-        calls=edit["calls"],
-        source=edit["source"],
-        family=family_to_insert(edit["variant"]) if edit["kind"] == INSERTED else None,
-        module=named.module,
-        variant=edit["variant"],
-    )
-
-
-def _nothing(root: nn.Module, selector: Selector) -> NoMatchError:
-    paths = list(dict.fromkeys(named.paths[0] for named, _, _ in placed_grafts(named_modules(root))))
+def _nothing(modules: list[Named], selector: Selector) -> NoMatchError:
+    paths = list(dict.fromkeys(named.paths[0] for named, _, _ in placed_grafts(modules)))
     listed = ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
     return NoMatchError(
         "the selector matches no graft",

@@ -13,8 +13,8 @@ from regraft.find.inspect import look
 from regraft.graft.apply import Report, apply
 from regraft.graft.calls import BOUNDARY
 from regraft.graft.graph_nodes import placed_grafts
-from regraft.planning.edits import Edit
-from regraft.planning.plan import Plan, fingerprint
+from regraft.planning.plan import Edit, Plan, fingerprint
+from regraft.variants.spec import Variant
 
 FILE_NAME = "regraft.json"
 
@@ -91,8 +91,7 @@ def plan_of_grafts(model: nn.Module) -> Plan:
             continue  # passes of the whole model: no site is edited
         edit = Edit(**{**graft.edit, "path": named.paths[0], "rule": len(rules)})
         edits.append(edit)
-        inside = ", ".join(f"{key}={value!r}" for key, value in edit.options.items())
-        rules.append([f"{edit.op}@{edit.path}", f"{edit.variant}({inside})"])
+        rules.append([_selector(edit), str(Variant(edit.variant, edit.options))])
     return Plan(
         model=type(inspection.root).__name__,
         rules=rules,
@@ -101,6 +100,12 @@ def plan_of_grafts(model: nn.Module) -> Plan:
         fingerprint=fingerprint(inspection, [edit.path for edit in edits]),
         boundaries=boundaries,
     )
+
+
+def _selector(edit: Edit) -> str:
+    """The text of a rule's key that means the edit alone."""
+    op = f"{edit.position}:{edit.place}" if edit.position else edit.op
+    return (f"{op}@{edit.path}" if edit.path else op) + (f"#{edit.field}" if edit.field else "")
 
 
 def _file(path: str | os.PathLike[str]) -> Path:

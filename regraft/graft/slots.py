@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from regraft.errors import ModelError
@@ -12,32 +14,34 @@ from regraft.record import (
     MISSING,
     RECORD,
     Graft,
+    Layer,
+    Slot,
     grafts_of,
     original_class,
     rebind_instance_forward,
 )
 
-Change = tuple[nn.Module, str, Graft | None]
+Change = tuple[nn.Module, Slot, Graft | None]
 """A module, a slot, and what was in it before."""
 
-ORDER = ("rate", "variant", "calls", "insert", "passes")
-"""Kinds of slots in the order of their layers, the lowest first. `calls:dropout` is of kind `calls`."""
+ORDER = ("rate", "variant", "calls", "lend", "insert", "passes")
+"""Kinds of slots in the order of their layers, the lowest first."""
+_WRITTEN_OUT = [Slot("calls", op) for op in ("multi_head_attention_forward", "LSTM", "GRU", "RNN")]
 
-_WRITTEN_OUT = tuple(f"calls:{op}" for op in ("multi_head_attention_forward", "LSTM", "GRU", "RNN"))
 
-
-def rival(module: nn.Module, slot: str) -> str | None:
+def conflicting_slot(module: nn.Module, slot: Slot) -> Slot | None:
     """The slot that must be emptied first: an `nn.LSTM` has its rate set or is written out, never both."""
-    others = _WRITTEN_OUT if slot == "rate" else ("rate",) if slot in _WRITTEN_OUT else ()
-    return next((other for other in others if other in grafts_of(module)), None)
+    rate = Slot("rate")
+    others = _WRITTEN_OUT if slot == rate else [rate] if slot in _WRITTEN_OUT else []
+    return next((other for other in others if str(other) in grafts_of(module)), None)
 
 
-def set_graft(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None:
+def set_graft(module: nn.Module, slot: Slot, graft: Graft | None) -> Graft | None:
     """Put `graft` into a slot, or empty it; returns what was there. Done completely or not at all."""
     grafts = dict(grafts_of(module))
-    previous = grafts.pop(slot, None)
+    previous = grafts.pop(str(slot), None)
     if graft is not None:
-        grafts[slot] = graft
+        grafts[str(slot)] = graft
     was, before = type(module), snapshot(module)
     try:
         module.__class__ = layered(was, _layers(grafts))  # may refuse: an incompatible layout
@@ -58,28 +62,28 @@ def set_graft(module: nn.Module, slot: str, graft: Graft | None) -> Graft | None
     return previous
 
 
-def stands(module: nn.Module, slot: str, graft: Graft) -> bool:
-    """Whether the same graft is in place already, as it was made: then what it has learned is kept."""
-    there = grafts_of(module).get(slot)
-    if there is None or any(module.__dict__.get(name) != value for name, value in graft.written.items()):
+def is_applied(module: nn.Module, current: Graft | None, graft: Graft) -> bool:
+    """Is an identical graft in place? Then its learned state is kept."""
+    if current is None or any(module.__dict__.get(name) != value for name, value in graft.written.items()):
         return False
-    return _meaning(there) == _meaning(graft)
+    return _meaning(current) == _meaning(graft)
 
 
 def _meaning(graft: Graft) -> tuple[object, ...]:
-    rule = (graft.edit.get("variant"), graft.edit.get("options"))
-    return (graft.layer, graft.options, graft.in_eval, graft.mends, rule)
+    residual = getattr(graft, "residual", False)
+    return (graft.layer, graft.variant, graft.rate, graft.options, graft.in_eval, graft.fixes_eval, residual)
 
 
-def _layers(grafts: dict[str, Graft]) -> list[str]:
-    """The layers that the grafts need, each once: all call sites of a module share one."""
-    slots = sorted(grafts, key=lambda slot: ORDER.index(slot.partition(":")[0]))
-    layers = [grafts[slot].layer for slot in slots if grafts[slot].layer]
-    calls = {name for one in layers if one.startswith("calls:") for name in one[6:].split(",")}
-    # Several insertions, too, are one layer.
-    plain = list(dict.fromkeys(one for one in layers if not one.startswith("calls:")))
-    at = next((i for i, one in enumerate(plain) if not one.startswith("variant:")), len(plain))
-    return [*plain[:at], *([f"calls:{','.join(sorted(calls))}"] if calls else []), *plain[at:]]
+def _layers(grafts: dict[str, Graft]) -> list[Layer]:
+    """The layers that the grafts need, one of each builder: all call sites of a module share theirs."""
+    layers: dict[Any, Layer] = {}
+    for graft in sorted(grafts.values(), key=lambda graft: ORDER.index(graft.slot.kind)):
+        layer = graft.layer
+        if layer is not None:
+            other = layers.setdefault(layer.build, layer)
+            if other.args != layer.args:
+                layers[layer.build] = Layer(layer.build, tuple(sorted({*other.args, *layer.args})))
+    return list(layers.values())
 
 
 def _write(module: nn.Module, graft: Graft) -> None:
@@ -90,7 +94,7 @@ def _write(module: nn.Module, graft: Graft) -> None:
         if hasattr(module, name):
             raise ModelError(
                 f"{original_class(module).__name__} has an attribute {name!r}, which the variant brings too",
-                where=graft.edit["path"],
+                where=graft.edit.get("path", ""),
                 remedy="rename it, or leave the site alone: a rule with None",
             )
         if isinstance(value, nn.Parameter):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.training.norm.max_norm import MaxNorm, max_norm
 from regraft.training.rates.schedule import Schedule, schedule
-from regraft.training.rdrop.rdrop import RDropLog, rdrop, state_of, without_rdrop
+from regraft.training.rdrop.layer import disarm
+from regraft.training.rdrop.rdrop import RDropLog, rdrop, state_of
 
 
 class _RDrop:
@@ -61,7 +62,7 @@ class _RDrop:
 
     def on_train_end(self, *_: Any, model: Any = None, **__: Any) -> None:
         """Leave a plain model."""
-        without_rdrop(model)
+        disarm(model)
 
 
 class _Scheduled:

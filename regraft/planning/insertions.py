@@ -10,7 +10,7 @@ from regraft.find.insertion_points import INSERTED, family_to_insert, insertable
 from regraft.find.inspect import Inspection
 from regraft.find.selectors import Selector
 from regraft.find.site import Site
-from regraft.planning.resolve import Choice, choose
+from regraft.planning.resolve import Decision, decide
 from regraft.variants.registry import complete_options, spec
 from regraft.variants.spec import DEFAULT_RATE, Variant
 
@@ -20,7 +20,7 @@ InsertRule = tuple[int, Selector, Variant | None]
 
 def insertions(
     inspection: Inspection, rules: Iterable[InsertRule], fused: str
-) -> tuple[list[Choice], list[RegraftError]]:
+) -> tuple[list[Decision], list[RegraftError]]:
     """What the rules insert, and every problem they have; of two at one place the later wins."""
     rules = list(rules)
     if not rules:
@@ -36,17 +36,17 @@ def insertions(
             continue
         for position in found:
             decided[position, operation(rule[1], sites[position])] = rule
-    choices = []
+    decisions = []
     rates = _growing(sites, decided)
     for (position, op), (index, selector, variant) in sorted(decided.items(), key=lambda one: one[0]):
         if variant is None:
             continue
         p = rates.get((position, op))
         try:
-            choices.append(_chosen(inspection, sites[position], op, (index, selector, variant), fused, p))
+            decisions.append(_decided(inspection, sites[position], op, (index, selector, variant), fused, p))
         except RegraftError as error:
             problems.append(error)
-    return choices, problems
+    return decisions, problems
 
 
 def _matched(sites: list[Site], rule: InsertRule) -> list[int]:
@@ -115,9 +115,9 @@ def _depth(path: str) -> str:
     return ".".join(parts[: last + 1])
 
 
-def _chosen(
+def _decided(
     inspection: Inspection, place: Site, op: str, rule: InsertRule, fused: str, p: float | None
-) -> Choice:
+) -> Decision:
     index, selector, variant = rule
     assert variant is not None
     probe, calls = inspection.probe, place.calls
@@ -127,6 +127,9 @@ def _chosen(
         place,
         kind=INSERTED,
         op=op,
+        position=selector.position,
+        place=place.op,
+        field=selector.field,
         family=family_to_insert(variant.name),
         calls=calls,
         source=probe.lines.get(id(place.module)),
@@ -135,13 +138,12 @@ def _chosen(
         site = replace(site, obstacle=_obstacle(inspection, place, selector, variant))
     if p == 0:
         remedy = "nothing: the rates grow with the depth, from 0; a function as p sets each"
-        return Choice(site, index, reason="the first of the growing rates is 0", remedy=remedy)
+        return Decision(site, index, reason="the first of the growing rates is 0", remedy=remedy)
     if p is not None:
         variant = Variant(variant.name, {**variant.options, "p": p})
-    choice = choose(replace(site, shape=None), index, selector.text, variant, fused)
-    if choice.reason is not None:
-        return choice
-    return replace(choice, site=site, after=_written(choice, site, selector))
+    decision = decide(site, index, selector.text, variant, fused)
+    residual = selector.position == "after" and variant.name == "droppath" and is_block(place)
+    return replace(decision, residual=residual and decision.reason is None)
 
 
 def _obstacle(
@@ -162,11 +164,3 @@ def _obstacle(
     if variant.name == "droppath" and is_block(place) and into and out and into[0] != out[0]:
         return "its output has another shape than its input: it is no residual block", "name its branches"
     return None
-
-
-def _written(choice: Choice, place: Site, selector: Selector) -> str:
-    noise, module = choice.after, place.written
-    if selector.position == "before":
-        return f"{noise}, then {module}"
-    adds = choice.variant is not None and choice.variant.name == "droppath" and is_block(place)
-    return f"{module}, then {noise}" + (" on what it adds" if adds else "")

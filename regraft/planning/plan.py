@@ -5,24 +5,194 @@ The module is not called `plan` because `regraft.plan` is the function.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import nn
 
-from regraft.errors import FileError, MisfitError, OptionError, raise_all
+from regraft.errors import FileError, MisfitError, OptionError, RegraftError, WrongKindError, raise_all
 from regraft.find.graph_nodes import node_marks, owner_path
+from regraft.find.insertion_points import INSERTED, family_to_insert
 from regraft.find.inspect import Inspection, inspect
-from regraft.planning.edits import Edit, Skip, edit_of, skip_of
-from regraft.planning.resolve import Choice
+from regraft.find.selectors import Selector, read_selector
+from regraft.find.site import Site, grafted_site
+from regraft.ops import FAMILIES
+from regraft.planning.resolve import RECURRENT, Decision, acts_in_eval
 from regraft.planning.rules import Rule, read_rules, resolve
 from regraft.record import original_class
+from regraft.report.page import counted
 from regraft.report.view import SCHEMA, View
+from regraft.variants.module import written_options
+from regraft.variants.parse import parse_variant
+from regraft.variants.registry import check_options, spec
+from regraft.variants.spec import DEFAULT_RATE
 
 Rules = Mapping[Any, Any] | Sequence[tuple[Any, Any]]
 """Selector -> variant, in order; a mapping or a list of pairs."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One site that gets a variant. The attributes, all but `site`, are the keys of the JSON.
+
+    `before` and `after` say in words what the other attributes say; nothing reads them.
+
+    Attributes:
+        options: the variant's, as the rule gives them; "p" is a rate, or a factor of the rate that each call
+            carries ("x2"), and is left out where the call's own rate stays.
+        p: the rate of the site before the edit, None where there is none or it is not known.
+        methods: of a call site, the owner's methods that run it.
+        node: of a node in a graph, its name.
+        position: of an insertion, "before" or "after"; `place` is what it is put there of, `field` the
+            argument or part of the output that it is on.
+        residual: of an insertion, is what the module adds to its input dropped, and not its whole output?
+        fixes_eval: did the call drop in eval too, and does the graft end that?
+        cost: what the graft costs beyond the variant itself.
+        site: where in a model it is; None of a plan that was read, until it is applied.
+    """
+
+    path: str
+    paths: list[str]
+    kind: str
+    op: str
+    type: str
+    before: str
+    after: str
+    variant: str
+    options: dict[str, Any]
+    rule: int
+    calls: int | None
+    source: str | None
+    family: str
+    shape: list[int] | None = None
+    p: float | None = None
+    methods: list[str] = dataclasses.field(default_factory=list)
+    node: str = ""
+    position: str = ""
+    place: str = ""
+    field: str = ""
+    residual: bool = False
+    fixes_eval: bool = False
+    cost: str | None = None
+    site: Site | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The edit as plain values, which nothing else holds."""
+        return {name: copy.deepcopy(value) for name, value in vars(self).items() if name != "site"}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "site": None}  # a copy or a pickle of a plan holds no model
+
+    def with_options(self, options: Mapping[str, Any]) -> Edit:
+        """The edit with other options of its variant, and `after` to match."""
+        edit = replace(self, options=dict(options))
+        return replace(edit, after=rendered(edit))
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One selected site that gets none, why, and what would help."""
+
+    path: str
+    paths: list[str]
+    kind: str
+    op: str
+    type: str
+    calls: int | None
+    source: str | None
+    reason: str
+    remedy: str
+    rule: int
+
+
+def _edit_of(decision: Decision) -> Edit:
+    site, variant = decision.site, decision.variant
+    assert variant is not None
+    assert site.family is not None
+    edit = Edit(
+        path=site.path,
+        paths=list(site.paths),
+        kind=site.kind,
+        op=site.op,
+        type=site.type,
+        before=site.written,
+        after="",
+        variant=variant.name,
+        options=dict(variant.options),
+        rule=decision.rule,
+        calls=site.calls,
+        source=site.source,
+        family=site.family,
+        shape=list(site.shape) if site.shape else None,
+        p=None if site.p is None else float(site.p),
+        methods=sorted(site.call.methods) if site.call else [],
+        node=site.node,
+        position=site.position,
+        place=site.place,
+        field=site.field,
+        residual=decision.residual,
+        fixes_eval=(site.draws_in_eval or site.baked is not None) and not acts_in_eval(variant),
+        cost=decision.cost,
+        site=site,
+    )
+    return replace(edit, after=rendered(edit))
+
+
+def _skip_of(decision: Decision) -> Skip:
+    site = decision.site
+    return Skip(
+        path=site.path,
+        paths=list(site.paths),
+        kind=site.kind,
+        op=site.op,
+        type=site.type,
+        calls=site.calls,
+        source=site.source,
+        reason=decision.reason or "",
+        remedy=decision.remedy,
+        rule=decision.rule,
+    )
+
+
+def rendered(edit: Edit) -> str:
+    """The site after the edit, as a diff shows it: `GaussianDropout(p=0.1)`."""
+    noise = _noise(edit)
+    if edit.kind != INSERTED:
+        return noise
+    place = f"{edit.place}({', '.join(map(str, edit.shape))})" if edit.shape else edit.place
+    if edit.position == "before":
+        return f"{noise}, then {place}"
+    return f"{place}, then {noise}" + (" on what it adds" if edit.residual else "")
+
+
+def _noise(edit: Edit) -> str:
+    found, p = spec(edit.variant), _rate(edit)
+    if found.name == "off":
+        return "nothing"
+    called = edit.kind in ("call", "node")
+    if found.name == "dropout" and (called or edit.op in RECURRENT or "ttention" in edit.op):
+        return edit.op if p is None else f"{edit.op}(p={p:g})"
+    title = found.function_for(edit.family) if called else found.module_for(edit.family)
+    options = {key: value for key, value in edit.options.items() if key != "p"}
+    shape = ", ".join(map(str, edit.shape)) if edit.shape and edit.kind != INSERTED else ""
+    inside = ", ".join(filter(None, [shape, written_options(p, {**found.defaults, **options})]))
+    return f"{title.__name__}({inside})" if inside or edit.kind == "module" else title.__name__
+
+
+def _rate(edit: Edit) -> float | None:
+    """The rate that the site has after the edit; None where there is none or it is not known."""
+    p = edit.options.get("p")
+    if not spec(edit.variant).rated:
+        return None
+    if isinstance(p, (int, float)):
+        return p
+    unknown = edit.kind in ("call", "node") and edit.p is None
+    base = None if unknown else DEFAULT_RATE if edit.p is None else edit.p
+    return base if base is None or p is None else base * float(p[1:])
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,13 +215,17 @@ class Plan(View):
     grafted: list[Edit]
     skipped: list[Skip]
     fingerprint: dict[str, str]
-    notes: list[str] = field(default_factory=list)
-    probe: dict[str, Any] = field(default_factory=dict)
-    boundaries: list[str] = field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    probe: dict[str, Any] = dataclasses.field(default_factory=dict)
+    boundaries: list[str] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values; `Plan.from_json` reads them back."""
-        return {"schema": SCHEMA, "view": "plan", **asdict(self)}
+        views = {
+            "grafted": [edit.to_dict() for edit in self.grafted],
+            "skipped": [asdict(skip) for skip in self.skipped],
+        }
+        return {"schema": SCHEMA, "view": "plan", **copy.deepcopy({**vars(self), **views})}
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -71,31 +245,146 @@ class Plan(View):
                 where=f"schema {found!r}, expected {SCHEMA}",
                 remedy="give what plan.to_json() wrote",
             )
-        known = {one.name for one in fields(cls)}
+        known = {one.name for one in dataclasses.fields(cls)}
         try:
             values["grafted"] = [Edit(**edit) for edit in values["grafted"]]
             values["skipped"] = [Skip(**skip) for skip in values["skipped"]]
-            return cls(**{key: value for key, value in values.items() if key in known})
-        except (KeyError, TypeError) as error:
+            plan = cls(**{key: value for key, value in values.items() if key in known})
+            raise_all(list(_problems(plan)))
+            return replace(plan, grafted=[edit.with_options(edit.options) for edit in plan.grafted])
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, RegraftError):
+                raise
             raise FileError(f"this JSON is no whole plan: {error}") from None
 
-    def check_fits(self, inspection: Inspection) -> None:
-        """Raise MisfitError with every difference between the model and the one the plan was made for."""
-        found = fingerprint(inspection, self.fingerprint)
-        lines = []
-        for path, expected in self.fingerprint.items():
-            actual = found.get(path)
-            if actual != expected:
-                lines.append(
-                    f"{path or '(the model)'}: the plan has {expected}, this model {actual or 'nothing'}"
-                )
-        if lines:
+    def located(self, inspection: Inspection) -> Plan:
+        """The plan with the sites of its edits in the model that was inspected.
+
+        A note lists the sites that its rules match in this model and that it does not name.
+
+        Raises:
+            MisfitError: every difference between the model and the one the plan was made for.
+        """
+        actual = fingerprint(inspection, self.fingerprint)
+        differ = [
+            f"{path or '(the model)'}: the plan has {mark}, this model {actual.get(path) or 'nothing'}"
+            for path, mark in self.fingerprint.items()
+            if actual.get(path) != mark
+        ]
+        by_path = {path: named for named in inspection.modules for path in named.paths}
+        known = {(one.path, one.kind, one.op): one for one in inspection.sites if one.kind != INSERTED}
+        edits = []
+        for edit in self.grafted:
+            owner = edit.path.removesuffix(edit.node).removesuffix(".") if edit.node else edit.path
+            site = known.get((edit.path, edit.kind, edit.op))
+            if site is None and edit.kind != "module" and owner in by_path:
+                site = grafted_site(by_path[owner].module, edit.paths, edit.to_dict())
+            if site is not None:
+                edits.append(replace(edit, site=site))
+            elif actual.get(edit.path) == self.fingerprint.get(edit.path):
+                differ.append(f"{edit.path}: the plan has {edit.op}, which this model has not")
+        if differ:
             raise MisfitError(
-                f"the plan was made for another {self.model}; {len(lines)} sites differ:\n    "
-                + "\n    ".join(lines[:20])
-                + ("" if len(lines) <= 20 else f"\n    and {len(lines) - 20} more"),
+                f"the plan was made for another {self.model}; {len(differ)} sites differ:\n    "
+                + "\n    ".join(differ[:20])
+                + ("" if len(differ) <= 20 else f"\n    and {len(differ) - 20} more"),
                 remedy="make a new one: regraft.plan(model, rules)",
             )
+        return replace(self, grafted=edits, notes=[*self.notes, *self._unnamed(inspection)])
+
+    def _unnamed(self, inspection: Inspection) -> list[str]:
+        """What the rules match in this model, and no edit, no skip and no other rule speaks of."""
+        lines: list[Edit | Skip] = [*self.grafted, *self.skipped]
+        named = {path for line in lines for path in line.paths}
+        selectors = [(_readable(text), variant) for text, variant in self.rules]
+        missed: dict[int, list[str]] = {}
+        for site in inspection.sites:
+            matching = [i for i, (one, _) in enumerate(selectors) if one is not None and one.matches(site)]
+            if site.kind == INSERTED or not matching or not named.isdisjoint(site.paths):
+                continue
+            name = (selectors[matching[-1]][1] or "").partition("(")[0]
+            if name and site.family in spec(name).families:
+                missed.setdefault(matching[-1], []).append(site.path)
+        return [
+            f"{counted(len(paths), 'site')} that {self.rules[rule][0]!r} matches in this model "
+            f"{'is' if len(paths) == 1 else 'are'} not in the plan and stay as they are: "
+            + ", ".join(paths[:5])
+            + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+            for rule, paths in missed.items()
+        ]
+
+
+def _readable(text: str | None) -> Selector | None:
+    """The selector that a rule's text stands for; None of a predicate, which has only a name."""
+    named = text is None or text.removeprefix("before:").removeprefix("after:").startswith("<")
+    return None if named else read_selector(text)
+
+
+def _problems(plan: Plan) -> Iterator[RegraftError]:
+    """What does not go together in a plan that was read, and perhaps edited by hand."""
+    for index, edit in enumerate(plan.grafted):
+        where = f"grafted[{index}], at {edit.path!r}"
+        try:
+            _check_edit(edit)
+            if not 0 <= edit.rule < len(plan.rules):
+                raise FileError(f"there is no rule {edit.rule}", remedy=f"give one of {len(plan.rules)}")
+            _check_rule(edit, *plan.rules[edit.rule])
+        except RegraftError as error:
+            error.where = f"{where}: {error.where}".removesuffix(": ")
+            yield error
+
+
+def _check_edit(edit: Edit) -> None:
+    hints = get_type_hints(Edit)
+    for name, value in edit.to_dict().items():
+        if not _is_a(value, hints[name]):
+            raise FileError(f"{name} is {value!r}", remedy=f"it is of type {Edit.__annotations__[name]}")
+    found = spec(edit.variant)
+    check_options(found, edit.options)
+    families: Iterable[str | None] = found.families
+    if edit.kind == INSERTED:
+        families = [family_to_insert(edit.variant)]
+        text = f"{edit.position}:{edit.place}" + (f"#{edit.field}" if edit.field else "")
+        if edit.position not in ("before", "after") or edit.op != text:
+            raise FileError(f"op is {edit.op!r}", remedy=f"its position, place and field say {text!r}")
+    elif edit.kind not in ("module", "call", "node"):
+        raise FileError(f"kind is {edit.kind!r}", remedy="'module', 'call', 'node' or 'inserted'")
+    elif edit.kind == "call" and FAMILIES.get(edit.op) != edit.family:
+        raise FileError(f"no call is of op {edit.op!r} and family {edit.family!r}")
+    if edit.family not in families:
+        raise WrongKindError(f"{edit.variant!r} cannot take the place of {edit.op} ({edit.family})")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Is the value, read from JSON, of the type that an annotation names?"""
+    inside, origin = get_args(hint), get_origin(hint)
+    if origin is list:
+        return isinstance(value, list) and all(_is_a(each, inside[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if inside:
+        return any(_is_a(value, each) for each in inside)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is hint
+
+
+def _check_rule(edit: Edit, text: str | None, variant: str | None) -> None:
+    """Raise unless an edit is one that its rule can have meant: rules are what a report prints."""
+    says = f"rule {edit.rule} says {text!r}: {variant!r}"
+    remedy = "edits are what is carried out: change both, or add a rule of its own for this site"
+    selector = _readable(text)
+    if selector is not None and not selector.path_matches(tuple(edit.paths)):
+        raise FileError(f"{says}, which does not mean this path", remedy=remedy)
+    if variant is None or variant.partition("(")[0] != edit.variant:
+        raise FileError(f"{says}, and the edit {edit.variant!r}", remedy=remedy)
+    if "<" in variant:
+        return  # a function, of which the text has the name
+    for name, value in parse_variant(variant).options.items():
+        grows = edit.kind == INSERTED and edit.variant == "droppath"
+        relative = name == "p" and (isinstance(value, str) or grows)
+        if name != "fused" and not relative and edit.options.get(name) != value:
+            raise FileError(f"{says}, and the edit {name}={edit.options.get(name)!r}", remedy=remedy)
 
 
 def fingerprint(inspection: Inspection, paths: Iterable[str]) -> dict[str, str]:
@@ -148,10 +437,10 @@ def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> P
     """The plan for a model that has been inspected."""
     if fused not in ("auto", "write", "keep"):
         raise OptionError(f"fused={fused!r}", remedy="'auto', 'write' or 'keep'")
-    choices, problems = resolve(inspection, rules, fused)
+    decisions, problems = resolve(inspection, rules, fused)
     raise_all(problems)
-    edits = [edit_of(choice) for choice in choices if choice.reason is None]
-    skips = [skip_of(choice) for choice in choices if choice.reason is not None]
+    edits = [_edit_of(decision) for decision in decisions if decision.reason is None]
+    skips = [_skip_of(decision) for decision in decisions if decision.reason is not None]
     selected = [*(edit.path for edit in edits), *(skip.path for skip in skips)]
     return Plan(
         model=type(inspection.root).__name__,
@@ -159,7 +448,7 @@ def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> P
         grafted=edits,
         skipped=skips,
         fingerprint=fingerprint(inspection, selected),
-        notes=[*inspection.notes, *_notes(edits, skips, choices)],
+        notes=[*inspection.notes, *_notes(edits, skips, decisions)],
         probe=inspection.probe.to_dict(),
         boundaries=_boundaries(inspection, edits),
     )
@@ -180,8 +469,8 @@ def _boundaries(inspection: Inspection, edits: list[Edit]) -> list[str]:
     )
 
 
-def _notes(edits: list[Edit], skips: list[Skip], choices: list[Choice]) -> list[str]:
-    at_zero = [choice for choice in choices if choice.at_zero]
+def _notes(edits: list[Edit], skips: list[Skip], decisions: list[Decision]) -> list[str]:
+    at_zero = [decision for decision in decisions if decision.at_zero]
     if not edits and skips and len(at_zero) == len(skips):
         return [
             f"every selected site is at rate 0, so nothing was grafted: {at_zero[0].remedy}, "

@@ -1,4 +1,4 @@
-"""Choices: what becomes of one selected site under one rule, with the rate, or the reason why nothing."""
+"""Decisions: what becomes of one selected site under one rule, with the rate, or the reason why nothing."""
 
 from __future__ import annotations
 
@@ -6,34 +6,38 @@ from dataclasses import dataclass
 from typing import Any
 
 from regraft.errors import RateError
-from regraft.find.functions import ATTENTION, DROP_PATH
-from regraft.find.kinds import OPAQUE
 from regraft.find.site import Site
-from regraft.variants.module import check_rate, written_options
+from regraft.ops import ATTENTION, DROP_PATH, HIDDEN
+from regraft.variants.module import check_rate
 from regraft.variants.registry import complete_options, spec
 from regraft.variants.spec import DEFAULT_RATE, Spec, Variant
 
 _RATE_ONLY = ("dropout", "off")
-_RECURRENT = ("LSTM", "GRU", "RNN")
+RECURRENT = ("LSTM", "GRU", "RNN")
 _MOST_SCORES = 2**30
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a rule decided for one site: a variant with its rate, or the reason why not."""
+class Decision:
+    """What a rule decided for one site: a variant with its rate, or the reason why not.
+
+    Attributes:
+        residual: of an insertion, is what the module adds to its input dropped, and not its whole output?
+        at_zero: is the reason that the site's rate is 0?
+    """
 
     site: Site
     rule: int
     variant: Variant | None = None
-    after: str = ""
+    residual: bool = False
     cost: str | None = None
     reason: str | None = None
     remedy: str = ""
     at_zero: bool = False
 
 
-def choose(site: Site, index: int, selector: str, variant: Variant, fused: str) -> Choice:
-    """The choice for `site` under rule number `index`.
+def decide(site: Site, index: int, selector: str, variant: Variant, fused: str) -> Decision:
+    """The decision for `site` under rule number `index`.
 
     Raises:
         RateError: the rule gives the site a rate outside [0, 1).
@@ -41,18 +45,19 @@ def choose(site: Site, index: int, selector: str, variant: Variant, fused: str) 
     found = spec(variant.name)
     why_not = _why_not(site, found, variant, str(variant.options.get("fused", fused)))
     if why_not is not None:
-        return Choice(site, index, reason=why_not[0], remedy=why_not[1])
+        return Decision(site, index, reason=why_not[0], remedy=why_not[1])
     p = _rate(site, found, variant, f"rule {index}: {selector!r}, at {site.path!r}")
+    example = f"{selector!r}: '{variant.name}(p=0.1)'"
     if p is not None and _own_rate_of_1(site, variant):
-        example = f"{selector!r}: '{variant.name}(p=0.1)'"
-        return Choice(site, index, reason="its rate is 1: it drops everything", remedy=f"name one: {example}")
+        return Decision(
+            site, index, reason="its rate is 1: it drops everything", remedy=f"name one: {example}"
+        )
     if p == 0 and not _sets_rate(variant) and _needs_rate(found, variant):
-        example = f"{selector!r}: '{variant.name}(p=0.1)'"
-        return Choice(site, index, reason="its rate is 0", remedy=f"name one: {example}", at_zero=True)
+        return Decision(site, index, reason="its rate is 0", remedy=f"name one: {example}", at_zero=True)
     options = {key: value for key, value in variant.options.items() if key not in ("p", "fused")}
     kept = _kept_rate(site, found, variant, p)
-    chosen = Variant(variant.name, options if kept is None else {"p": kept, **options})
-    return Choice(site, index, chosen, _after(site, found, p, options), cost=_cost(site, variant.name))
+    decided = Variant(variant.name, options if kept is None else {"p": kept, **options})
+    return Decision(site, index, decided, cost=_cost(site, variant.name))
 
 
 def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str, str] | None:
@@ -65,7 +70,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
             "its forward was never called in the probe",
             "nothing to regularize unless another input runs it: then give that as inputs=",
         )
-    if site.op in _RECURRENT and getattr(site.module, "num_layers", 2) == 1:
+    if site.op in RECURRENT and getattr(site.module, "num_layers", 2) == 1:
         return f"an {site.op} of one layer has no dropout: it drops between layers", "drop its output instead"
     if found.name == "off" and site.family not in ("Dropout", "DropPath") and site.variant is None:
         return "there is no regularizer to take out", "drop the rule"
@@ -81,7 +86,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
             "its rate is not known, since the probe did not run it, and in eval a call carries none",
             f"name one: '{found.name}(p=0.1)', or give inputs= that run it",
         )
-    inside = "call" if site.op in OPAQUE.values() else site.kind
+    inside = "call" if site.op in HIDDEN.values() else site.kind
     if inside in ("call", "node") and found.adds_state(_complete(found, variant)):
         return (
             f"{found.name!r} brings state of its own, and a {inside} has no module to keep it",
@@ -110,7 +115,7 @@ def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:
 def _cost(site: Site, variant: str) -> str | None:
     if site.op in (ATTENTION, "MultiheadAttention", "multi_head_attention_forward"):
         return None if variant in _RATE_ONLY else "attention is written out: its scores are kept in memory"
-    if site.op in _RECURRENT and variant not in _RATE_ONLY:
+    if site.op in RECURRENT and variant not in _RATE_ONLY:
         return "its layers run one after the other, no longer in one kernel"
     return None
 
@@ -182,19 +187,3 @@ def _kept_rate(site: Site, found: Spec, variant: Variant, p: float | None) -> fl
     if isinstance(given, str):
         return given
     return None if given is None else p
-
-
-def _after(site: Site, found: Spec, p: float | None, options: dict[str, Any]) -> str:
-    if found.name == "off":
-        return "nothing"
-    if found.name == "dropout" and (
-        site.kind in ("call", "node") or site.op in _RECURRENT or "ttention" in site.op
-    ):
-        return site.op if p is None else f"{site.op}(p={p:g})"
-    if site.kind in ("call", "node"):
-        name = found.function_for(site.family or "").__name__
-    else:
-        name = found.module_for(site.family or "").__name__
-    shape = ", ".join(map(str, site.shape)) if site.shape else ""
-    inside = ", ".join(filter(None, [shape, written_options(p, {**found.defaults, **options})]))
-    return f"{name}({inside})" if inside or site.kind == "module" else name

@@ -17,7 +17,7 @@ from regraft.errors import (
 from regraft.find.inspect import Inspection
 from regraft.find.selectors import Selector, read_selector
 from regraft.planning.insertions import insertions
-from regraft.planning.resolve import Choice, choose
+from regraft.planning.resolve import Decision, decide
 from regraft.variants.parse import parse_variant
 from regraft.variants.registry import spec
 from regraft.variants.spec import Variant
@@ -70,7 +70,7 @@ def _read_pair(pair: Any) -> Rule:
 
 def resolve(
     inspection: Inspection, rules: list[Rule], fused: str = "auto"
-) -> tuple[list[Choice], list[RegraftError]]:
+) -> tuple[list[Decision], list[RegraftError]]:
     """What the rules decide for each selected site, and every problem they have."""
     problems: list[RegraftError] = []
     decided: dict[int, int] = {}
@@ -82,19 +82,19 @@ def resolve(
                 decided[position] = index
         except RegraftError as error:
             problems.append(error)
-    choices: list[Choice] = []
+    decisions: list[Decision] = []
     for position, index in sorted(decided.items()):
         variant = rules[index].variant
         if variant is None:
             continue
         try:
             site, text = inspection.sites[position], rules[index].selector.text
-            choices.append(choose(site, index, text, variant, fused))
+            decisions.append(decide(site, index, text, variant, fused))
         except RegraftError as error:
             problems.append(error)
     inserting = [(at, rule.selector, rule.variant) for at, rule in enumerate(rules) if rule.selector.position]
     inserted, more = insertions(inspection, inserting, fused)
-    return [*choices, *inserted], [*problems, *more]
+    return [*decisions, *inserted], [*problems, *more]
 
 
 def _matched(inspection: Inspection, rule: Rule, index: int) -> list[int]:

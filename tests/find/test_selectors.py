@@ -71,7 +71,10 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x):
-        return x
+        if not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        return x / keep * torch.rand(x.shape[0], *[1] * (x.dim() - 1)).add(keep).floor()
 
 
 class StochasticDepth(DropPath):

@@ -80,9 +80,11 @@ def test_another_variant_or_rate_is_told_to_be_out_of_reach(build, rule):
     assert "attribute" in skip.remedy
 
 
-def test_a_draw_of_rows_with_nothing_that_says_drop_is_no_site():
+def test_a_draw_of_rows_that_is_no_mask_is_no_drop_path():
     class Noise(nn.Module):
         def forward(self, x):
             return x * torch.rand(x.shape[0], 1, 1)
 
-    assert regraft.inspect(Noise(), X[:4]).sites == []
+    inspection = regraft.inspect(nn.Sequential(Noise()), X[:4])
+    assert [(site.kind, site.op, site.p) for site in inspection.sites] == [("module", "Noise", None)]
+    assert inspection.balance == {"draws": 1, "sites": 0, "other": 0, "unrecognized": 1}

@@ -1,6 +1,6 @@
 """The sites of a model that was read from a file: what `regraft.find` sees of a module, seen by name.
 
-The rules are those of `regraft.find.kinds`, which asks real classes and so needs torch; a test holds the
+The rules are those of `regraft.find.recognize`, which asks real classes and so needs torch; a test holds the
 two to the same answers.
 """
 

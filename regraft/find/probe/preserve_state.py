@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from regraft.record import temporarily_ungrafted
 
 
 @contextmanager
@@ -116,3 +119,82 @@ def silent() -> Iterator[None]:
             yield
     finally:
         logger.disabled = was
+
+
+@contextmanager
+def forgotten(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Clears every `lru_cache` in the files of the modules' classes that was populated meanwhile.
+
+    Position tables and anchors are often cached: fake ones would serve every later forward.
+    """
+    before = [(function, function.cache_info().misses) for function in remembering(modules)]
+    try:
+        yield
+    finally:
+        for function, misses in before:
+            if function.cache_info().misses != misses:
+                function.cache_clear()
+
+
+def remembering(modules: Iterable[nn.Module]) -> list[Any]:
+    """The functions and methods under `lru_cache` in the files that the modules' classes come from."""
+    classes = {base for module in modules for base in type(module).__mro__}
+    names = {base.__module__ for base in classes}
+    files = [sys.modules[name] for name in names if name in sys.modules and not name.startswith("torch.")]
+    return [
+        function for holder in (*files, *classes) for value in _values(holder) for function in _cached(value)
+    ]
+
+
+def _values(holder: Any) -> list[Any]:
+    return list(getattr(holder, "__dict__", {}).values())
+
+
+def _cached(value: Any) -> Iterator[Any]:
+    """`value` if it remembers, or what it closes over: a decorator of one's own around `lru_cache`."""
+    value = getattr(value, "__func__", value)
+    if isinstance(value, functools._lru_cache_wrapper):
+        yield value
+    for cell in getattr(value, "__closure__", None) or ():
+        try:
+            inside = cell.cell_contents
+        except ValueError:  # a cell that is not filled yet
+            continue
+        if isinstance(inside, functools._lru_cache_wrapper):
+            yield inside
+
+
+_LAYER_DROPS = ("layerdrop", "layer_drop")
+
+
+class MarkedRate(float):
+    """A rate that knows whose it is: the same number, so that no model can notice."""
+
+    module: nn.Module
+
+
+@contextmanager
+def marked(modules: list[nn.Module]) -> Iterator[None]:
+    """The originals of all modules in training mode; afterwards everything is as it was.
+
+    LayerDrop is at 0, so that no layer is missed. Each dropout's rate is marked, so that a call that uses
+    it tells which module it got it from.
+    """
+    with unchanged(modules), temporarily_ungrafted(modules):
+        set_training(modules, mode=True)
+        for module in modules:
+            attributes = module.__dict__
+            for name in _LAYER_DROPS:
+                if isinstance(attributes.get(name), float):
+                    attributes[name] = 0.0
+            rate: Any = attributes.get("p")
+            if isinstance(rate, (float, int)) and not isinstance(rate, bool) and 0 <= rate <= 1:
+                attributes["p"] = MarkedRate(rate)
+                attributes["p"].module = module
+        yield
+
+
+def set_training(modules: list[nn.Module], *, mode: bool) -> None:
+    """Set the flags themselves: a `train()` of the user's own may leave some of them alone."""
+    for module in modules:
+        module.__dict__["training"] = mode

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
@@ -18,10 +17,17 @@ from torch.utils._pytree import tree_map
 from regraft.errors import InputsError
 from regraft.find.calls import Called
 from regraft.find.probe.example_inputs import Inputs
-from regraft.find.probe.memoized import forgotten
-from regraft.find.probe.modes import MarkedRate, marked, set_training
-from regraft.find.probe.preserve_state import buffers_kept, random_state_kept, silent
-from regraft.find.probe.trace_forward import watch
+from regraft.find.probe.fake import fake, fake_state
+from regraft.find.probe.ledger import Draw, ObservedFakeMode, Recorder, observe
+from regraft.find.probe.preserve_state import (
+    MarkedRate,
+    buffers_kept,
+    forgotten,
+    marked,
+    random_state_kept,
+    set_training,
+    silent,
+)
 from regraft.find.tensor_io import Flow
 
 
@@ -39,7 +45,9 @@ class Probe:
         twins: the modules whose rate a call used, by the id of the call's owner and its operation.
         eval_called: the functional dropouts that drew in eval.
         flows: the first tensor that went into and came out of each module, by id; None where not known.
-        layer_drops: lines that drew a scalar to decide whether a layer runs.
+        draws: every draw of the training forward.
+        eval_draws: every draw of the one in eval.
+        read: modules whose weight an operation read, by id.
     """
 
     how: str | None = None
@@ -50,7 +58,9 @@ class Probe:
     called: list[Called] = field(default_factory=list)
     twins: dict[tuple[int, str], list[nn.Module]] = field(default_factory=dict)
     eval_called: list[Called] = field(default_factory=list)
-    layer_drops: list[str] = field(default_factory=list)
+    draws: list[Draw] = field(default_factory=list)
+    eval_draws: list[Draw] = field(default_factory=list)
+    read: set[int] = field(default_factory=set)
     flows: dict[int, tuple[Flow | None, Flow | None]] = field(default_factory=dict)
     covered: set[int] | None = None
     """Where only parts of the model could be run: the modules inside those, by id."""
@@ -70,7 +80,9 @@ class Probe:
         self.called += part.called
         self.twins |= part.twins
         self.eval_called += part.eval_called
-        self.layer_drops += part.layer_drops
+        self.draws += part.draws
+        self.eval_draws += part.eval_draws
+        self.read |= part.read
         self.flows |= part.flows
         self.seconds = round((self.seconds or 0) + (part.seconds or 0), 3)
 
@@ -82,18 +94,23 @@ Forward = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 def run_probe(
-    model: nn.Module, every: list[nn.Module], candidates: Iterable[Inputs], sites: set[int]
+    model: nn.Module,
+    every: list[nn.Module],
+    candidates: Iterable[Inputs],
+    sites: set[int],
+    recorders: Sequence[Recorder] = (),
 ) -> Probe:
     """Look at a training and an eval forward of `model`, which is left as it was.
 
     `every` are its modules, `sites` those whose calling lines are wanted. Of the candidates the first that
     runs is taken. Where fake tensors do not carry the forward (it branches on data), it is run for real.
+    `recorders` are told every operation of the training forward.
     """
     if any(is_lazy(parameter) for parameter in model.parameters()):
         # A lazy module makes its weights in its first forward, which is not the probe's to run.
         return Probe(reason="a module of it is lazy, and has no weights before its first forward")
     began = time.perf_counter()
-    probe = _first_that_runs(model, every, candidates, sites)
+    probe = _first_that_runs(_Look(model, every, sites, recorders), candidates)
     probe.seconds = None if probe.reason == _UNKNOWN else round(time.perf_counter() - began, 3)
     return probe
 
@@ -101,16 +118,24 @@ def run_probe(
 _UNKNOWN = "regraft does not know this model's inputs; give inputs="
 
 
-def _first_that_runs(
-    model: nn.Module, every: list[nn.Module], candidates: Iterable[Inputs], sites: set[int]
-) -> Probe:
+@dataclass(frozen=True)
+class _Look:
+    """What is looked at: the model, its modules, and what is wanted of it."""
+
+    model: nn.Module
+    every: list[nn.Module]
+    sites: set[int]
+    recorders: Sequence[Recorder]
+
+
+def _first_that_runs(look: _Look, candidates: Iterable[Inputs]) -> Probe:
     failed: list[tuple[Inputs, Exception]] = []
     for inputs in candidates:
         try:
-            if any(hasattr(module, "reshard") for module in every):
+            if any(hasattr(module, "reshard") for module in look.every):
                 # Fake tensors would stay behind in the state that FSDP keeps of its shards.
                 raise InputsError("its parameters are sharded by FSDP")
-            probe = _on_fake_tensors(model, every, inputs, sites)
+            probe = _on_fake_tensors(look, inputs)
         except Exception as error:
             failed.append((inputs, error))
         else:
@@ -123,7 +148,7 @@ def _first_that_runs(
     probes = []
     for inputs, why in faked[:_MOST_REAL] or failed[:1]:
         reason = f"the forward cannot run on fake tensors: {_one_line(why)}"
-        probes.append(_for_real(model, every, inputs, sites, reason))
+        probes.append(_for_real(look, inputs, reason))
         if probes[-1].ran:
             return probes[-1]
     return probes[0]
@@ -143,84 +168,85 @@ _FAKE_ERRORS = (
 )
 
 
-def _on_fake_tensors(model: nn.Module, every: list[nn.Module], inputs: Inputs, sites: set[int]) -> Probe:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with silent(), forgotten(every), marked(every), random_state_kept():
-        state, device = _faked_state(model, mode)
-        args, kwargs = tree_map(lambda leaf: _faked(leaf, mode, device), (inputs.args, inputs.kwargs))
+def _on_fake_tensors(look: _Look, inputs: Inputs) -> Probe:
+    mode = ObservedFakeMode(allow_non_fake_inputs=True)
+    with silent(), forgotten(look.every), marked(look.every), random_state_kept():
+        state = fake_state(look.model, mode)
+        device = next(reversed(state.values())).device if state else torch.device("cpu")
+        args, kwargs = tree_map(lambda leaf: fake(leaf, mode, device), (inputs.args, inputs.kwargs))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(model, state, args, kwargs)
+            return functional_call(look.model, state, args, kwargs)
 
         with mode:
-            return _both(model, every, (forward, args, kwargs), sites)
+            return _both(look, (forward, args, kwargs), state, mode)
 
 
-def _for_real(
-    model: nn.Module, every: list[nn.Module], inputs: Inputs, sites: set[int], reason: str
-) -> Probe:
+def _for_real(look: _Look, inputs: Inputs, reason: str) -> Probe:
+    model, every = look.model, look.every
     devices = {p.device for p in model.parameters()}
     if torch.device("meta") in devices or len(devices) > 1:
         return Probe(reason=reason)
     args, kwargs = tree_map(lambda leaf: _moved(leaf, devices), (inputs.args, inputs.kwargs))
+    state = dict([*model.named_parameters(), *model.named_buffers()])
     try:
         with silent(), buffers_kept(every), marked(every), random_state_kept():
-            probe = _both(model, every, (model, args, kwargs), sites)
+            probe = _both(look, (model, args, kwargs), state)
     except Exception as error:
         return Probe(reason=f"{reason}; nor does a real one run: {_one_line(error)}")
     probe.how, probe.reason = "real forward", reason
     return probe
 
 
-def _both(model: nn.Module, every: list[nn.Module], forward: Forward, sites: set[int]) -> Probe:
-    known = {id(module) for module in every}
-    seen = watch(*forward, sites, known=known)
+def _both(
+    look: _Look, forward: Forward, state: Mapping[str, Tensor], mode: ObservedFakeMode | None = None
+) -> Probe:
+    known = {id(module): module for module in look.every}
+    seen = observe(
+        *forward, known=known, sites=look.sites, state=state, recorders=look.recorders, fake_mode=mode
+    )
+    if any(draw.op in ("numpy", "python") for draw in seen.draws):
+        seen.draws = observe(*forward, known=known, state=state, fake_mode=mode, locate=True).draws
     probe = Probe(
-        **{name: getattr(seen, name) for name in ("counts", "lines", "called", "layer_drops", "flows")}
+        counts=seen.counts,
+        lines=seen.lines,
+        called=seen.called,
+        flows=seen.flows,
+        draws=seen.draws,
+        read=_modules_read(look.model, seen.read),
     )
     # With those that the first forward made and kept.
-    set_training([*every, *model.modules()], mode=False)
+    set_training([*look.every, *look.model.modules()], mode=False)
     try:
-        in_eval = watch(*forward, set(), known=known, modules_too=True).called
+        by_hand = any(draw.call is None for draw in seen.draws)
+        in_eval = observe(*forward, known=known, modules_too=True, operations=by_hand, fake_mode=mode)
     except Exception:  # only the diagnosis of eval is lost; the training forward stands
-        in_eval = []
-    probe.eval_called = [called for called in in_eval if called.p > 0]
-    _name_twins(probe)
-    return probe
+        return _with_twins(probe)
+    probe.eval_called = [called for called in in_eval.called if called.p != 0]
+    probe.eval_draws = in_eval.draws
+    return _with_twins(probe)
 
 
-def _name_twins(probe: Probe) -> None:
-    """Find the modules whose rates were used by calls."""
+def _modules_read(model: nn.Module, names: set[str]) -> set[int]:
+    """The modules whose weights are those of these names, tied ones included."""
+    weights = {id(p) for name, p in model.named_parameters() if name in names}
+    return {
+        id(module)
+        for module in model.modules()
+        if "weight" in module._parameters and id(module._parameters["weight"]) in weights
+    }
+
+
+def _with_twins(probe: Probe) -> Probe:
+    """The probe with the modules whose rates were used by calls; the marks are taken off."""
     for called in probe.called:
         owners = [rate.module for rate in called.rates if isinstance(rate, MarkedRate)]
         probe.twins[id(called.owner), called.op] = list({id(owner): owner for owner in owners}.values())
     for called in [*probe.called, *probe.eval_called]:
-        called.rates = [float(rate) for rate in called.rates]
-
-
-def _faked_state(model: nn.Module, mode: FakeTensorMode) -> tuple[dict[str, Tensor], torch.device]:
-    # A tied weight must stay one tensor, so fakes are made by identity.
-    fakes: dict[int, Tensor] = {}
-    state: dict[str, Tensor] = {}
-    device = torch.device("cpu")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) not in fakes:
-            fakes[id(tensor)] = _faked(tensor, mode, None)
-        state[name] = fakes[id(tensor)]
-        device = state[name].device
-    return state, device
-
-
-def _faked(leaf: Any, mode: FakeTensorMode, device: torch.device | None) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    place = device or (torch.device("cpu") if leaf.is_meta else leaf.device)
-    if device is None and not leaf.is_meta:
-        return mode.from_tensor(leaf, static_shapes=True)
-    with mode:
-        if leaf.is_meta:
-            return torch.empty_like(leaf, device=place)
-        return mode.from_tensor(leaf, static_shapes=True).to(place)
+        called.rates = [None if rate is None else float(rate) for rate in called.rates]
+    for draw in [*probe.draws, *probe.eval_draws]:
+        draw.p = None if draw.p is None else float(draw.p)
+    return probe
 
 
 def _moved(leaf: Any, devices: set[torch.device]) -> Any:

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from regraft.errors import ModelError
-from regraft.find.kinds import op_of
+from regraft.find.recognize import op_of
 from regraft.record import original_class
 
 

@@ -85,8 +85,6 @@ def looked(model: nn.Module, call: Call) -> Traits:
             return Traits(no_sharing=why(error), no_batch=[None])
     if traits.plain.elsewhere:
         traits.no_sharing = traits.elsewhere = _ELSEWHERE
-    elif traits.plain.checkpointed and torch.is_grad_enabled():
-        traits.no_sharing = "it recomputes a part of itself in the backward (gradient checkpointing)"
     else:
         _look_at_sharing(traits, model, call)
     return traits

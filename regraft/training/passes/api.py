@@ -15,6 +15,7 @@ from regraft.find.walk import inner_model
 from regraft.training.passes.analyze import SHARED_DRAW, Call, Traits, why
 from regraft.training.passes.caches import own_caches, without_caches
 from regraft.training.passes.choice import log, no_batch, traits_of
+from regraft.training.passes.intercept import RecomputeError
 from regraft.training.passes.measure import Forward
 from regraft.training.passes.nested import mapped
 from regraft.training.passes.per_pass_modules import modules_of
@@ -60,8 +61,8 @@ def stochastic_passes(
 
     Under "shared", a module that vmap cannot run (routed experts, LayerDrop) runs once for each pass, and
     what is around it is shared. Autocast works, and so do hooks, grafts and models whose attention is
-    fused; gradient checkpointing, compiled models and models sharded by FSDP do not, and "auto" repeats
-    the batch for them. Inside `torch.compile` "auto" repeats the batch. A cache of keys and values that
+    fused; gradient checkpointing behind the first random operation, compiled models and models sharded by
+    FSDP do not, and "auto" repeats the batch for them. Inside `torch.compile` "auto" repeats the batch. A cache of keys and values that
     was not asked for by `use_cache=True` is None among the outputs.
 
     Raises:
@@ -141,7 +142,10 @@ class _Passes:
         traits = traits_of(self.model, self.call)
         if traits.no_sharing is not None:
             raise self._cannot("shared", traits.no_sharing)
-        return self._by_sharing(traits)
+        try:
+            return self._by_sharing(traits)
+        except RecomputeError as error:  # switched on since the analysis
+            raise self._cannot("shared", str(error)) from error
 
     def batch(self) -> Any:
         reason = no_batch(traits_of(self.model, self.call), self.model, self.call, self.options)

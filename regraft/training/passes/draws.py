@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from regraft.training.passes.caches import stateless
-from regraft.training.passes.functions import Run
+from regraft.training.passes.intercept import Interception, RecomputeError, Run
 from regraft.training.passes.nested import leaves
 from regraft.training.passes.scalar_draws import LAST, Decided, Look, sizes_of_decision
 from regraft.training.passes.vmap_escape import attention, ends, linear, pass_by_pass
@@ -58,6 +58,7 @@ class DrawsPerPass(TorchFunctionMode):
         self.cached = cached
         self.axis = axis
         self.look = look
+        self.interception = Interception(self.run_function)
         self._in_a_pass = False
         self._handlers: dict[Callable[..., Any], Callable[..., Any]] = {
             F.scaled_dot_product_attention: self._attention,
@@ -79,10 +80,24 @@ class DrawsPerPass(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.interception.recomputed:
+            return _common(func, args, kwargs)
         handle = self._handlers.get(func)
         return func(*args, **kwargs) if handle is None else handle(func, args, kwargs)
 
-    def pass_by_pass(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_function(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call an autograd function outside vmap; it may recompute in the backward what its arguments do."""
+        self._check_recomputed((args, kwargs))
+        watch = [_Common()] if any(map(callable, args)) else []
+        return self.pass_by_pass(func, args, kwargs, watch)
+
+    def pass_by_pass(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        watch: Sequence[TorchFunctionMode] = (),
+    ) -> Any:
         """Call outside vmap what vmap cannot run and no function mode sees; its own draws are as ever."""
         modes = [mode for mode in _get_current_function_mode_stack() if mode is not self]  # type: ignore[no-untyped-call]
         numbers = itertools.chain((0.0,), itertools.repeat(LAST))
@@ -90,7 +105,7 @@ class DrawsPerPass(TorchFunctionMode):
         def one_pass(*args: Any, **kwargs: Any) -> Any:
             # On the way out of vmap torch takes all modes off, with those of the user and of grafts.
             looking = [Decided(next(numbers), self.look)] if self.look is not None else []
-            with _only([*modes, *looking]):
+            with _only([*modes, *looking, *watch]):
                 self._in_a_pass = True
                 try:
                     return func(*args, **kwargs)
@@ -103,12 +118,18 @@ class DrawsPerPass(TorchFunctionMode):
         """The same for a module; unless `always`, only where something tells its arguments apart."""
 
         def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            apart = always or any(_is_forked(leaf) for _, leaf in leaves("", (args, kwargs)))
+            apart = always or _holds_forked((args, kwargs))
+            if apart and not self._in_a_pass:
+                self._check_recomputed((args, kwargs))
             if self._in_a_pass or not apart:
                 return func(*args, **kwargs)
             return self.pass_by_pass(func, *stateless((args, kwargs), given=self.cached))
 
         return run
+
+    def _check_recomputed(self, call: Any) -> None:
+        if self.interception.recomputed and _holds_forked(call):
+            raise RecomputeError
 
     def _attention(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return attention(self.axis, *args, **kwargs)
@@ -196,6 +217,25 @@ class DrawsPerPass(TorchFunctionMode):
         if self.look is not None:
             self.look.replaced(x)
         return result
+
+
+class _Common(TorchFunctionMode):
+    """Raises where something is computed that tells the passes apart."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return _common(func, args, kwargs or {})
+
+
+def _common(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if _holds_forked((args, kwargs)) or _holds_forked(result := func(*args, **kwargs)):
+        raise RecomputeError
+    return result
+
+
+def _holds_forked(values: Any) -> bool:
+    return any(_is_forked(leaf) for _, leaf in leaves("", values))
 
 
 @contextmanager

@@ -17,8 +17,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from regraft.find.probe.memoized import forgotten
-from regraft.find.probe.preserve_state import buffers_kept, random_state_kept, silent, unchanged
+from regraft.find.probe.preserve_state import buffers_kept, forgotten, random_state_kept, silent, unchanged
 from regraft.training.passes.caches import own_caches
 from regraft.training.passes.nested import leaves, mapped
 
@@ -35,7 +34,6 @@ class Measured:
         cost: about how many flops.
         draws: how many random numbers were drawn on tensors.
         elsewhere: whether Python's or numpy's generator was used too.
-        checkpointed: whether a part of it is recomputed in the backward.
         reads_replaced: whether a tensor was read after an in-place change of it was left out.
         outputs: how many tensors it gave.
         decides: whether a module that each pass runs by itself drew a number, to decide something by it.
@@ -45,7 +43,6 @@ class Measured:
     cost: float
     draws: int
     elsewhere: bool
-    checkpointed: bool
     reads_replaced: bool
     scalars: int
     outputs: int
@@ -59,7 +56,6 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.cost = 0.0
         self.draws = 0
-        self.checkpointed = False
         self.reads_replaced = False
         self.scalars = 0
         self.decides = False
@@ -105,8 +101,6 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.draws += size
             by_rand = func._overloadpacket is torch.ops.aten.rand
             self.scalars += by_rand and size == 1 and first.dim() <= 1
-        if (random_draw or formula is not None) and not self.checkpointed:
-            self.checkpointed = _in_checkpoint()
 
 
 def _rate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
@@ -118,29 +112,19 @@ def _rate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | N
     return None if rate is None else float(rate)
 
 
-def _in_checkpoint() -> bool:
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename.endswith(("torch/utils/checkpoint.py", "torch\\utils\\checkpoint.py")):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
 def measured(run: Callable[[Meter], Any]) -> Measured:
-    """What `run` costs and draws; all generators are put back."""
+    """What `run` costs and draws, with gradients on where they are; all generators are put back."""
     meter = Meter()
     with random_state_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = _other_generators()
-        with torch.no_grad(), meter:
+        with meter:
             outputs = run(meter)
         elsewhere = _other_generators() != before
     return Measured(
         cost=meter.cost,
         draws=meter.draws,
         elsewhere=elsewhere,
-        checkpointed=meter.checkpointed,
         reads_replaced=meter.reads_replaced,
         scalars=meter.scalars,
         outputs=sum(isinstance(leaf, Tensor) for _, leaf in leaves("", outputs)),

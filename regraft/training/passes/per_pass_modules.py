@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regraft.find.probe.preserve_state import same_entries, snapshot
-from regraft.training.passes.functions import Run
+from regraft.training.passes.intercept import RecomputeError, Run
 from regraft.training.passes.nested import leaves
 from regraft.training.passes.vmap_escape import pass_by_pass
 
@@ -35,9 +35,11 @@ def modules_of(model: nn.Module, apart: Apart) -> dict[nn.Module, bool]:
 def held_next(error: Exception, model: nn.Module, apart: Apart) -> Apart | None:
     """`apart` with the class of the innermost module that `error` came through and that was not apart.
 
-    None where there is none, or where it has a BatchNorm in training: its running statistics are of one
-    forward, not of one for each pass.
+    None where there is none, where the error is of a part that is recomputed in the backward, or where the
+    module has a BatchNorm in training: its running statistics are of one forward, not of one for each pass.
     """
+    if isinstance(error, RecomputeError):
+        return None
     inside = {id(module) for module in model.modules() if module is not model}
     in_a_pass = False
     for frame in reversed(list(_frames(error.__traceback__))):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from regraft.errors import InputsError
 from regraft.training.passes.caches import is_cache, without_caches
 from regraft.training.passes.draws import DrawsPerPass
-from regraft.training.passes.functions import taken_over
+from regraft.training.passes.intercept import Interception
 from regraft.training.passes.nested import CONSTANTS, emptied, filled, leaves
 from regraft.training.passes.per_pass_modules import held_apart
 from regraft.training.passes.scalar_draws import Look
@@ -62,9 +62,11 @@ def shared_forward(
         with ExitStack() as stack:
             if draws:
                 mode = stack.enter_context(DrawsPerPass(axis, look, cached=cached))
-                stack.enter_context(taken_over(mode.pass_by_pass))
+                stack.enter_context(mode.interception.active())
                 runs = {module: mode.run_of(always=always) for module, always in (apart or {}).items()}
                 stack.enter_context(held_apart(runs))
+            else:
+                stack.enter_context(Interception(None).active())
             outputs = without_caches(forward(*args, **kwargs), kwargs)
         _check(outputs)
         tree, tensors = emptied(outputs)

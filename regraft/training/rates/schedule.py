@@ -11,12 +11,10 @@ from regraft.errors import MisfitError, NoMatchError, RateError, WrongKindError
 from regraft.find.inspect import Inspection, inspect
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
-from regraft.graft.apply import graft_rules, undo
+from regraft.graft.apply import Step, graft_rules, take_out
 from regraft.graft.rates import Key, Rate, key_of, rates_of
-from regraft.graft.slots import Change
 from regraft.planning.plan import plan_of
 from regraft.planning.rules import read_rules
-from regraft.record import Graft, grafts_of
 from regraft.training.rates.curve import Curve, level, read_curve
 from regraft.variants.registry import variant
 
@@ -36,15 +34,13 @@ class Schedule:
         notes: what a reader should know first.
     """
 
-    def __init__(
-        self, curve: Curve, rates: list[Rate], skipped: dict[str, str], changes: list[Change]
-    ) -> None:
+    def __init__(self, curve: Curve, rates: list[Rate], skipped: dict[str, str], grafts: list[Step]) -> None:
         self.curve = curve
         self.rates = rates
         self.skipped = skipped
         self.notes = _notes(curve, rates)
         self.steps_done = 0
-        self._changes = [(change, grafts_of(change[0]).get(change[1])) for change in changes]
+        self._grafts = grafts
         self._write()
 
     @property
@@ -82,21 +78,12 @@ class Schedule:
 
     def remove(self) -> None:
         """Put every rate back as it was before the schedule, and take out what was grafted for it."""
-        own = {(id(module), slot) for (module, slot, _), _ in self._changes}
-        by_place = {(id(one.place[0]), one.place[1]): one for one in self.rates}
-        for place, one in by_place.items():
-            if place not in own:
+        own = {id(graft) for _, _, graft in self._grafts}
+        for one in self.rates:
+            if id(one.graft) not in own:
                 one.restore()
-        # What others have since put in the place of a graft, or of a boundary, is theirs.
-        undo(
-            [
-                change
-                for change, graft in self._changes
-                for place in [(id(change[0]), change[1])]
-                if (by_place[place].in_place if place in by_place else _stands(change, graft))
-            ]
-        )
-        self._changes = []
+        take_out(self._grafts)  # what others have since put in the place of a graft is theirs
+        self._grafts = []
 
     def __repr__(self) -> str:
         curve = self.curve
@@ -159,7 +146,7 @@ def schedule(model: nn.Module, p: Mapping[str, Any], selector: Any = None, input
     wanted = None if selector is None else read_selector(selector)
     sites = _selected(inspection, wanted)
     bare = {key_of(site) for site in sites.values() if site.variant is None and site.family in _NOISE}
-    changes, skipped = _graft(model, inspection, bare)
+    grafts, skipped = _graft(model, inspection, bare)
     rates, without = rates_of(inspection.root, sites)
     skipped |= without
     if wanted is not None and not wanted.any_type:
@@ -168,9 +155,9 @@ def schedule(model: nn.Module, p: Mapping[str, Any], selector: Any = None, input
     try:
         _check(curve, rates, sites, skipped, wanted)
     except BaseException:
-        undo(changes)
+        take_out(grafts)
         raise
-    return Schedule(curve, rates, skipped, changes)
+    return Schedule(curve, rates, skipped, grafts)
 
 
 def _selected(inspection: Inspection, selector: Selector | None) -> dict[Key, Site]:
@@ -188,7 +175,7 @@ def _selected(inspection: Inspection, selector: Selector | None) -> dict[Key, Si
     return {key_of(site): site for site in found}
 
 
-def _graft(model: nn.Module, inspection: Inspection, bare: set[Key]) -> tuple[list[Change], dict[str, str]]:
+def _graft(model: nn.Module, inspection: Inspection, bare: set[Key]) -> tuple[list[Step], dict[str, str]]:
     """Graft the sites that have no graft yet, with the variant that only sets their rate."""
     if not bare:
         return [], {}
@@ -201,8 +188,9 @@ def _graft(model: nn.Module, inspection: Inspection, bare: set[Key]) -> tuple[li
         for name, value in _NOISE.items()
         if any(key_of(site) in bare and site.family == name for site in inspection.sites)
     ]
-    report, changes = graft_rules(model, plan_of(inspection, read_rules(pairs)))
-    return changes, {skip.path: skip.reason for skip in report.skipped}
+    grafts: list[Step] = []
+    report = graft_rules(model, plan_of(inspection, read_rules(pairs)), temporary=grafts)
+    return grafts, {skip.path: skip.reason for skip in report.skipped}
 
 
 def _check(
@@ -233,8 +221,3 @@ def _notes(curve: Curve, rates: list[Rate]) -> list[str]:
         f"{fused} of {len(rates)} rates are of torch's own kernels: under torch.compile each new value "
         "compiles anew; 'shape': 'step' has few values"
     ]
-
-
-def _stands(change: Change, graft: Graft | None) -> bool:
-    module, slot, _ = change
-    return graft is not None and grafts_of(module).get(slot) is graft

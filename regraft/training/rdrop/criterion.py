@@ -13,12 +13,10 @@ from regraft.find.walk import inner_model
 from regraft.training.passes.nested import leaves, mapped
 from regraft.training.passes.outputs import pass_of
 from regraft.training.rdrop.criteria import Reading, read_criterion
-from regraft.training.rdrop.fields import Call, logits_in
-from regraft.training.rdrop.infer_loss import Forward
+from regraft.training.rdrop.fields import logits_in
+from regraft.training.rdrop.layer import Call, Forward, arm, armed
 from regraft.training.rdrop.options import Key, RDropOptions
 from regraft.training.rdrop.rdrop import (
-    arm,
-    armed,
     criterion_divergence,
     mean_loss,
     passes_of,

@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from regraft.errors import InputsError, LossError
+from regraft.training.rdrop.layer import Call
 from regraft.training.rdrop.options import Key
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def parts_of(outputs: Any) -> dict[Key, Any]:

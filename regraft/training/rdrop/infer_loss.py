@@ -8,7 +8,6 @@ are differs from one of labels shifted by a position, and what agrees by chance 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from regraft.errors import LossError
 from regraft.find.probe.preserve_state import buffers_kept, random_state_kept
-from regraft.training.rdrop.fields import Call, logits_in, loss_in
+from regraft.training.rdrop.fields import logits_in, loss_in
 from regraft.training.rdrop.labels import infer_task
+from regraft.training.rdrop.layer import Call, Forward
 from regraft.training.rdrop.options import RDropOptions
 from regraft.training.rdrop.rdrop_loss import rdrop_terms
 
@@ -33,8 +33,6 @@ _MOST_LOOKS, _MOST_LOOKS_FOR_SMOOTHING = 16, 256
 """Forwards without gradients before the first step, so that each class has been the label of a position."""
 _SPREAD = 1.0
 """The standard deviation of what is added to the logits."""
-
-Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)

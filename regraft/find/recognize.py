@@ -1,0 +1,76 @@
+"""What operation a module is: a class of torch by its forward, anybody else's by what it draws."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from regraft.find.law import BLOCKS, ELEMENTS, ROWS, law_of
+from regraft.ops import DROP_BLOCK, DROP_PATH, FAMILIES, HIDDEN, MODULES
+from regraft.record import original_attribute, original_class
+
+_NOMINATED = re.compile(r"Drop(out|Path|Block)?(\dd)?$|StochasticDepth$|Noise$")
+"""Names of classes that may drop, which what they draw then confirms or not."""
+_LAWS = {ELEMENTS: "Dropout", ROWS: DROP_PATH, BLOCKS: DROP_BLOCK}
+_RATES = ("p", "drop_prob", "drop_rate", "dropout", "dropout_rate", "prob")
+
+
+def op_of(module: nn.Module) -> str | None:
+    """The operation that makes `module` a site, or None if it is none.
+
+    A class of somebody's own that drops by another law than those known keeps its name.
+    """
+    cls = original_class(module)
+    if cls.__module__.startswith("torch.jit"):
+        scripted = getattr(module, "original_name", None)
+        return str(scripted) if scripted in FAMILIES else None
+    # A subclass keeps the name of its base while it keeps the base's forward: it computes the same.
+    for base, name in MODULES.items():
+        if issubclass(cls, base) and cls.forward is base.forward:
+            return name
+    for base, name in HIDDEN.items():
+        if issubclass(cls, base):
+            return name
+    if cls.__name__ == "Conv1D" and len(getattr(module, "weight", ()).shape) == 2:  # type: ignore[union-attr]
+        return "Conv1D"
+    return _by_law(module, cls)
+
+
+def _by_law(module: nn.Module, cls: type[nn.Module]) -> str | None:
+    if module._modules or module._parameters or cls.__module__.startswith("torch.nn."):
+        return None
+    rate = rate_name(module)
+    nominated = _NOMINATED.search(cls.__name__) is not None or issubclass(cls, _DropoutNd)
+    if rate is None and not nominated:
+        return None
+    law = law_of(module, rate)
+    if law is None:
+        return own_name(cls) if nominated and rate else None
+    return _LAWS.get(law) or own_name(cls) if rate else own_name(cls)
+
+
+def own_name(cls: type[nn.Module]) -> str:
+    """The class's name; a class that has the name of another operation is no such operation."""
+    return f"own_{cls.__name__}" if cls.__name__ in FAMILIES else cls.__name__
+
+
+def family_of(module: nn.Module, op: str) -> str | None:
+    """The family of variants that can take the place of `op` at `module`."""
+    return FAMILIES.get(op, "Dropout" if not module._parameters else None)
+
+
+def rate_name(module: nn.Module) -> str | None:
+    """The attribute that holds a module's rate."""
+    for name in _RATES:
+        value = original_attribute(module, name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
+            return name
+    return None
+
+
+def never_runs(module: nn.Module) -> bool:
+    """Whether the forward of `module` never runs, whatever the model: its parent reads the weight."""
+    return issubclass(original_class(module), NonDynamicallyQuantizableLinear)

@@ -1,0 +1,79 @@
+"""A Ctrl-C at any line of an operation leaves the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from harness import broken_by, lines_of
+from torch import nn
+
+import regraft
+
+RULES = {"Dropout": "gaussian(p=0.2)"}
+
+
+def grafted_bert():
+    model = tiny.bert(layers=1)
+    regraft.apply(model, RULES)
+    return model
+
+
+def block(model):
+    with regraft.grafted(model, RULES):
+        pass
+
+
+def bound(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regraft.max_norm(model, {"Linear": 3.0}, optimizer).remove()
+
+
+MODELS = {
+    "bert": lambda: tiny.bert(layers=1),
+    "bart": tiny.bart,
+    "llama": tiny.llama,
+    "albert": tiny.albert,
+    "mlp": lambda: nn.Sequential(nn.Linear(6, 8), nn.LSTM(8, 8, 2, dropout=0.1)),
+}
+OPERATIONS = {
+    "apply": lambda model: regraft.apply(model, RULES),
+    "inspect": regraft.inspect,
+    "grafted": block,
+    "rdrop": lambda model: regraft.rdrop(model, alpha=1.0),
+    "max_norm": bound,
+}
+CASES = {
+    f"{operation} {name}": (OPERATIONS[operation], MODELS[name])
+    for operation in OPERATIONS
+    for name in MODELS
+}
+CASES |= {
+    "revert bert": (regraft.revert, grafted_bert),
+    "schedule bert": (lambda m: regraft.schedule(m, p={"start": 0.0, "end": 0.1, "steps": 9}), grafted_bert),
+    "inspect grafted": (regraft.inspect, grafted_bert),
+    "mc_predict bert": (
+        lambda model: regraft.mc_predict(model, 2, input_ids=torch.ones(2, 4, dtype=torch.long)),
+        lambda: tiny.bert(layers=1),
+    ),
+}
+every = pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(60, id="few lines"),
+        pytest.param(6, id="many lines", marks=pytest.mark.slow),
+        pytest.param(1, id="every line", marks=pytest.mark.weekly),
+    ],
+)
+
+
+@every
+@pytest.mark.parametrize("case", CASES)
+def test_an_interrupt_leaves_the_model_as_it_was(case, step):
+    operation, build = CASES[case]
+    lines = lines_of(operation, build)
+    assert len(lines) > 50
+    broken = {
+        f"{file}:{line}": broken_by(operation, build, (file, line)) for file, line in lines[step // 2 :: step]
+    }
+    assert {place: what for place, what in broken.items() if what} == {}
