@@ -30,7 +30,7 @@ from zoo.entries import LIBRARIES, entries
 from zoo.entry import tensors
 
 import regraft
-from regraft.training.passes.choice import traits_of
+from regraft.training.passes.analyze import Inputs, analysis_of
 
 
 @dataclass
@@ -63,8 +63,8 @@ def row_of(entry) -> Row:
         if row.shared and "BatchNorm" in row.shared:
             settle(model)
             row.settled = tried(row, "shared", model, inputs)
-        traits = traits_of(model, called(inputs))
-        row.prefix, row.apart = round(traits.prefix, 3), tuple(cls.__name__ for cls in traits.apart)
+        analysis = analysis_of(model, Inputs(called(inputs)))
+        row.prefix, row.apart = round(analysis.prefix, 3), tuple(cls.__name__ for cls in analysis.apart)
     except Exception as error:
         row.auto = row.shared = row.settled = f"the model itself: {first_line(error)}"
     row.seconds = round(time.perf_counter() - start, 2)

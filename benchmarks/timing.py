@@ -14,6 +14,7 @@ from torch import nn
 
 SHAPE = (64, 128, 768)
 IMAGES = (64, 96, 32, 32)
+WEIGHTS = (16, 12, 128, 128)
 RATE = 0.1
 
 LOT = 0.5

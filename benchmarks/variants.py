@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import rivals
 import torch
-from timing import IMAGES, RATE, SHAPE, Row, memory, ratio
+from timing import IMAGES, RATE, SHAPE, WEIGHTS, Row, memory, ratio
 from torch import nn
 
 import regraft
@@ -41,6 +41,13 @@ def dropouts() -> list[Row]:
         Row("concrete", lambda: rnn.ConcreteDropout(RATE), 4),
         Row("alpha", lambda: rnn.AlphaDropout(RATE)),
         Row("dropblock", lambda: rnn.DropBlock(RATE), shape=IMAGES),
+        Row("dropblock, coupled channels", lambda: rnn.DropBlock(RATE, couple_channels=True), shape=IMAGES),
+        Row("elementwise", lambda: rnn.ElementwiseDropout(RATE)),
+        Row("shaped, [None, 1, None]", lambda: rnn.ShapedDropout(RATE, noise_shape=[None, 1, None])),
+        Row("noise", lambda: rnn.GaussianNoise(0.1)),
+        Row("drophead", lambda: rnn.DropHead(RATE), shape=WEIGHTS),
+        Row("dropkey, column", lambda: rnn.DropKey(RATE), shape=WEIGHTS),
+        Row("dropkey, element", lambda: rnn.DropKey(RATE, keys="element"), shape=WEIGHTS),
         Row("mc, in eval", lambda: rnn.MCDropout(RATE), evaluating=True),
         Row("consistent, in eval", lambda: rnn.ConsistentDropout(RATE), evaluating=True),
         Row("neftune", lambda: rivals.Written(regraft.variants.neftune.neftune)),

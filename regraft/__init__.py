@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from regraft.graft.verify import verify as verify
     from regraft.planning.plan import Plan as Plan
     from regraft.planning.plan import plan as plan
-    from regraft.training.advice.suggest import Advice as Advice
-    from regraft.training.advice.suggest import suggest as suggest
     from regraft.training.mc import MCPrediction as MCPrediction
     from regraft.training.mc import mc_predict as mc_predict
     from regraft.training.multisample import multisample_loss as multisample_loss
@@ -40,6 +38,8 @@ if TYPE_CHECKING:
     from regraft.training.rdrop.rdrop import RDropOutput as RDropOutput
     from regraft.training.rdrop.rdrop import rdrop as rdrop
     from regraft.training.rdrop.rdrop_loss import rdrop_loss as rdrop_loss
+    from regraft.training.suggest import Advice as Advice
+    from regraft.training.suggest import suggest as suggest
     from regraft.variants.registry import register as register
     from regraft.variants.registry import variant as variant
     from regraft.variants.spec import Variant as Variant
@@ -80,8 +80,8 @@ _HOMES = {
     "rdrop_loss": "training.rdrop.rdrop_loss",
     "Schedule": "training.rates.schedule",
     "schedule": "training.rates.schedule",
-    "Advice": "training.advice.suggest",
-    "suggest": "training.advice.suggest",
+    "Advice": "training.suggest",
+    "suggest": "training.suggest",
     "register": "variants.registry",
     "variant": "variants.registry",
     "Variant": "variants.spec",

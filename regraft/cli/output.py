@@ -86,7 +86,7 @@ def guarded(run: Callable[[], Any], debug: bool) -> Any:
 
 
 def _say(message: str) -> None:
-    from regraft.report.page import visible
+    from regraft.report.document import visible
 
     # What a file or a model is named must not command the terminal.
     lines = "\n".join(visible(line) for line in message.split("\n"))

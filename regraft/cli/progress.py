@@ -34,7 +34,7 @@ def _show(what: str, ended: threading.Event) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from regraft.report.page import visible
+    from regraft.report.document import visible
 
     console = Console(stderr=True)
     status: Any = None

@@ -18,7 +18,7 @@ from regraft.find.probe.run import Probe, run_probe
 from regraft.find.probe.submodels import probe_parts
 from regraft.find.site import Site
 from regraft.find.walk import Named, inner_model, named_modules
-from regraft.report.sites import summary
+from regraft.report.inspection_page import summary
 from regraft.report.view import SCHEMA, View
 
 

@@ -21,7 +21,7 @@ from regraft.graft.apply import Report, apply
 from regraft.graft.revert import revert
 from regraft.graft.snapshot import portrait
 from regraft.planning.plan import Rules
-from regraft.report.page import counted
+from regraft.report.document import counted
 from regraft.report.view import SCHEMA, View
 
 

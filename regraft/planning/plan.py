@@ -24,7 +24,7 @@ from regraft.ops import FAMILIES
 from regraft.planning.resolve import RECURRENT, Decision, acts_in_eval
 from regraft.planning.rules import Rule, read_rules, resolve
 from regraft.record import original_class
-from regraft.report.page import counted
+from regraft.report.document import counted
 from regraft.report.view import SCHEMA, View
 from regraft.variants.module import written_options
 from regraft.variants.parse import parse_variant

@@ -9,35 +9,32 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Sequence
-
-Row = TypeVar("Row")
+Item = TypeVar("Item")
 Point = tuple[str, ...]
+"""The integers of a path."""
 
 _INTEGER = re.compile(r"([0-9]+)")
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_MOST_PIECES = 12
+_MOST_RUNS = 12
 """A longer list in braces is harder to read than two lines."""
 _LONGEST_RUN = 50_000
 """Half of what a range in a selector may span."""
 
 
 @dataclass(frozen=True)
-class Fold(Generic[Row]):
-    """Rows that differ in the integers of their paths alone.
+class Fold(Generic[Item]):
+    """Items whose paths differ in their integers alone.
 
     Attributes:
-        path: the pattern that stands for exactly the paths of the rows.
-        rows: in their first order.
+        path: the pattern that stands for exactly their paths.
+        rows: the items, in their first order.
     """
 
     path: str
-    rows: tuple[Row, ...]
+    rows: tuple[Item, ...]
 
 
 def fold(paths: Iterable[str]) -> list[str]:
@@ -47,31 +44,18 @@ def fold(paths: Iterable[str]) -> list[str]:
         >>> fold(["layer.0.drop", "layer.1.drop", "layer.2.drop", "layer.7.drop", "head"])
         ['layer.{0..2,7}.drop', 'head']
     """
-    return [folded.path for folded in fold_rows(list(paths), path=str, alike=lambda _: None)]
-
-
-def expand(pattern: str) -> list[str]:
-    """The paths that a folded path stands for.
-
-    Example:
-        >>> expand("layer.{0..1,5}.drop")
-        ['layer.0.drop', 'layer.1.drop', 'layer.5.drop']
-    """
-    pieces = _BRACES.split(pattern)
-    pieces[1::2] = [_numbers(inside) for inside in pieces[1::2]]
-    choices = [piece if index % 2 else [piece] for index, piece in enumerate(pieces)]
-    return ["".join(choice) for choice in itertools.product(*choices)]
+    return [group.path for group in fold_rows(list(paths), path=str, alike=lambda _: None)]
 
 
 def skeleton(path: str) -> str:
-    """The path with its integers taken out: what paths that fold together have in common."""
+    """The path without its integers: what paths that fold together have in common."""
     return _INTEGER.sub("#", path)
 
 
 def fold_rows(
-    rows: Sequence[Row], *, path: Callable[[Row], str], alike: Callable[[Row], Hashable]
-) -> list[Fold[Row]]:
-    """Fold the rows that are `alike` and differ in the integers of their paths alone.
+    rows: Sequence[Item], *, path: Callable[[Item], str], alike: Callable[[Item], Hashable]
+) -> list[Fold[Item]]:
+    """Fold the rows that are `alike` and whose paths differ in their integers alone.
 
     The folds come in the order of their first rows.
     """
@@ -80,16 +64,15 @@ def fold_rows(
         texts = _INTEGER.split(path(row))
         # A name with a brace or a star in it cannot be told from a pattern: it stays by itself.
         plain = not any(mark in text for text in texts[::2] for mark in "{}*")
-        point = tuple(texts[1::2]) if plain else ()
         key = (tuple(texts[::2]) if plain else path(row), alike(row))
-        groups.setdefault(key, {}).setdefault(point, []).append(index)
+        groups.setdefault(key, {}).setdefault(tuple(texts[1::2]) if plain else (), []).append(index)
     folds: list[tuple[list[int], str]] = []
     for points in groups.values():
-        some = path(rows[next(iter(points.values()))[0]])
+        example = path(rows[next(iter(points.values()))[0]])
         for axes in _products(list(points)) if () not in points else [[]]:
             members = [index for point in itertools.product(*axes) for index in points[point]]
-            folds.append((sorted(members), _pattern(some, axes)))
-    folds.sort(key=lambda found: found[0][0])
+            folds.append((sorted(members), _pattern(example, axes)))
+    folds.sort(key=lambda fold: fold[0][0])
     return [Fold(pattern, tuple(rows[index] for index in members)) for members, pattern in folds]
 
 
@@ -98,40 +81,41 @@ def _products(points: list[Point]) -> list[list[list[str]]]:
     axes = [sorted(set(values), key=_order) for values in zip(*points, strict=True)]
     if math.prod(map(len, axes)) == len(points):
         return _short(axes)
-    slices = min((_slices(points, axis) for axis in range(len(axes))), key=lambda found: len(found[1]))
-    axis, alike = slices
+    # Cut along the axis whose values differ least in what stands beside them.
+    slices = [_slices(points, axis) for axis in range(len(axes))]
+    axis = min(range(len(axes)), key=lambda axis: len(slices[axis]))
     return [
         product
-        for others, values in alike.items()
+        for others, values in slices[axis].items()
         for rest in _products(list(others))
         for product in _short([*rest[:axis], values, *rest[axis:]])
     ]
 
 
-def _slices(points: list[Point], axis: int) -> tuple[int, dict[frozenset[Point], list[str]]]:
+def _slices(points: list[Point], axis: int) -> dict[frozenset[Point], list[str]]:
     """The values of an axis, those together that have the same points beside them."""
     beside: dict[str, list[Point]] = {}
     for point in points:
         beside.setdefault(point[axis], []).append(point[:axis] + point[axis + 1 :])
-    alike: dict[frozenset[Point], list[str]] = {}
+    slices: dict[frozenset[Point], list[str]] = {}
     for value in sorted(beside, key=_order):
-        alike.setdefault(frozenset(beside[value]), []).append(value)
-    return axis, alike
+        slices.setdefault(frozenset(beside[value]), []).append(value)
+    return slices
 
 
 def _short(axes: list[list[str]]) -> list[list[list[str]]]:
-    """The product, in parts if the braces of an axis would list too many pieces."""
+    """The product, in parts if the braces of an axis would list too many runs."""
     parts = []
     for values in axes:
         runs = _runs(values)
-        chunks = [runs[start : start + _MOST_PIECES] for start in range(0, len(runs), _MOST_PIECES)]
+        chunks = [runs[start : start + _MOST_RUNS] for start in range(0, len(runs), _MOST_RUNS)]
         parts.append([[value for run in chunk for value in run] for chunk in chunks])
     return [list(choice) for choice in itertools.product(*parts)]
 
 
 def _order(value: str) -> tuple[bool, int, str]:
     # "007" is no number in a range: it is listed, after the numbers.
-    return (_padded(value), int(value), value)
+    return _padded(value), int(value), value
 
 
 def _padded(value: str) -> bool:
@@ -157,11 +141,3 @@ def _pattern(path: str, axes: list[list[str]]) -> str:
         runs = [run[0] if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in _runs(values)]
         texts[2 * position + 1] = values[0] if len(values) == 1 else "{" + ",".join(runs) + "}"
     return "".join(texts)
-
-
-def _numbers(inside: str) -> list[str]:
-    found: list[str] = []
-    for piece in inside.split(","):
-        ends = _RANGE.fullmatch(piece)
-        found.extend(map(str, range(int(ends[1]), int(ends[2]) + 1)) if ends else [piece])
-    return found

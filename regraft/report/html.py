@@ -1,7 +1,7 @@
-"""A page as HTML: a fragment for notebooks, and a page that needs nothing else.
+"""A document as HTML: a fragment for notebooks, and a page that needs nothing else.
 
 Everything that comes from the view is escaped, since names and reprs come from the model; the page's
-own policy then forbids any script, style or address but the ones written here.
+own policy then forbids any script, style or address but the ones in this folder.
 """
 
 from __future__ import annotations
@@ -9,28 +9,29 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Iterator
 from html import escape
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from regraft.report.page import THE_MODEL, Block, Facts, Line, Page, visible
-from regraft.report.registry import page_of
-from regraft.report.style import FRAGMENT_STYLE, PAGE_STYLE
-from regraft.report.tree_view import SCRIPT, explorer, rows_of
+from regraft.report.document import Document, Facts, Section, visible
+from regraft.report.registry import document_of
+from regraft.report.tree_view import tree_of
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+# JupyterLab's own rules for tables and code in an output would otherwise be the more specific ones.
+_NOTEBOOK_STYLE = re.sub(r"\.regraft(?!-)", ".regraft.regraft.regraft", STYLE)
 _BRACES = re.compile(r"(\{[^{}]*\})")
-_SIZE = re.compile(r"[0-9.]+[kMB]?")
+_NUMBER = re.compile(r"x?[0-9.,]+[kMB]?")
 
 
 def to_page(view: Facts) -> str:
     """The view of a `to_dict` as one self-contained HTML page."""
-    page = page_of(view)
-    title = _text(f"{page.model}: {page.headline}")
-    tree = explorer(rows_of(view))
+    document = document_of(view)
+    title = _text(f"{document.model}: {document.headline}")
+    tree = tree_of(view)
     script = f"<script>{SCRIPT}</script>\n" if tree else ""
-    policy = f"default-src 'none'; style-src {_hash(PAGE_STYLE)}" + (
+    policy = f"default-src 'none'; style-src {_hash(STYLE)}" + (
         f"; script-src {_hash(SCRIPT)}" if tree else ""
     )
     return (
@@ -38,15 +39,14 @@ def to_page(view: Facts) -> str:
         '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{title}</title>\n<style>{PAGE_STYLE}</style>\n</head>\n"
-        f"<body>\n{_body(page, tree)}\n{script}</body>\n</html>\n"
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f'<body class="regraft-page">\n{_body(document, tree)}\n{script}</body>\n</html>\n'
     )
 
 
 def to_fragment(view: Facts) -> str:
     """The view as a piece of HTML with its own style, for a notebook."""
-    return f"<style>{FRAGMENT_STYLE}</style>\n{_body(page_of(view))}"
+    return f"<style>{_NOTEBOOK_STYLE}</style>\n{_body(document_of(view))}"
 
 
 def _hash(text: str) -> str:
@@ -57,61 +57,62 @@ def _text(text: str) -> str:
     return escape(visible(text))
 
 
-def _body(page: Page, tree: str = "") -> str:
+def _paragraph(kind: str, text: str) -> str:
+    return f'<p class="{kind}">{_text(text)}</p>' if text else ""
+
+
+def _body(document: Document, tree: str = "") -> str:
+    """The document; where a tree lists the sites, no table lists them again."""
+    last = [section for section in document.sections if section.kind == "balance"]
     parts = [
-        '<main class="regraft">',
-        f'<header><p class="view">regraft {_text(page.view)}</p><h1>{_text(page.model)}</h1>',
-        f'<p class="headline">{_text(page.headline)}</p>',
+        f'<main class="regraft">\n<header>{_paragraph("view", f"regraft {document.view}")}'
+        f"<h1>{_text(document.model)}</h1>",
+        _paragraph("headline", document.headline),
+        _paragraph("facts", ", ".join(document.facts)),
+        "</header>",
+        *(_paragraph("note", note) for note in document.notes),
     ]
-    if page.facts:
-        parts.append(f'<p class="facts">{_text(", ".join(page.facts))}</p>')
-    parts.append("</header>")
-    parts += [f'<p class="note">{_text(note)}</p>' for note in page.notes]
-    if page.answer:
-        paste = f"<pre>{_text(page.paste)}</pre>" if page.paste else ""
-        parts.append(f'<div class="answer"><p>{_text(page.answer)}</p>{paste}</div>')
-    if tree:
-        parts.append(tree)
-    parts += [_block(block) for block in page.blocks]
-    parts.append("</main>")
-    return "\n".join(parts)
+    if document.answer or document.paste:
+        paste = f"<pre>{_text(document.paste)}</pre>" if document.paste else ""
+        parts.append(f'<div class="answer">{_paragraph("said", document.answer)}{paste}</div>')
+    for section in document.sections:
+        listed = bool(tree) and section.kind in ("sites", "change", "skipped")
+        if section not in last and not (listed and section.kind == "sites"):
+            parts.append(_section(section, rows=not listed))
+    parts += [tree, *(_section(section) for section in last), "</main>"]
+    return "\n".join(filter(None, parts))
 
 
-def _block(block: Block) -> str:
-    parts = [f'<section class="{escape(block.kind)}">']
-    if block.kind == "graft":
-        rule = f'<span class="rule">{_text(block.title)}</span>' if block.title else ""
-        parts.append(f'<h2>{rule}<span class="count">{block.count:,}</span></h2>')
-        parts.append(
-            f'<pre class="diff"><del>{_text(block.before)}</del>\n<ins>{_text(block.after)}</ins></pre>'
-        )
-        if block.text:
-            parts.append(f'<p class="cost">cost: {_text(block.text)}</p>')
+def _section(section: Section, rows: bool = True) -> str:
+    parts = [f'<section class="{escape(section.kind)}">']
+    if section.kind == "change":
+        parts += [
+            f'<h2><span class="rule">{_text(section.title)}</span><span>{section.count:,}</span></h2>',
+            f'<pre class="diff"><del>{_text(section.before)}</del>\n<ins>{_text(section.after)}</ins></pre>',
+            *(_paragraph("cost", cost) for cost in section.costs),
+        ]
     else:
-        said = f'<span class="said">{_text(block.text)}</span>' if block.text else ""
-        parts.append(f"<h2>{_text(block.title)}</h2>{said}")
-    if block.remedy:
-        parts.append(f'<p class="remedy">{_text(block.remedy)}</p>')
-    if block.lines:
-        parts += ["<table>", *_rows(block.lines), "</table>"]
-    return "\n".join([*parts, "</section>"])
+        parts += [f"<h2>{_text(section.title)}</h2>", _paragraph("said", section.text)]
+    parts.append(_paragraph("remedy", section.remedy))
+    if section.items:
+        parts.append(f"<ul>{''.join(f'<li>{_text(item)}</li>' for item in section.items)}</ul>")
+    if section.rows and rows:
+        parts += ["<table>", *_table(section), "</table>"]
+    return "\n".join([*filter(None, parts), "</section>"])
 
 
-def _rows(lines: list[Line]) -> Iterator[str]:
-    leads = [index for index in range(len(lines[0].lead)) if any(line.lead[index] for line in lines)]
-    for line in lines:
-        cells = [_lead(line.lead[index]) for index in leads]
-        also = f'<span class="also">also {_path(line.also)}</span>' if line.also else ""
-        cells.append(f'<td class="path"><code>{_path(line.path) or THE_MODEL}</code>{also}</td>')
-        cells.append(f'<td class="times">{f"&times;{line.count:,}" if line.count > 1 else ""}</td>')
-        cells.append(f'<td class="trail">{_text("  ".join(filter(None, line.trail)))}</td>')
-        cells.append(f'<td class="source">{_text(line.source)}</td>')
-        yield f"<tr>{''.join(cells)}</tr>"
-
-
-def _lead(cell: str) -> str:
-    kind = "size" if _SIZE.fullmatch(cell) else "lead"
-    return f'<td class="{kind}">{_text(cell).replace("-&gt;", "&rarr;")}</td>'
+def _table(section: Section) -> Iterator[str]:
+    heads, table = section.table()
+    numeric = [all(_NUMBER.fullmatch(cell) for cell in column if cell) for column in zip(*table, strict=True)]
+    kinds = ["path", *("number" if number else "cell" for number in numeric[1:])]
+    headings = (f'<th class="{kind}">{head}</th>' for kind, head in zip(kinds, heads, strict=True))
+    yield f"<thead><tr>{''.join(headings)}</tr></thead>"
+    for row, cells in zip(section.rows, table, strict=True):
+        aliases = f'<span class="also">also {_path(row.aliases)}</span>' if row.aliases else ""
+        path = f'<td class="path"><code>{_path(cells[0])}</code>{aliases}</td>'
+        rest = zip(kinds[1:], cells[1:], strict=True)
+        beside = (f'<td class="{kind}">{_text(cell)}</td>' for kind, cell in rest)
+        yield f"<tr>{path}{''.join(beside)}</tr>"
 
 
 def _path(path: str) -> str:

@@ -1,73 +1,60 @@
-"""A page as Markdown, for an issue, a pull request or a model card."""
+"""A document as Markdown, for an issue, a pull request or a model card."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
-from regraft.report.page import THE_MODEL, Block, Facts, Line, visible
-from regraft.report.registry import page_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from regraft.report.document import Facts, Section, visible
+from regraft.report.registry import document_of
 
 _SPECIAL = re.compile(r"([\\`*_\[\]{}#|~])")
 _TICKS = re.compile(r"`+")
 
 
 def to_markdown(view: Facts) -> str:
-    """The view of a `to_dict` as Markdown; nothing that a model is named becomes markup."""
-    page = page_of(view)
-    parts = [f"### {_plain(page.model)}: {page.headline}"]
-    if page.facts:
-        parts.append(f"*{_plain(', '.join(page.facts))}*")
-    parts += [f"> **Note:** {_plain(note)}" for note in page.notes]
-    if page.answer:
-        parts.append(f"**{_plain(page.answer)}**")
-    if page.paste:
-        parts.append(_fenced("python", page.paste))
-    for block in page.blocks:
-        parts += _block(block)
+    """The view of a `to_dict` as Markdown; no name of the model's becomes markup."""
+    document = document_of(view)
+    parts = [f"### {_plain(document.model)}: {document.headline}"]
+    if document.facts:
+        parts.append(f"*{_plain(', '.join(document.facts))}*")
+    parts += [f"> **Note:** {_plain(note)}" for note in document.notes]
+    if document.answer:
+        parts.append(f"**{_plain(document.answer)}**")
+    if document.paste:
+        parts.append(_fenced("python", document.paste))
+    for section in document.sections:
+        parts += _section(section)
     return "\n\n".join(parts) + "\n"
 
 
-def _block(block: Block) -> Iterator[str]:
-    if block.kind == "graft":
-        rule = f"@@ {block.title} @@\n" if block.title else ""
-        yield _fenced("diff", f"{rule}- {block.before}\n+ {block.after}")
-        if block.text:
-            yield f"*Cost:* {_plain(block.text)}"
+def _section(section: Section) -> Iterator[str]:
+    if section.kind == "change":
+        rule = f"@@ {section.title} @@\n" if section.title else ""
+        yield _fenced("diff", f"{rule}- {section.before}\n+ {section.after}")
+        for cost in section.costs:
+            yield f"*{_plain(cost)}*"
     else:
-        yield f"**{_plain(block.title)}**" + (f": {_plain(block.text)}" if block.text else "")
-    if block.remedy:
-        yield f"*Help:* {_plain(block.remedy)}"
-    if block.lines:
-        yield "\n".join(_table(block.lines))
+        yield f"**{_plain(section.title)}**" + (f": {_plain(section.text)}" if section.text else "")
+    if section.remedy:
+        yield f"*Help:* {_plain(section.remedy)}"
+    if section.items:
+        yield "\n".join(f"- {_plain(item)}" for item in section.items)
+    if section.rows:
+        yield "\n".join(_table(section))
 
 
-def _table(lines: list[Line]) -> Iterator[str]:
-    rows = [
-        [
-            *(_cell(cell) for cell in line.lead),
-            _code(visible(line.path) or THE_MODEL) + (f" (also {_code(line.also)})" if line.also else ""),
-            str(line.count),
-            _plain("  ".join(filter(None, line.trail))),
-            _code(line.source) if line.source else "",
+def _table(section: Section) -> Iterator[str]:
+    heads, table = section.table()
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "---|" * len(heads)
+    for row, cells in zip(section.rows, table, strict=True):
+        written = [
+            _code(cell) if head in ("site", "source") and cell else _plain(cell)
+            for head, cell in zip(heads, cells, strict=True)
         ]
-        for line in lines
-    ]
-    leads = len(lines[0].lead)
-    heads = [*([""] * leads), "site", "sites", "", "source"]
-    # A column with nothing in it says nothing.
-    keep = [any(row[column] for row in rows) for column in range(len(heads))]
-    yield "| " + " | ".join(head for head, kept in zip(heads, keep, strict=True) if kept) + " |"
-    yield "|" + "|".join("---" for kept in keep if kept) + "|"
-    for row in rows:
-        yield "| " + " | ".join(cell for cell, kept in zip(row, keep, strict=True) if kept) + " |"
-
-
-def _cell(text: str) -> str:
-    return _plain(text) if text else ""
+        written[0] += f" (also {_code(row.aliases)})" if row.aliases else ""
+        yield f"| {' | '.join(written)} |"
 
 
 def _plain(text: str) -> str:

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from regraft.errors import RegraftError
-from regraft.report import advice, changes, diff_page, limits, sites
-from regraft.report.page import Facts, Page
+from regraft.report import changes_page, diff_page, inspection_page, training_pages
+from regraft.report.document import Document, Facts, balance_sections
 
-_PAGES: dict[str, Callable[[Facts], Page]] = {
-    "inspection": sites.inspection_page,
-    "plan": changes.changes_page,
-    "report": changes.changes_page,
-    "max_norm": limits.limits_page,
-    "advice": advice.advice_page,
+_PAGES: dict[str, Callable[[Facts], Document]] = {
+    "inspection": inspection_page.inspection_page,
+    "plan": changes_page.changes_page,
+    "report": changes_page.changes_page,
+    "max_norm": training_pages.max_norm_page,
+    "advice": training_pages.advice_page,
     "diff": diff_page.diff_page,
     "verification": diff_page.verification_page,
 }
 
 
-def page_of(view: Facts) -> Page:
-    """The page of the dictionary that a view's `to_dict` returns.
+def document_of(view: Facts) -> Document:
+    """The document of the dictionary that a view's `to_dict` returns.
 
     Raises:
-        RegraftError: it is of no view.
+        RegraftError: the dictionary is of no known view.
     """
     try:
         page = _PAGES[view["view"]]
     except KeyError:
         raise RegraftError(f"a view of the kind {view.get('view')!r} cannot be shown") from None
-    return page(view)
+    document = page(view)
+    return replace(document, sections=[*document.sections, *balance_sections(view)])

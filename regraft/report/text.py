@@ -1,18 +1,17 @@
-"""A page as text: plain for `print`, coloured by rich in a terminal."""
+"""A document as text: plain for `print`, coloured by rich in a terminal."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from regraft.report.page import THE_MODEL, Block, Facts, Line, Page, visible
-from regraft.report.registry import page_of
+from regraft.report.document import Document, Facts, Section, visible
+from regraft.report.registry import document_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     from rich.console import Console, ConsoleOptions, RenderResult
 
 Span = tuple[str, str]
@@ -20,11 +19,11 @@ Span = tuple[str, str]
 Spans = list[Span]
 
 PIPED_WIDTH = 100
-_NARROWEST = 60
-_WIDEST = 140
-_INDENT = 4
-_GAP = 2
-_SIZE = re.compile(r"[0-9.]+[kMB]?")
+_NARROWEST, _WIDEST = 60, 140
+_INDENT, _GAP = 4, 2
+_PATH_ROOM = 28
+"""Columns that a table leaves to the path before its source moves to a line of its own."""
+_NUMBER = re.compile(r"x?[0-9.,]+[kMB]?")
 _BRACES = re.compile(r"(\{[^{}]*\})")
 STYLES = {
     "": "",
@@ -34,10 +33,8 @@ STYLES = {
     "minus": "red",
     "plus": "green",
     "warn": "yellow",
-    "answer": "bold",
     "help": "green",
     "brace": "cyan",
-    "lead": "magenta",
 }
 
 
@@ -50,7 +47,7 @@ class Coloured:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
 
-        for spans in lines_of(page_of(self.view), max(options.max_width, _NARROWEST)):
+        for spans in lines_of(document_of(self.view), max(options.max_width, _NARROWEST)):
             styled = [(text, STYLES[style]) for text, style in spans]
             yield Text.assemble(*styled, no_wrap=True, overflow="ignore")
 
@@ -64,139 +61,127 @@ def stdout_width() -> int:
 
 def to_text(view: Facts, width: int = PIPED_WIDTH) -> str:
     """The view of a `to_dict` as plain text of at most `width` columns, where names allow it."""
-    return "\n".join("".join(text for text, _ in spans).rstrip() for spans in lines_of(page_of(view), width))
+    lines = lines_of(document_of(view), width)
+    return "\n".join("".join(text for text, _ in spans).rstrip() for spans in lines)
 
 
-def lines_of(page: Page, width: int) -> Iterator[Spans]:
-    """The lines of a page, each as spans of one style."""
-    yield from _wrapped([(f"{visible(page.model)}: ", "head"), (page.headline, "head")], width, hang=2)
-    if page.facts:
-        yield from _wrapped([(", ".join(page.facts), "dim")], width)
-    for note in page.notes:
-        yield from _wrapped([("note: ", "warn"), (visible(note), "warn")], width, hang=6)
-    if page.answer:
+def lines_of(document: Document, width: int) -> Iterator[Spans]:
+    """The lines of a document, each as spans of one style."""
+    yield from _wrapped([(f"{visible(document.model)}: {document.headline}", "head")], width, hang=2)
+    if document.facts:
+        yield from _wrapped([(", ".join(document.facts), "dim")], width)
+    for note in document.notes:
+        yield from _wrapped([(f"note: {visible(note)}", "warn")], width, hang=6)
+    if document.answer:
         yield []
-        yield from _wrapped([(visible(page.answer), "answer")], width)
-    if page.paste:
-        yield [("  ", ""), (visible(page.paste), "help")]
-    above: Block | None = None
-    for block in page.blocks:
-        yield from _block(block, above, width)
-        above = block
+        yield from _wrapped([(visible(document.answer), "head")], width)
+    if document.paste:
+        yield [("  " + visible(document.paste), "help")]
+    rule = ""
+    for section in document.sections:
+        yield []
+        yield from _section(section, width, rule)
+        rule = section.title if section.kind == "change" else ""
 
 
-def _block(block: Block, above: Block | None, width: int) -> Iterator[Spans]:
-    yield []
-    file = _common_file(block, width)
-    if block.kind == "graft":
-        if block.title and not (above and above.title == block.title):
-            yield [(f"@@ {visible(block.title)} @@", "rule")]
-        count = f"  x{block.count}" if block.count > 1 and len(block.lines) > 1 else ""
-        where = f"  in {visible(file)}" if file else ""
-        yield [("- ", "minus"), (visible(block.before), "minus"), (count + where, "dim")]
-        yield from _wrapped([("+ ", "plus"), (visible(block.after), "plus")], width, hang=4)
-        if block.text:
-            yield from _wrapped([("  cost: ", "warn"), (visible(block.text), "")], width, hang=8)
+def _section(section: Section, width: int, rule_above: str) -> Iterator[Spans]:
+    table = _Table(section, width)
+    where = f" (in {table.file})" if table.file else ""
+    if section.kind == "change":
+        if section.title and section.title != rule_above:
+            yield [(f"@@ {visible(section.title)} @@", "rule")]
+        count = f"  x{section.count}" if section.count > 1 and len(section.rows) > 1 else ""
+        yield [(f"- {visible(section.before)}", "minus"), (count + where, "dim")]
+        yield from _wrapped([(f"+ {visible(section.after)}", "plus")], width, hang=4)
+        for cost in section.costs:
+            yield from _wrapped([("  ", ""), (visible(cost), "warn")], width, hang=4)
     else:
-        where = f" (in {visible(file)})" if file else ""
-        style = "head" if block.kind in ("sites", "keys") else "warn"
-        title: Spans = [
-            (f"{visible(block.title)}", style),
-            (f": {visible(block.text)}" if block.text else "", ""),
-        ]
-        yield from _wrapped([*title, (where, "dim")], width, hang=2)
-    if block.remedy:
-        yield from _wrapped([("  help: ", "help"), (visible(block.remedy), "")], width, hang=8)
-    yield from _table(block, width, file)
+        style = "warn" if section.kind in ("skipped", "mended", "finding") else "head"
+        text = f": {visible(section.text)}" if section.text else ""
+        yield from _wrapped([(visible(section.title), style), (text, ""), (where, "dim")], width, hang=2)
+    if section.remedy:
+        yield from _wrapped([("  help: ", "help"), (visible(section.remedy), "")], width, hang=8)
+    for item in section.items:
+        yield from _wrapped([("  - ", "dim"), (visible(item), "")], width, hang=4)
+    yield from table.lines(width)
 
 
-def _table(block: Block, width: int, file: str) -> Iterator[Spans]:
-    lines = block.lines
-    leads = _columns([line.lead for line in lines])
-    trails = [_beside(line, file) for line in lines]
-    counts = [f"x{line.count}" if line.count > 1 else "" for line in lines]
-    count_width = max(map(len, counts), default=0)
-    room = _room(leads, counts, trails, width)
-    paths = [visible(line.path) or THE_MODEL for line in lines]
-    column = max((len(path) for path in paths if len(path) <= room), default=0)
-    for line, path, lead, count, trail in zip(lines, paths, leads, counts, trails, strict=True):
-        start: Spans = [(" " * _INDENT, ""), (lead, "lead")]
-        hang = _INDENT + len(lead) + _GAP
-        if len(path) <= room:
-            beside = " " * (column - len(path))
-            beside += " " * _GAP + count.rjust(count_width) if count_width else ""
-            beside += " " * _GAP + trail if trail else ""
-            yield [*start, *_path(path), (beside, "dim")]
-        else:
-            yield from _long(start, path, "  ".join(filter(None, [count, trail])), width)
-        if line.also:
-            yield from _wrapped(
-                [(" " * hang + "also ", "dim"), (visible(line.also), "dim")], width, hang=hang + 5
-            )
+class _Table:
+    """The rows of a section in aligned columns.
+
+    Where they would be too wide, the file that all rows share is named once, above them, and a source
+    that still leaves no room for the path goes below it.
+    """
+
+    def __init__(self, section: Section, width: int) -> None:
+        self.rows, self.file, self.below = section.rows, "", False
+        if not self.rows:
+            return
+        self.heads, self.cells = section.table()
+        sources = [row.source.rpartition(":") for row in self.rows]
+        files = {visible(file) for file, _, _ in sources}
+        if len(files) == 1 and all(files) and self._room(width) < max(len(cells[0]) for cells in self.cells):
+            self.file, self.heads[-1] = files.pop(), "line"
+            for cells, (_, _, number) in zip(self.cells, sources, strict=True):
+                cells[-1] = visible(number)
+        if self.heads[-1] == "source" and self._room(width) < _PATH_ROOM:
+            self.below = True
+            self.heads.pop()
+            self.sources = [cells.pop() for cells in self.cells]
+        self.room = max(self._room(width), _PATH_ROOM)
+
+    def _widths(self) -> list[int]:
+        return [max(map(len, column)) for column in zip(self.heads, *self.cells, strict=True)]
+
+    def _room(self, width: int) -> int:
+        """The columns left for a path."""
+        return width - _INDENT - sum(_GAP + column for column in self._widths()[1:])
+
+    def lines(self, width: int) -> Iterator[Spans]:
+        if not self.rows:
+            return
+        pieces = [list(_broken(cells[0], self.room)) for cells in self.cells]
+        widths = self._widths()
+        widths[0] = max(len(piece) for lines in [[self.heads[0]], *pieces] for piece in lines)
+        if len(self.heads) > 1:
+            yield [(" " * _INDENT + _aligned(self.heads, widths, self.cells), "dim")]
+        for index, (row, cells) in enumerate(zip(self.rows, self.cells, strict=True)):
+            first, *rest = pieces[index]
+            beside = _aligned(["", *cells[1:]], [0, *widths[1:]], self.cells) if len(cells) > 1 else ""
+            pad = " " * (widths[0] - len(first)) if beside.strip() else ""
+            yield [(" " * _INDENT, ""), *_path(first), (pad + beside, "dim")]
+            for piece in rest:
+                yield [(" " * _INDENT, ""), *_path(piece)]
+            below = [f"also {visible(row.aliases)}"] if row.aliases else []
+            below += [self.sources[index]] if self.below and self.sources[index] else []
+            for text in below:
+                hang = _INDENT + _GAP
+                yield from _wrapped([(" " * hang, ""), (text, "dim")], width, hang=hang)
 
 
-def _room(leads: Sequence[str], counts: Sequence[str], trails: Sequence[str], width: int) -> int:
-    """The columns left for a path on a line with everything that stands beside it."""
-    count, trail = max(map(len, counts), default=0), max(map(len, trails), default=0)
-    beside = sum(_GAP + taken for taken in (count, trail) if taken)
-    return width - _INDENT - (len(leads[0]) if leads else 0) - beside
+def _aligned(cells: Sequence[str], widths: Sequence[int], table: Sequence[Sequence[str]]) -> str:
+    """The cells of a row in one text; a column of numbers is aligned to the right."""
+    texts = []
+    for at, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+        numbers = at > 0 and all(_NUMBER.fullmatch(row[at]) for row in table if row[at])
+        texts.append(cell.rjust(width) if numbers else cell.ljust(width))
+    return (" " * _GAP).join(texts)
 
 
-def _beside(line: Line, file: str) -> str:
-    cells = [visible(cell) for cell in line.trail if cell]
-    if file and line.source:
-        cells.append(f"line {line.source.removeprefix(file + ':')}")
-    elif line.source:
-        cells.append(visible(line.source))
-    return "  ".join(cells)
-
-
-def _common_file(block: Block, width: int) -> str:
-    """The file that all lines of a block come from, if saying it once makes them fit."""
-    files = {line.source.rpartition(":")[0] for line in block.lines if line.source}
-    if len(files) != 1:
-        return ""
-    leads = _columns([line.lead for line in block.lines])
-    counts = [f"x{line.count}" if line.count > 1 else "" for line in block.lines]
-    room = _room(leads, counts, [_beside(line, "") for line in block.lines], width)
-    return files.pop() if any(len(line.path) > room for line in block.lines) else ""
-
-
-def _long(start: Spans, path: str, beside: str, width: int) -> Iterator[Spans]:
-    """A path too long for its column: broken at its dots, what stands beside it below."""
-    spans, used = list(start), sum(len(text) for text, _ in start)
-    hang = used + _GAP
+def _broken(path: str, room: int) -> Iterator[str]:
+    """The path over as many lines as it needs, broken at its dots."""
+    line = ""
     # A dot inside braces belongs to a range.
     for piece in re.findall(r"(?:[^.{]|\{[^}]*\}?)+\.?|\.", path):
-        if used + len(piece) > width and used > hang:
-            yield spans
-            spans, used = [(" " * hang, "")], hang
-        spans += _path(piece)
-        used += len(piece)
-    if beside and used + _GAP + len(beside) <= width:
-        yield [*spans, ("  " + beside, "dim")]
-        return
-    yield spans
-    if beside:
-        yield from _wrapped([(" " * hang, ""), (beside, "dim")], width, hang=hang)
+        if line.strip() and len(line) + len(piece) > room:
+            yield line
+            line = "  "
+        line += piece
+    yield line
 
 
 def _path(path: str) -> Spans:
     return [(piece, "brace" if index % 2 else "") for index, piece in enumerate(_BRACES.split(path)) if piece]
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Each row's cells in one text, the columns aligned; a column with nothing in it takes no room."""
-    widths = [max(len(visible(cell)) for cell in column) for column in zip(*rows, strict=True)]
-    texts = []
-    for row in rows:
-        cells = [
-            visible(cell).rjust(width) if _SIZE.fullmatch(cell) else visible(cell).ljust(width)
-            for cell, width in zip(row, widths, strict=True)
-            if width
-        ]
-        texts.append("".join(cell + " " * _GAP for cell in cells))
-    return texts
 
 
 def _wrapped(spans: Spans, width: int, hang: int = 0) -> Iterator[Spans]:

@@ -25,8 +25,9 @@ from regraft.graft.apply import grafted
 from regraft.graft.insertions import inserted_on
 from regraft.ops import DROP_BLOCK
 from regraft.record import grafts_of
+from regraft.training.passes.analyze import work_of
 from regraft.training.passes.api import stochastic_passes
-from regraft.training.passes.choice import work_of
+from regraft.training.passes.fork import fork_path
 from regraft.training.passes.nested import leaves, mapped
 from regraft.training.rdrop.fields import logits_in, parts_of
 from regraft.training.rdrop.options import TASKS, Key
@@ -87,6 +88,7 @@ def mc_predict(
     rules: Any = None,
     strategy: str = "auto",
     chunk: int | None = None,
+    fork: str | float | None = None,
     progress: bool | None = None,
     **kwargs: Any,
 ) -> MCPrediction:
@@ -114,6 +116,8 @@ def mc_predict(
         strategy: see `regraft.stochastic_passes`.
         chunk: at most this many passes at once: the memory's bound. The results are added up. By default all
             where nearly everything is shared, else what is fast on the model's device.
+        fork: where the passes part, see `regraft.stochastic_passes`: what is drawn before is the same in
+            all, and its variance is left out.
         progress: show a bar; by default on a terminal, for more than one chunk or batch.
         kwargs: for the model's forward; `labels` are left out.
 
@@ -148,7 +152,8 @@ def mc_predict(
             call = given[0], {name: value for name, value in given[1].items() if name != "labels"}
             with sampler.on(call):
                 shown = progress if batches is None else False
-                prediction = _predict(model, n, call, reading, samples, strategy, chunk, shown)
+                passes = {"strategy": strategy, "fork": fork}
+                prediction = _predict(model, n, call, reading, samples, passes, chunk, shown)
             done.append(prediction if batches is None else mapped(_to_cpu, "", prediction))
     if not done:
         raise LossError("there are no batches to predict", where="batches")
@@ -158,13 +163,21 @@ def mc_predict(
 
 
 def _predict(
-    model: nn.Module, n: int, call: Any, reading: Reading, samples: bool, strategy: str, *rest: Any
+    model: nn.Module,
+    n: int,
+    call: Any,
+    reading: Reading,
+    samples: bool,
+    options: dict[str, Any],
+    chunk: int | None,
+    progress: bool | None,
 ) -> MCPrediction:
-    chunk, progress = rest
+    fork = options["fork"]
+    parting = None if fork is None else fork_path(inner_model(model)[0], fork)
     sums = _Sums(reading, samples)
-    at_once = chunk or _at_once(n, *work_of(model, call), _on_cpu(model))
+    at_once = chunk or _at_once(n, *work_of(model, call, parting), _on_cpu(model))
     for passes in _bar(_sizes(n, at_once), progress):
-        outputs = stochastic_passes(model, passes, *call[0], strategy=strategy, **call[1])
+        outputs = stochastic_passes(model, passes, *call[0], **options, **call[1])
         sums.add(*reading.logits(outputs, type(model).__name__))
     return sums.prediction()
 

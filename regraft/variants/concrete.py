@@ -72,7 +72,7 @@ def concrete_dropout(
     else:
         logit = concrete_logit.to(draw.dtype)
     # logit(1 - u) is distributed as -logit(u); a draw of 0 gives a mask of 0, and a slope of 0.
-    mask: Tensor = _Mask.apply(draw.logit_(), logit, temperature)
+    mask: Tensor = _Mask.apply(draw.logit_(), logit.reshape([1] * min(x.dim(), 1)), temperature)
     del draw  # before the product: two tensors of x's size at a time are enough
     return x * mask.to(x.dtype)
 

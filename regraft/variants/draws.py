@@ -42,8 +42,14 @@ def channel_axis_of(x: Tensor, given: int | None = None) -> int:
 
 
 def uniform_like(x: Tensor) -> Tensor:
-    """Uniform on [0, 1), in float32 for half precisions, whose own draw is coarse and biased."""
-    return torch.rand_like(x, dtype=torch.float32 if x.dtype in HALVES else x.dtype, requires_grad=False)
+    """Uniform on [0, 1), real, in float32 for half precisions, whose own draw is coarse and biased."""
+    dtype = torch.float32 if x.dtype in HALVES else real_dtype(x)
+    return torch.rand_like(x, dtype=dtype, requires_grad=False)
+
+
+def real_dtype(x: Tensor) -> torch.dtype:
+    """X's dtype; of a complex x, that of its parts."""
+    return x.real.dtype if x.is_complex() else x.dtype
 
 
 def times_mask(x: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -89,10 +95,10 @@ def codes16(x: Tensor, count: int) -> Tensor:
 def in_pieces(x: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
     """`draw(count)` for all elements of x, a part at a time: what it needs on the way then stays small.
 
-    At most 8 parts, for each of which a device starts its operators anew.
+    At most 8 parts, and on an accelerator one, which would start its kernels anew for each.
     """
     count = x.numel()
-    size = max(_PIECE, -(-count // 8))
+    size = max(_PIECE, -(-count // 8)) if x.device.type == "cpu" else max(count, 1)
     sizes = [min(size, count - start) for start in range(0, count, size)] or [0]
     if len(sizes) == 1 or torch._C._are_functorch_transforms_active():  # vmap draws for each of its passes
         parts = [draw(size) for size in sizes]

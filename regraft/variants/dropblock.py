@@ -9,13 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.variants.checks import check_count
+from regraft.variants.checks import check_count, check_switch
 from regraft.variants.draws import channel_axis_of, keep_mask, times_mask
 from regraft.variants.module import DropoutVariant, check_rate
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
-def dropblock(x: Tensor, p: float = DEFAULT_RATE, training: bool = True, *, block_size: int = 7) -> Tensor:
+def dropblock(
+    x: Tensor,
+    p: float = DEFAULT_RATE,
+    training: bool = True,
+    *,
+    block_size: int = 7,
+    couple_channels: bool = False,
+) -> Tensor:
     """Contiguous blocks are dropped from each channel; every element with probability p exactly.
 
     Blocks have `block_size` elements along every axis but those of examples and channels: squares in
@@ -27,6 +34,7 @@ def dropblock(x: Tensor, p: float = DEFAULT_RATE, training: bool = True, *, bloc
         p: probability that an element is dropped.
         training: False returns x itself.
         block_size: the blocks' side.
+        couple_channels: whether all channels of an example lose the same blocks.
 
     Shape:
         (B, C, H, W), (B, T, C), (B, C), ...; the output's is the input's.
@@ -51,8 +59,9 @@ def dropblock(x: Tensor, p: float = DEFAULT_RATE, training: bool = True, *, bloc
     channels = channel_axis_of(x)
     blocks = [1 if at in (0, channels) else min(block_size, size) for at, size in enumerate(x.shape)]
     # A block reaches an element from as many places as it has elements; all of them are to be clear.
-    clear_rate = (1 - p) ** (1 / math.prod(blocks))
-    starts = [size + block - 1 for size, block in zip(x.shape, blocks, strict=True)]
+    clear_rate = (1 - p) ** (1 / max(math.prod(blocks), 1))
+    axes = [1 if couple_channels and at == channels else size for at, size in enumerate(x.shape)]
+    starts = [size + max(block, 1) - 1 for size, block in zip(axes, blocks, strict=True)]
     clear = keep_mask(x, starts, 1 - clear_rate, torch.bool)
     for axis, block in enumerate(blocks):
         clear = _clear_windows(clear, axis, block)
@@ -74,6 +83,7 @@ def _clear_windows(clear: Tensor, axis: int, width: int) -> Tensor:
 
 def _check(options: Mapping[str, Any]) -> None:
     check_count("block_size", options["block_size"])
+    check_switch("couple_channels", options["couple_channels"])
 
 
 class DropBlock(DropoutVariant):
@@ -87,8 +97,19 @@ class DropBlock(DropoutVariant):
     function = staticmethod(dropblock)
     check = staticmethod(_check)
 
-    def __init__(self, p: float = DEFAULT_RATE, *, block_size: int = 7) -> None:
-        super().__init__(p, block_size=block_size)
+    def __init__(
+        self, p: float = DEFAULT_RATE, *, block_size: int = 7, couple_channels: bool = False
+    ) -> None:
+        super().__init__(p, block_size=block_size, couple_channels=couple_channels)
 
 
-SPECS = (Spec("dropblock", dropblock, ("Dropout",), DropBlock, {"block_size": 7}, check=_check),)
+SPECS = (
+    Spec(
+        "dropblock",
+        dropblock,
+        ("Dropout",),
+        DropBlock,
+        {"block_size": 7, "couple_channels": False},
+        check=_check,
+    ),
+)

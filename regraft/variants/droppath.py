@@ -10,7 +10,7 @@ from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
 def drop_path(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor:
-    """Each example is dropped as a whole with probability p: the residual branch that x is is left out.
+    """Drops the whole residual branch x of each example with probability p.
 
     Shape:
         (B, ...); the output's is the input's.
@@ -31,7 +31,7 @@ def drop_path(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tens
     p = check_rate(p)
     if not training or p == 0:
         return x
-    shape = [x.shape[0]] + [1] * (x.dim() - 1)
+    shape = [size if axis == 0 else 1 for axis, size in enumerate(x.shape)]
     return times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
 
 

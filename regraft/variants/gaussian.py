@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regraft.variants.checks import check_number
+from regraft.variants.draws import real_dtype
 from regraft.variants.module import DropoutVariant, check_rate
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
@@ -43,7 +44,7 @@ def gaussian_dropout(
     scale = (p / (1 - p)) ** 0.5 if sigma is None else sigma
     if not training or scale == 0:
         return x
-    return x * torch.randn_like(x, requires_grad=False).mul_(scale).add_(1)
+    return x * torch.randn_like(x, dtype=real_dtype(x), requires_grad=False).mul_(scale).add_(1)
 
 
 def _check(options: Mapping[str, Any]) -> None:

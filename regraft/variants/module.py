@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import RateError
+from regraft.variants.spec import written_value
 
 
 def check_rate(p: object, *, where: str = "") -> float:
@@ -92,10 +93,14 @@ def linear_weight(module: nn.Module) -> Tensor:
     return weight.T if any(base.__name__ == "Conv1D" for base in type(module).__mro__) else weight
 
 
+_QUIET = ("exact", "couple_channels")
+"""Switches that are off by default, and are printed where they are on."""
+
+
 def written_options(p: float | None, options: dict[str, Any]) -> str:
-    """`p=0.1, num_samples=8`, as a module's repr shows it, without options at None and `exact=False`."""
+    """`p=0.1, num_samples=8`, as a module's repr shows it, without options at None and switches at rest."""
     shown = {} if p is None else {"p": p}
     shown |= {
-        key: value for key, value in options.items() if value is not None and (key, value) != ("exact", False)
+        key: value for key, value in options.items() if value is not None and (value or key not in _QUIET)
     }
-    return ", ".join(f"{key}={value!r}" for key, value in shown.items())
+    return ", ".join(f"{key}={written_value(value)}" for key, value in shown.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +39,7 @@ def neftune(x: Tensor, p: float = 0.0, training: bool = True, *, alpha: float = 
     """
     if not training or alpha == 0:
         return x
-    bound = alpha / (x.shape[-1] * (x.shape[-2] if x.dim() > 1 else 1)) ** 0.5
+    bound = alpha / max(math.prod(x.shape[-2:]), 1) ** 0.5
     return x + uniform_like(x).mul_(2 * bound).sub_(bound).to(x.dtype)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
 
 DEFAULT_RATE = 0.2
 """Where a rule puts a rate and names none: the low end of the 0.2 to 0.5 of Srivastava et al. 2014."""
-
-NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,8 @@ class Spec:
     known: what it adds to the loss; see `regraft.penalty`."""
     rated: bool = True
     """Does it have a rate, the option `p`?"""
+    attention: bool = False
+    """Does it act on attention weights, (..., queries, keys), and on nothing else?"""
     linear_function: Callable[..., Any] | None = None
     """Of a variant that takes the place of dropouts and of linears: the function for linears."""
     linear_module: type[nn.Module] | None = None
@@ -97,14 +96,15 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        inside = ", ".join(f"{key}={_written(value)}" for key, value in self.options.items())
+        inside = ", ".join(f"{key}={written_value(value)}" for key, value in self.options.items())
         return f"{self.name}({inside})" if inside else self.name
 
     def __hash__(self) -> int:
         return hash((self.name, repr(self)))
 
 
-def _written(value: Any) -> str:
+def written_value(value: Any) -> str:
+    """The value of an option as text; a float with six digits, so that 0.1 in float32 is printed as 0.1."""
     if callable(value):
         return f"<{getattr(value, '__name__', 'callable')}>"
-    return repr(value)
+    return repr(float(f"{value:.6g}") if isinstance(value, float) else value)

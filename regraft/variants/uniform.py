@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from regraft.variants.draws import uniform_like
+from regraft.variants.draws import real_dtype, uniform_like
 from regraft.variants.module import DropoutVariant, check_rate
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
@@ -33,7 +33,7 @@ def uniform_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -
     if not training or p == 0:
         return x
     width = (3 * p / (1 - p)) ** 0.5
-    return x * uniform_like(x).mul_(2 * width).add_(1 - width).to(x.dtype)
+    return x * uniform_like(x).mul_(2 * width).add_(1 - width).to(real_dtype(x))
 
 
 class UniformDropout(DropoutVariant):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regraft.report.fold import expand, fold, fold_rows
+from regraft.report.fold import fold, fold_rows
 
 CASES = {
     "one": (["a.drop"], ["a.drop"]),
@@ -30,6 +33,21 @@ CASES = {
     "names with stars": (["*.1", "*.2"], ["*.1", "*.2"]),
     "twice the same": (["l.0", "l.0", "l.1"], ["l.{0..1}"]),
 }
+
+
+def expand(pattern: str) -> list[str]:
+    """The paths that a folded path stands for."""
+    pieces = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [_numbers(piece) if index % 2 else [piece] for index, piece in enumerate(pieces)]
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def _numbers(inside: str) -> list[str]:
+    numbers = []
+    for piece in inside.split(","):
+        first, _, last = piece.partition("..")
+        numbers += map(str, range(int(first), int(last) + 1)) if last else [first]
+    return numbers
 
 
 @pytest.mark.parametrize(("paths", "folded"), CASES.values(), ids=CASES)

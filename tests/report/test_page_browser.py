@@ -55,8 +55,8 @@ def report(count=4):
     return regraft.apply(blocks(count), {"Dropout": "gaussian", "Linear@head": "dropconnect(p=0.2)"})
 
 
-ROWS = "[...document.querySelectorAll('.row')]"
-NAMES = f"{ROWS}.map(row => row.querySelector('.name code').textContent)"
+ROWS = "[...document.querySelectorAll('summary')].filter(row => row.checkVisibility())"
+NAMES = f"{ROWS}.map(row => row.querySelector('code').textContent)"
 SHOWN = "document.getElementById('regraft-shown').textContent"
 
 
@@ -92,7 +92,7 @@ def test_it_folds_and_opens(opened):
     assert tab.js(NAMES) == ["encoder", "head"]
     tab.js("document.getElementById('regraft-open').click()")
     assert tab.js(f"{ROWS}.length") == 1 + 4 * 3 + 1
-    assert tab.js("document.querySelectorAll('.row del').length") == 9
+    assert tab.js(f"{ROWS}.filter(row => row.querySelector('del')).length") == 9
 
 
 def test_it_searches_and_filters(opened):
@@ -104,13 +104,9 @@ def test_it_searches_and_filters(opened):
     assert tab.js(SHOWN) == "9 sites"
     search(tab, "mlp gauss")
     assert tab.js(SHOWN) == "4 of 9 sites"
-    assert tab.js("[...document.querySelectorAll('mark')].map(one => one.textContent)")[:2] == [
-        "mlp",
-        "Gauss",
-    ]
     tab.press("Escape")
     wait(tab)
-    tab.js("[...document.querySelectorAll('.chip')].find(one => one.dataset.value === 'Linear').click()")
+    tab.js("[...document.querySelectorAll('.chip')].find(one => one.dataset.op === 'Linear').click()")
     assert tab.js(SHOWN) == "1 of 9 sites"
     assert tab.js(NAMES) == ["head"]
 
@@ -119,7 +115,7 @@ def test_a_row_tells_its_facts(opened):
     tab = opened(report())
     tab.js("document.getElementById('regraft-close').click()")
     tab.js(f"{ROWS}.at(-1).click()")
-    facts = tab.js("document.querySelector('dl.facts').innerText")
+    facts = tab.js("[...document.querySelectorAll('dl')].at(-1).innerText")
     assert "Linear@head" in facts
     assert "dropconnect(p=0.2)" in facts
 
@@ -130,7 +126,7 @@ def test_the_keyboard_goes_everywhere(opened):
     tab.press("/")
     assert tab.js("document.activeElement.id") == "regraft-search"
     tab.press("ArrowDown")
-    here = "document.activeElement.querySelector('.name code').textContent"
+    here = "document.activeElement.querySelector('code').textContent"
     assert tab.js(here) == "encoder"
     tab.press("ArrowRight", "ArrowDown")
     assert tab.js(here) == "0"
@@ -141,10 +137,9 @@ def test_the_keyboard_goes_everywhere(opened):
     tab.press("End")
     assert tab.js(here) == "head"
     tab.press("Enter")
-    assert tab.js("document.querySelectorAll('dl.facts').length") == 1
+    assert tab.js("[...document.querySelectorAll('dl')].filter(facts => facts.checkVisibility()).length") == 1
     tab.press("Home")
     assert tab.js(here) == "encoder"
-    assert tab.js("document.querySelectorAll('[role=treeitem][tabindex=\"0\"]').length") == 1
 
 
 GROUND = "getComputedStyle(document.body).backgroundColor"
@@ -211,8 +206,36 @@ def test_the_model_is_named_by_someone_else(opened):
     for name in NASTY:
         tab = opened(to_page(inspection(name)))
         assert tab.js("window.alert.toString().includes('native code')")
-        assert tab.js("document.scripts.length") == 2
+        assert tab.js("document.scripts.length") == 1
         assert tab.js("document.images.length") == 0
         tab.js("document.getElementById('regraft-open').click()")
         tab.js(f"{ROWS}[0].click()")
         assert tab.js("document.querySelectorAll('.tree script, .tree img, .tree b').length") == 0
+
+
+NOTEBOOK = """
+.jp-RenderedHTMLCommon table { table-layout: fixed; border-collapse: collapse; margin: 0 auto 1em; }
+.jp-RenderedHTMLCommon :is(td, th, tr) { text-align: right; padding: 0.5em; white-space: normal; }
+.jp-RenderedHTMLCommon tbody tr:nth-child(odd) { background: rgb(1, 2, 3); }
+.jp-RenderedHTMLCommon :is(h1, h2, p, pre, ul) { margin: 1.5em 0 2em; background: rgb(1, 2, 3); color: red; }
+"""
+"""What a notebook's own styles do to tables and headings of an output."""
+
+
+@pytest.mark.parametrize("width", [500, 1280])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_in_a_notebook_no_cell_is_printed_over_another(width, theme, opened):
+    page = (
+        f'<!DOCTYPE html><meta name="viewport" content="width=device-width"><style>{NOTEBOOK}</style>'
+        f'<body data-jp-theme-light="{str(theme == "light").lower()}">'
+        f'<div class="jp-RenderedHTMLCommon">{regraft.inspect(blocks(12))._repr_html_()}</div></body>'
+    )
+    tab = opened(page, width=width)
+    assert tab.js("document.querySelectorAll('td').length") > 10
+    over = "[...document.querySelectorAll('td, th')].filter(cell => cell.scrollWidth > cell.clientWidth + 1)"
+    assert tab.js(f"{over}.map(cell => cell.textContent)") == []
+    assert tab.js("document.documentElement.scrollWidth") <= width
+    ground = "getComputedStyle(document.querySelector('.regraft')).backgroundColor"
+    assert tab.js(ground) == {"light": "rgb(255, 255, 255)", "dark": "rgb(16, 20, 24)"}[theme]
+    used = "[...document.querySelectorAll('.regraft *')].map(one => getComputedStyle(one).backgroundColor)"
+    assert "rgb(1, 2, 3)" not in tab.js(used)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import regraft
+from regraft.report.html import to_page as to_html
 from regraft.report.markdown import to_markdown
 from regraft.report.text import to_text
 
@@ -49,27 +50,98 @@ def test_a_diff_folds_what_is_alike():
         '@@ "Dropout": "gaussian" @@',
         "- Dropout(p=0.1)  x13",
         "+ GaussianDropout(p=0.1)",
-        "    layer.{0..11}.drop  x12  a/model.py:7",
-        "    head                     a/model.py:8",
+        "    site                sites  source",
+        "    layer.{0..11}.drop    x12  a/model.py:7",
+        "    head                       a/model.py:8",
     ]
 
 
 def test_rates_that_grow_with_depth_are_one_range():
     rows = [
-        edit(f"b.{i}.path", before=f"DropPath(p={i / 10})", after=f"DropPath(p={i / 10})") for i in (1, 2, 3)
-    ]
+        edit(f"b.{i}.path", p=i / 10, before=f"DropPath(p={i / 10})", after=f"Noise(p={i / 20})",
+             options={"p": i / 20})
+        for i in (1, 2, 3)
+    ]  # fmt: skip
     text = to_text(report(grafted=rows))
     assert "- DropPath(p=0.1..0.3)" in text
-    assert "b.{1..3}.path  x3" in text
+    assert "+ Noise(p=0.05..0.15)" in text
+    assert "b.{1..3}.path     x3" in text
+
+
+def test_ranges_come_from_the_fields_and_not_from_the_text():
+    rows = [edit(f"b.{i}.path", before=f"DropPath(p={i / 10})", after="off") for i in (1, 2, 3)]
+    text = to_text(report(grafted=rows))
+    assert text.count("- DropPath(p=0.") == 3
 
 
 def test_a_cost_stands_below_what_has_it():
     rows = [edit("a", cost="its scores are kept"), edit("b")]
     lines = to_text(report(grafted=rows)).splitlines()
     at = lines.index("  cost: its scores are kept")
-    assert lines[at + 1].split()[0] == "a"
+    assert lines[at + 2].split()[0] == "a"
     assert sum("cost:" in line for line in lines) == 1
-    assert "*Cost:* its scores are kept" in to_markdown(report(grafted=rows))
+    assert "*cost: its scores are kept*" in to_markdown(report(grafted=rows))
+
+
+def test_the_strength_stands_below_what_has_it():
+    rows = [edit("a", strength="noise 0.111 -> 0.014, 8x weaker")]
+    for text in (to_text(report(grafted=rows)), to_html(report(grafted=rows))):
+        assert "strength: noise 0.111 " in text
+
+
+def test_the_page_ends_with_what_is_left_and_the_balance():
+    left = [{"path": f"rope.{i}", "what": "an unrecognized draw", "source": "a.py:3", "remedy": "name it"}
+            for i in range(3)]  # fmt: skip
+    view = report(grafted=[edit("a")], left=left, balance=["6 of 7 draws taken over", "1 left"])
+    assert to_text(view).splitlines()[-9:] == [
+        "",
+        "left as it is: 3 places: an unrecognized draw",
+        "  help: name it",
+        "    site         sites  source",
+        "    rope.{0..2}     x3  a.py:3",
+        "",
+        "balance",
+        "  - 6 of 7 draws taken over",
+        "  - 1 left",
+    ]
+    assert to_markdown(view).endswith("**balance**\n\n- 6 of 7 draws taken over\n- 1 left\n")
+    page = to_html(view)
+    assert page.index("an unrecognized draw") < page.index("<li>1 left</li>")
+    assert page.index('class="tree"') < page.index("<li>1 left</li>")
+
+
+def test_a_balance_in_numbers_is_a_sentence():
+    left = [{"what": "draw", "name": "Noise: randn_like", "paths": ["b.0", "b.1"], "source": "a.py:3",
+             "remedy": "register it", "count": 2}]  # fmt: skip
+    balance = {"draws": 3, "sites": 1, "other": 0, "unrecognized": 2, "products": "4 of 4"}
+    lines = to_text(report(left=left, balance=balance)).splitlines()
+    assert lines[-8:] == [
+        "left as it is: 2 places: Noise: randn_like",
+        "  help: register it",
+        "    site      sites  source",
+        "    b.{0..1}     x2  a.py:3",
+        "",
+        "balance",
+        "  - 3 random draws: 1 at sites, 2 unrecognized",
+        "  - products: 4 of 4",
+    ]
+
+
+def test_every_table_has_headings():
+    rows = [edit("a", calls=2, kind="call"), edit("b")]
+    for text in (to_text(report(grafted=rows)), to_markdown(report(grafted=rows))):
+        assert "site kind calls source" in " ".join(text.replace("|", " ").split())
+
+
+def test_numbers_are_labelled_and_plurals_are_right():
+    from regraft.report.document import percent
+
+    text = str(regraft.inspect(nn.Sequential(nn.Linear(1000, 769, bias=False), nn.Dropout(0.1))))
+    assert text.startswith("Sequential: 1 regularizer, 1 Linear (769.0k parameters)\n")
+    assert "1 dropout site (p = 0.1); not probed." in text
+    assert percent(3226, 3227) == "99.97 %"
+    assert percent(1, 100_000) == "0.001 %"
+    assert (percent(5, 5), percent(0, 5), percent(1, 3)) == ("100 %", "0 %", "33.3 %")
 
 
 def test_skips_say_why_and_what_to_do():

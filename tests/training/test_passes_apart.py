@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 import regraft
 from regraft.errors import ModelError
-from regraft.training.passes.choice import traits_of
+from regraft.training.passes.analyze import Inputs, analysis_of
 from regraft.training.passes.per_pass_modules import held_apart
 
 WIDTH = 6
@@ -84,9 +84,9 @@ def test_only_what_vmap_cannot_run_is_apart():
 
         return hook
 
-    traits = traits_of(model, ((x,), {}))
-    assert traits.apart == {Experts: False}
-    assert not traits.decides
+    analysis = analysis_of(model, Inputs(((x,), {})))
+    assert analysis.apart == {Experts: False}
+    assert not analysis.decides
     model.stem.register_forward_hook(count("stem"))
     model.head.register_forward_hook(count("head"))
     model.experts.register_forward_hook(count("experts"))
@@ -134,7 +134,7 @@ def test_a_graft_inside_them_acts():
     model.head = nn.Identity()
     passes = shared(model, x)["logits"]
     assert passes.ne(0).all()
-    assert traits_of(model, ((x,), {})).apart
+    assert analysis_of(model, Inputs(((x,), {}))).apart
 
 
 class Cosine(TorchFunctionMode):
@@ -171,7 +171,7 @@ class Around(nn.Module):
 
 def test_one_that_writes_into_its_argument_is_apart_with_what_is_around_it():
     model, x = Routed(Around(InPlace())).double(), rows()
-    assert traits_of(model, ((x,), {})).apart == {InPlace: False, Around: False}
+    assert analysis_of(model, Inputs(((x,), {}))).apart == {InPlace: False, Around: False}
     passes = shared(model, x)
     logits = torch.stack([model.head(model.experts(one)) for one in passes["dropped"]])
     torch.testing.assert_close(passes["logits"], logits, rtol=1e-12, atol=1e-12)
@@ -192,7 +192,7 @@ class Counted(Around):
 
 def test_one_whose_outputs_cannot_be_stacked_is_apart_with_what_is_around_it():
     model, x = Routed(Counted(Counting())).double(), rows(9)
-    assert traits_of(model, ((x,), {})).apart == {Counting: False, Counted: False}
+    assert analysis_of(model, Inputs(((x,), {}))).apart == {Counting: False, Counted: False}
     passes = shared(model, x)
     logits = torch.stack([model.head(model.experts(one)) for one in passes["dropped"]])
     torch.testing.assert_close(passes["logits"], logits, rtol=1e-12, atol=1e-12)
@@ -327,9 +327,9 @@ class Skipping(nn.Module):
 def test_a_layer_that_is_skipped_at_random_is_so_in_each_pass_by_itself(before):
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(before), Skipping(0.25)).double()
     x = rows(2)
-    traits = traits_of(model, ((x,), {}))
-    assert traits.apart == {Skipping: not before}
-    assert traits.decides
+    analysis = analysis_of(model, Inputs(((x,), {})))
+    assert analysis.apart == {Skipping: not before}
+    assert analysis.decides
     with torch.no_grad():
         whole = model.eval()(x)
         model.train()
@@ -381,7 +381,9 @@ def switch():
 def test_r_drop_of_routed_experts_learns_by_sharing():
     torch.manual_seed(0)
     model, ids = switch(), torch.randint(1, 64, (2, 6))
-    names = [cls.__name__ for cls in traits_of(model, ((), {"input_ids": ids, "labels": ids})).apart]
+    names = [
+        cls.__name__ for cls in analysis_of(model, Inputs(((), {"input_ids": ids, "labels": ids}))).apart
+    ]
     assert names == ["SwitchTransformersExperts"]
     regraft.rdrop(model, alpha=1.0, strategy="shared")
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)

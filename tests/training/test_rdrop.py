@@ -316,7 +316,7 @@ def test_dense_classes_may_stand_second():
 
 def test_a_wrapper_is_looked_into_and_compiles():
     model = vit(drop_rate=0.3)
-    regraft.rdrop(model, criterion=F.cross_entropy, strategy="batch")
+    regraft.rdrop(model, criterion=F.cross_entropy)
     compiled = torch.compile(model, backend="aot_eager")
     loss, logits = compiled(images(), labels=Y)
     loss.backward()

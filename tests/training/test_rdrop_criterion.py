@@ -292,7 +292,7 @@ def test_under_ddp(tmp_path, unused):
 
 def test_compiled():
     model = net()
-    criterion = regraft.rdrop_criterion(model, nn.CrossEntropyLoss(), alpha=0.7, strategy="batch", inputs=X)
+    criterion = regraft.rdrop_criterion(model, nn.CrossEntropyLoss(), alpha=0.7, inputs=X)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for _ in range(3):

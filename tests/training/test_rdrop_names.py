@@ -193,3 +193,30 @@ def test_options_go_to_json_and_back():
     assert RDropOptions.from_dict(with_criterion.to_dict(), F.cross_entropy) == with_criterion
     with pytest.raises(LossError, match="did you mean 'alpha'"):
         RDropOptions.from_dict({"alhpa": 1.0})
+
+
+def test_passes_that_part_late():
+    model = bert().train()
+    with pytest.raises(LookupError, match="names no module"):
+        regraft.rdrop(model, fork="bert.encoder.layer.9")
+    assert "_regraft" not in vars(model)
+    kls = []
+    for fork in (None, "bert.encoder.layer.1"):
+        regraft.rdrop(model, fork=fork)
+        torch.manual_seed(0)
+        loss = model(input_ids=tokens(), labels=Y).loss
+        loss.backward()
+        kls.append(state_of(model).terms.kl.item())
+    assert kls[0] > kls[1] > 0
+    regraft.rdrop(model, fork="classifier")
+    with pytest.raises(ModelError, match="no draw behind it"):
+        model(input_ids=tokens(), labels=Y)
+    regraft.revert(model)
+    net = nn.Sequential(
+        nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 8), nn.Dropout(0.3), nn.Linear(8, 3)
+    ).train()
+    criterion = regraft.rdrop_criterion(net, F.cross_entropy, fork="2", inputs=torch.randn(4, 4))
+    criterion(net(torch.randn(4, 4)), Y).backward()
+    assert criterion.terms.kl > 0
+    late = regraft.mc_predict(model, 200, input_ids=tokens(), fork="bert.encoder.layer.1").variance.mean()
+    assert 0 < late < regraft.mc_predict(model, 200, input_ids=tokens()).variance.mean()

@@ -183,7 +183,7 @@ def compiled_twice(model, **batch):
 
 def test_compiled_it_learns_before_the_first_trace():
     model = gpt2().train()
-    regraft.rdrop(model, strategy="batch")
+    regraft.rdrop(model)
     compiled = compiled_twice(model, input_ids=tokens(), labels=tokens())
     assert state_of(model).own.shift
     explanation = torch._dynamo.explain(compiled._orig_mod)(input_ids=tokens(), labels=tokens())
@@ -191,7 +191,7 @@ def test_compiled_it_learns_before_the_first_trace():
     torch._dynamo.reset()
     model = bert().train()
     batch = {"input_ids": tokens(), "labels": torch.tensor([0, 1, 0, 1])}
-    regraft.rdrop(model, strategy="batch", inputs=batch)
+    regraft.rdrop(model, inputs=batch)
     assert state_of(model).own.plain
     whole = torch.compile(model, backend="aot_eager", fullgraph=True)
     whole(**batch).loss.backward()
@@ -201,7 +201,7 @@ def test_compiled_it_learns_before_the_first_trace():
 
 def test_compiled_whole_without_knowing_is_refused():
     model = bert().train()
-    regraft.rdrop(model, strategy="batch")
+    regraft.rdrop(model)
     torch._dynamo.reset()
     whole = torch.compile(model, backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match="_learn_outside|own loss"):

@@ -10,6 +10,7 @@ from regraft.errors import InputsError
 from tests.training.models import tokens
 
 B, N = 4, 3
+ROWS = torch.arange(1.0, 1 + B * 5).view(B, 5)
 
 
 class Seeing(nn.Module):
@@ -22,7 +23,7 @@ class Seeing(nn.Module):
 
 def seen(**kwargs):
     model = Seeing()
-    regraft.stochastic_passes(model, N, torch.ones(B, 5), strategy="batch", **kwargs)
+    regraft.stochastic_passes(model, N, ROWS, strategy="batch", **kwargs)
     return model.seen
 
 
@@ -71,7 +72,7 @@ def test_a_list_as_long_as_the_batch_is_named():
 def test_an_object_is_named_and_auto_goes_on():
     with pytest.raises(InputsError, match="'graph' is a object, which cannot be repeated"):
         seen(graph=object())
-    assert regraft.stochastic_passes(Seeing(), N, torch.ones(B, 5), graph=object()).shape == (N, B, 5)
+    assert regraft.stochastic_passes(Seeing(), N, ROWS, graph=object()).shape == (N, B, 5)
 
 
 def test_packed_sequences():
@@ -93,8 +94,8 @@ def test_a_forward_that_fails_names_what_was_not_repeated():
             return F.dropout(x, 0.5) + bias.repeat_interleave(2)[:, None]
 
     with pytest.raises(InputsError, match=r"not repeated.*bias \(2,\)"):
-        regraft.stochastic_passes(Adds(), 2, torch.ones(B, 5), bias=torch.ones(2), strategy="batch")
-    assert regraft.stochastic_passes(Adds(), 2, torch.ones(B, 5), bias=torch.ones(2)).shape == (2, B, 5)
+        regraft.stochastic_passes(Adds(), 2, ROWS, bias=torch.ones(2), strategy="batch")
+    assert regraft.stochastic_passes(Adds(), 2, ROWS, bias=torch.ones(2)).shape == (2, B, 5)
 
 
 def test_no_tensor_no_batch():
@@ -107,13 +108,21 @@ def test_no_tensor_no_batch():
     assert regraft.stochastic_passes(Makes(), 2, 5).shape == (2, 2, 5)
 
 
-def test_rows_of_several_positions_are_taken_apart():
-    class Flat(nn.Module):
-        def forward(self, x):
-            return F.dropout(x, 0.5).flatten(0, 1)
+class Flat(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5).flatten(0, 1)
 
-    found = regraft.stochastic_passes(Flat(), 2, torch.ones(B, 3, 5), strategy="batch")
-    assert found.shape == (2, B * 3, 5)
+
+@pytest.mark.parametrize("output", [Flat(), nn.LSTM(5, 4, 2, dropout=0.5, batch_first=True)])
+def test_outputs_whose_first_axis_is_not_the_batch_are_refused_by_name(output):
+    x = torch.randn(B, 3, 5)
+    with pytest.raises(InputsError, match="whose first axis is not the batch"):
+        regraft.stochastic_passes(output, 2, x, strategy="batch")
+    passes = regraft.stochastic_passes(output, 2, x)
+    if isinstance(output, nn.LSTM):
+        assert passes[1][0].shape == (2, 2, B, 4)
+    else:
+        assert passes.shape == (2, B * 3, 5)
 
 
 def gpt2():

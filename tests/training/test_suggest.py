@@ -56,7 +56,7 @@ CASES = {
     ),
     "resnet": (
         lambda: timm_model("resnet10t"), 1000, "convolutional network",
-        {"after:re:layer[34]": "dropblock(p=0.1, block_size=7)", "before:Linear@fc": "dropout(p=0.2)"}, [],
+        {"before:Linear@fc": "dropout(p=0.2)", "after:re:layer[34]": "dropblock(p=0.1, block_size=7)"}, [],
     ),
     "recurrent": (
         sequence, 10, "recurrent network",
@@ -81,8 +81,11 @@ def test_what_is_suggested_can_be_done(build, examples, kind, rules, code):
     assert len(lines) == len(code)
     assert all(wanted in line for wanted, line in zip(code, lines, strict=True))
     assert all(one.source[-4:].strip() and one.reason for one in advice.advice)
+    rdrop = next((at for at, one in enumerate(advice.advice) if "rdrop" in (one.code or "")), 99)
+    rate = next((at for at, one in enumerate(advice.advice) if one.rule and "drop" in one.rule[1]), -1)
+    assert rate < rdrop, "a rate first, then R-Drop"
     if rules:
-        report = regraft.apply(model, advice.rules)
+        report = regraft.apply(model, advice)
         assert {edit.rule for edit in report.grafted} == set(range(len(rules)))
 
 
@@ -112,9 +115,9 @@ def test_rates_out_of_the_range_and_rates_of_0_are_said():
 
 
 def test_mixout_is_for_large_models_with_few_examples(monkeypatch):
-    from regraft.training.advice import advice as kinds
+    from regraft.training import suggest
 
-    monkeypatch.setattr(kinds, "_BIG", 1000)
+    monkeypatch.setattr(suggest, "_LARGE_MODEL", 1000)
     advice = regraft.suggest(tiny.bert(), 100)
     assert advice.rules == {"Linear": "mixout(p=0.9)"}
     assert regraft.suggest(tiny.bert(), 20_000).rules == {}

@@ -157,6 +157,12 @@ def far_apart(module, dtype, layout) -> Tensor:
     return module(ones(16, 64, 64, 64, dtype=dtype, layout=layout))[:, :, ::3, ::3]
 
 
+def far_apart_in_one_channel(module, dtype, layout) -> Tensor:
+    y = module(ones(304, 2, 64, 64, dtype=dtype, layout=layout))[:, :, ::3, ::3]
+    assert torch.equal(y[:, 0], y[:, 1])
+    return y[:, 0]
+
+
 def features(module, dtype, layout) -> Tensor:
     return module.eval()(ones(3, 512, 16, 16, dtype=dtype, layout=layout))[1]
 
@@ -197,14 +203,22 @@ CASES: dict[str, Case] = {
     "spatial": (nn.SpatialDropout, two_values, channels),
     "token": (nn.TokenDropout, two_values, positions),
     "droppath": (nn.DropPath, two_values, examples),
+    "drophead": (nn.DropHead, two_values, channels),
+    "elementwise": (nn.ElementwiseDropout, two_values, elements),
+    "shaped": (lambda p: nn.ShapedDropout(p, noise_shape=[None, None, 1, 1]), two_values, channels),
     "dropblock": (lambda p: nn.DropBlock(p, block_size=3), two_values, far_apart),
+    "dropblock-coupled": (
+        lambda p: nn.DropBlock(p, block_size=3, couple_channels=True),
+        two_values,
+        far_apart_in_one_channel,
+    ),
     "dropconnect": (linear(nn.DropConnectLinear), two_values, weights),
     "dropconnect-exact": (linear(nn.DropConnectLinear, exact=True), two_values, weights),
     "mixout": (linear(nn.MixoutLinear), two_values, weights),
 }
 CONTINUOUS = ("gaussian", "uniform", "concrete")
 DISCRETE = [case for case in CASES if case not in CONTINUOUS]
-ELSEWHERE = {"standout", "neftune", "off"}
+ELSEWHERE = {"standout", "neftune", "off", "dropkey", "noise"}
 """Variants whose law is of another form (test_other_laws.py), or that have none."""
 
 

@@ -92,9 +92,16 @@ def rare_drops(case: str, module: torch.nn.Module, count: int, trials: int, dtyp
         layer = type(module)(4096, count // 4096, p=RARELY, **module.options).to(dtype)
         layer(torch.ones(1, 4096, dtype=dtype)).sum().backward()
         return int((layer.weight.grad == 0).sum())  # the slope of a weight is its mask
-    if case == "dropblock":  # as blocks of 1; tests/variants/test_shapes.py has larger ones
+    if case.startswith("dropblock"):  # as blocks of 1; tests/variants/test_shapes.py has larger ones
         module = nn.DropBlock(RARELY, block_size=1)
-    shapes = {"droppath": (count, 1), "consistent": (1, count), "token": (1, count, 1)}
+    if case == "shaped":
+        module = nn.ShapedDropout(RARELY)
+    shapes = {
+        "drophead": (count, 1, 1),
+        "droppath": (count, 1),
+        "consistent": (1, count),
+        "token": (1, count, 1),
+    }
     with torch.no_grad():
         kept = module(torch.ones(shapes.get(case, (16, count // 16)), dtype=dtype))
     if trials == 1:

@@ -114,3 +114,79 @@ def test_neftune_is_uniform_within_its_bound(dtype, alpha):
     for one, other in ((first, second), (first[:, ::2], first[:, 1::2]), (first[..., ::2], first[..., 1::2])):
         correlation = (one * other).mean() / law.variance
         assert abs(correlation) < ERRORS / one.numel() ** 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_noise_is_normal_and_added(dtype):
+    torch.manual_seed(0)
+    sigma = 0.25
+    noise = nn.GaussianNoise(sigma)(torch.zeros(1 << 17, dtype=dtype)).double()
+    law = equal_cells(lambda u: sigma * torch.special.ndtri(u), (0.0, sigma**2))
+    assert abs(noise.mean()) < ERRORS * sigma / len(noise) ** 0.5
+    assert abs(noise.var() / sigma**2 - 1) < ERRORS * (2 / len(noise)) ** 0.5 + torch.finfo(dtype).eps
+    if dtype is not torch.bfloat16:
+        assert surprise(law.counts(noise), law.probabilities()) > RARE
+
+
+@pytest.mark.parametrize("keys", ["column", "element"])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropkey_is_a_softmax_over_the_keys_that_are_left(p, keys):
+    """Against its definition: scores masked before the softmax, each key with probability p."""
+    torch.manual_seed(0)
+    scores = torch.randn(500, 4, 6, 12, dtype=torch.float64)
+    weights = scores.softmax(-1)
+    y = nn.DropKey(p, keys=keys)(weights)
+    dropped = y == 0
+    if keys == "column":
+        assert torch.equal(dropped, dropped[:, :, :1].expand_as(dropped))
+    masked = scores.masked_fill(dropped, -math.inf).softmax(-1)
+    torch.testing.assert_close(y, masked)
+    # A row that lost all its keys keeps them all, so among the others a key is dropped less often.
+    draws = dropped[:, :, :1] if keys == "column" else dropped
+    chance = (p - p**12) / 1
+    error = (chance * (1 - chance) / draws.numel()) ** 0.5
+    assert abs(draws.double().mean() - chance) < ERRORS * error * 1.5
+
+
+def test_dropkey_draws_keys_independently():
+    torch.manual_seed(0)
+    dropped = nn.DropKey(0.5)(torch.full((20_000, 1, 1, 6), 1 / 6, dtype=torch.float64))[:, 0, 0] == 0
+    counts = dropped.sum(-1).bincount(minlength=7)[:6].double()
+    masses = torch.tensor([math.comb(6, k) / 64 for k in range(6)], dtype=torch.float64)
+    masses[0] += 1 / 64  # all six: none is dropped
+    assert surprise(counts, masses) > RARE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_dropkey_without_any_key_left_is_finite(dtype):
+    weights = torch.ones(64, 2, 3, 1, dtype=dtype, requires_grad=True)  # one key, dropped nearly always
+    y = nn.DropKey(0.999)(weights)
+    y.sum().backward()
+    assert torch.equal(y, torch.ones_like(y))
+    assert weights.grad.isfinite().all()
+    empty = torch.zeros(2, 2, 3, 4, dtype=dtype, requires_grad=True)  # a query that may attend to nothing
+    nn.DropKey(0.5)(empty).sum().backward()
+    assert empty.grad.isfinite().all()
+
+
+def test_drophead_drops_a_head_for_all_queries_and_keys():
+    torch.manual_seed(0)
+    y = nn.DropHead(0.5)(torch.ones(100, 8, 5, 7))
+    assert torch.equal(y, y[..., :1, :1].expand_as(y))
+    assert set(y.unique().tolist()) == {0.0, 2.0}
+    flat = nn.DropHead(0.5)(torch.ones(800, 5, 7))  # nn.MultiheadAttention has (B * H, L, S)
+    assert torch.equal(flat, flat[:, :1, :1].expand_as(flat))
+
+
+def test_a_shape_for_the_mask():
+    from regraft.errors import InputsError, OptionError
+
+    torch.manual_seed(0)
+    y = nn.ShapedDropout(0.5, noise_shape=[1, None, 1])(torch.ones(6, 40, 5))
+    assert torch.equal(y, y[:1, :, :1].expand_as(y))
+    assert set(y.unique().tolist()) == {0.0, 2.0}
+    with pytest.raises(InputsError, match="3 entries"):
+        nn.ShapedDropout(0.5, noise_shape=[1, None, 1])(torch.ones(6, 40))
+    for bad in ([2, None], (1, None), "1", [0.5]):
+        with pytest.raises(OptionError, match="noise_shape"):
+            nn.ShapedDropout(0.5, noise_shape=bad)

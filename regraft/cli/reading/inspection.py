@@ -6,7 +6,7 @@ from typing import Any
 
 from regraft.cli.reading.model import NOT_RUN, ReadModel
 from regraft.cli.reading.sites import sites_of
-from regraft.report.sites import summary
+from regraft.report.inspection_page import summary
 from regraft.report.view import SCHEMA, View
 
 

@@ -1,26 +1,27 @@
-"""Several stochastic passes over one input, sharing what is the same in all of them."""
+"""Several stochastic passes over one input: the strategies, and which of them a call takes."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from regraft.errors import InputsError, ModelError, RateError, nearest
 from regraft.find.walk import inner_model
-from regraft.training.passes.analyze import SHARED_DRAW, Call, Traits, why
-from regraft.training.passes.caches import own_caches, without_caches
-from regraft.training.passes.choice import log, no_batch, traits_of
+from regraft.training.passes.analyze import Analysis, Inputs, analysis_of, log, why
+from regraft.training.passes.caches import Call
+from regraft.training.passes.fork import Fork, ForkError, Parting, fork_path
 from regraft.training.passes.intercept import RecomputeError
+from regraft.training.passes.loop import joined, single_forward
 from regraft.training.passes.measure import Forward
-from regraft.training.passes.nested import mapped
 from regraft.training.passes.per_pass_modules import modules_of
 from regraft.training.passes.reentrancy import passing
-from regraft.training.passes.repeat import ScalarOutputError, repeated_forward
+from regraft.training.passes.repeat import NoBatchAxisError, repeated_forward
 from regraft.training.passes.vmap import shared_forward
 
 STRATEGIES = ("auto", "shared", "batch", "loop")
@@ -33,14 +34,15 @@ def stochastic_passes(
     strategy: str = "auto",
     chunk: int | None = None,
     unbatched: Collection[str] = (),
+    fork: str | float | None = None,
     **kwargs: Any,
 ) -> Any:
     """Several passes over one input, each with noise of its own.
 
-    What comes before the first random operation is the same in every pass. "shared" computes it once, by
-    `torch.func.vmap`; "batch" repeats the inputs n times along their first axis, in one forward; "loop"
-    runs the passes one after the other. "auto" takes the cheapest of them that is right for this model,
-    which it finds out at the first call, on fake tensors; `logging.getLogger("regraft")` says why.
+    "shared" computes what comes before the first random operation once, by `torch.func.vmap`; "batch"
+    repeats the inputs n times along the batch, in one forward; "loop" runs the passes one after the other.
+    "auto" takes the cheapest that is right for this model. It finds out at the first call with inputs of a
+    kind, and `logging.getLogger("regraft")` says why.
 
     Args:
         model: as it is, in training or in eval; it is not switched.
@@ -50,25 +52,31 @@ def stochastic_passes(
         chunk: at most this many passes at once, to bound the memory.
         unbatched: names of keyword arguments that "batch" must not repeat, although their first axis is
             as long as the batch.
+        fork: where the passes part: the path of a module, or a fraction of the model's blocks. What the
+            forward
+            draws before it calls that module is the same in all passes; behind it each draws its own. That
+            costs the part behind it alone, and the common part gets the gradients of all passes.
         kwargs: for the model's forward.
 
     Returns:
         The model's own output type (tensor, tuple, dict, ModelOutput), every tensor with a new first
         axis of n.
 
-    Running statistics of BatchNorm move once for each pass by "loop", once for each forward by "batch"
-    and "shared"; "shared" refuses a BatchNorm in training behind the first random operation.
+    No strategy is taken on trust. "shared" was tried on fake tensors, and its passes draw as many numbers
+    as single ones. "batch" was shown, on rows of the inputs, to be over an axis whose entries do not see
+    one another; a BatchNorm in training, a recurrent network with time first or a contrastive loss is
+    looped.
 
-    Under "shared", a module that vmap cannot run (routed experts, LayerDrop) runs once for each pass, and
-    what is around it is shared. Autocast works, and so do hooks, grafts and models whose attention is
-    fused; gradient checkpointing behind the first random operation, compiled models and models sharded by
-    FSDP do not, and "auto" repeats the batch for them. Inside `torch.compile` "auto" repeats the batch. A cache of keys and values that
-    was not asked for by `use_cache=True` is None among the outputs.
+    Running statistics of BatchNorm move once for each pass by "loop", and once in all by "shared", which
+    refuses a BatchNorm in training where the passes have parted. A cache of keys and values that was not
+    asked for by `use_cache=True` is None among the outputs. A table of what works under which strategy:
+    docs/passes.md.
 
     Raises:
         InputsError: an input that cannot be repeated, or an output without a value for each pass.
-        ModelError: the strategy asked for cannot run this model, or its passes would share noise.
-        RateError: n or chunk below 1.
+        ModelError: the strategy asked for cannot run this model, or its passes would not be independent.
+        NoMatchError: `fork` names no module.
+        RateError: n or chunk below 1, or a fraction of the blocks that is not between 0 and 1.
 
     Example:
         >>> import regraft, torch
@@ -85,6 +93,7 @@ def stochastic_passes(
         strategy=strategy,
         chunk=n if chunk is None else _check_count("chunk", chunk),
         unbatched=unbatched,
+        fork=fork,
     )
 
 
@@ -97,14 +106,19 @@ def run_passes(
     strategy: str,
     chunk: int,
     unbatched: Collection[str] = (),
+    fork: str | float | None = None,
 ) -> Any:
     """What `stochastic_passes` does, by a `forward` of `model` that need not be the model's own."""
+    inner = inner_model(model)[0]
     args, kwargs = call
-    call = args, _without_cache(model, kwargs)
-    options = {"main": getattr(model, "main_input_name", None), "unbatched": unbatched}
-    passes = _Passes(model, forward, n, min(chunk, n), call, options)
-    with passing(inner_model(model)[0]):
-        return getattr(passes, strategy)()
+    inputs = Inputs(
+        (args, _without_cache(model, kwargs)),
+        getattr(model, "main_input_name", None),
+        unbatched,
+        None if fork is None else fork_path(inner, fork),
+    )
+    with passing(inner):
+        return getattr(_Passes(model, forward, n, min(chunk, n), inputs), strategy)()
 
 
 @dataclass(frozen=True)
@@ -115,93 +129,85 @@ class _Passes:
     forward: Forward
     n: int
     chunk: int
-    call: Call
-    options: dict[str, Any]
+    inputs: Inputs
+
+    @property
+    def analysis(self) -> Analysis:
+        return analysis_of(self.model, self.inputs)
 
     def auto(self) -> Any:
         if self.chunk == 1:  # nothing to share, and nothing to repeat
             return self.loop()
-        traits = traits_of(self.model, self.call)
-        if traits.no_sharing is None and traits.cost(self.n, self.chunk) < self.n:
+        forked = self.inputs.fork is not None
+        if self.analysis.no_sharing is None and (forked or self.analysis.cost(self.n, self.chunk) < self.n):
             try:
-                return self._by_sharing(traits)
-            except torch.OutOfMemoryError:
+                return self._by_sharing()
+            except (torch.OutOfMemoryError, ForkError):
                 raise
             except Exception as error:
-                traits.no_sharing = why(error)
+                self.analysis.no_sharing = why(error)
                 name = type(self.model).__name__
-                log.info("%s: passes share nothing from here on: %s", name, traits.no_sharing)
-        if self._no_batch(traits) is None:
+                log.info("%s: passes share nothing from here on: %s", name, self.analysis.no_sharing)
+        if not forked and self._why_no_batch() is None:
             try:
                 return self._by_repeating()
-            except ScalarOutputError as error:
-                traits.no_batch[:] = [error.what]
+            except NoBatchAxisError as error:
+                self.analysis.no_batch[:] = [error.what]
         return self.loop()
 
     def shared(self) -> Any:
-        traits = traits_of(self.model, self.call)
-        if traits.no_sharing is not None:
-            raise self._cannot("shared", traits.no_sharing)
+        if self.analysis.no_sharing is not None:
+            raise self._cannot("shared", self.analysis.no_sharing)
         try:
-            return self._by_sharing(traits)
+            return self._by_sharing()
         except RecomputeError as error:  # switched on since the analysis
             raise self._cannot("shared", str(error)) from error
 
     def batch(self) -> Any:
-        reason = no_batch(traits_of(self.model, self.call), self.model, self.call, self.options)
-        if reason == SHARED_DRAW:
+        if self.inputs.fork is not None:
+            raise self._cannot("batch", "its passes part at the inputs, and not at the fork")
+        reason = self._why_no_batch()
+        if isinstance(reason, InputsError):
+            raise copy.copy(reason)
+        if reason is not None:
             raise self._cannot("batch", reason)
         return self._by_repeating()
 
     def loop(self) -> Any:
-        def once() -> Any:
-            args, kwargs = own_caches(self.call)
-            return without_caches(self.forward(*args, **kwargs), kwargs)
+        if self.inputs.fork is not None:
+            _ = self.analysis  # raises where passes cannot part there
+        return self._in_parts(1, lambda _, parting: single_forward(self.forward, self.inputs.call, parting))
 
-        return mapped(_stacked, "", *(once() for _ in range(self.n)))
+    def _by_sharing(self) -> Any:
+        draws, apart = self.analysis.draws, modules_of(self.model, self.analysis.apart)
 
-    def _by_sharing(self, traits: Traits) -> Any:
-        apart = modules_of(self.model, traits.apart)
+        def run(size: int, parting: Parting | None) -> Any:
+            call = self.inputs.call
+            return shared_forward(self.forward, size, call, draws=draws, apart=apart, parting=parting)
 
-        def run(size: int) -> Any:
-            call = own_caches(self.call)
-            return shared_forward(self.forward, size, *call, draws=traits.draws, apart=apart)
-
-        return self._in_chunks(run)
+        return self._in_parts(self.chunk, run)
 
     def _by_repeating(self) -> Any:
-        return self._in_chunks(lambda size: repeated_forward(self.forward, size, *self.call, **self.options))
+        batch = self.inputs.batch()
+        return self._in_parts(self.chunk, lambda size, _: repeated_forward(self.forward, size, batch))
 
-    def _in_chunks(self, run: Callable[[int], Any]) -> Any:
-        parts = [run(min(self.chunk, self.n - start)) for start in range(0, self.n, self.chunk)]
-        return parts[0] if len(parts) == 1 else mapped(_joined, "", *parts)
+    def _in_parts(self, chunk: int, run: Callable[[int, Parting | None], Any]) -> Any:
+        """The passes in forwards of at most `chunk`, which have what is in front of the fork in common."""
+        sizes = [min(chunk, self.n - start) for start in range(0, self.n, chunk)]
+        parting = None
+        if self.inputs.fork is not None:
+            fork = Fork(inner_model(self.model)[0], self.inputs.fork)
+            parting = fork.watched if len(sizes) == 1 else fork.replayed
+        return joined([run(size, parting) for size in sizes])
 
-    def _no_batch(self, traits: Traits) -> str | None:
-        return traits.elsewhere or no_batch(traits, self.model, self.call, self.options)
+    def _why_no_batch(self) -> str | InputsError | None:
+        return self.analysis.why_no_batch(self.model, self.forward, self.inputs)
 
     def _cannot(self, strategy: str, reason: str) -> ModelError:
         return ModelError(
             f'strategy="{strategy}" cannot run {type(self.model).__name__}: {reason}',
-            remedy='strategy="auto" takes one that can',
+            remedy='strategy="auto" takes one that can; "loop" can run any model',
         )
-
-
-def _joined(_: str, first: Any, *others: Any) -> Any:
-    return torch.cat((first, *others)) if isinstance(first, Tensor) else first
-
-
-def _stacked(name: str, first: Any, *others: Any) -> Any:
-    every = (first, *others)
-    if isinstance(first, Tensor):
-        shapes = sorted({tuple(one.shape) for one in every})
-        if len(shapes) > 1:
-            raise ModelError(
-                f"the passes differ in shape, {' and '.join(map(str, shapes))}, and cannot be stacked",
-                where=f"output {name or 'of the model'}",
-                remedy="its length is drawn at random: call the model once for each pass",
-            )
-        return torch.stack(every)
-    return first if all(one is first or one == first for one in others) else every
 
 
 def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

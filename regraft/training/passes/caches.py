@@ -71,11 +71,11 @@ def copied(cache: Any) -> Any:
         return copy.deepcopy(cache)
 
 
-def repeated(cache: Any, size: int, n: int) -> Any:
-    """A copy for the batch of `size`, n times after itself."""
+def with_rows(cache: Any, rows: Tensor) -> Any:
+    """A copy for a batch of these rows."""
     cache = copied(cache)
     if cache.get_seq_length():
-        cache.reorder_cache(torch.arange(size).repeat(n))
+        cache.reorder_cache(rows)
     return cache
 
 

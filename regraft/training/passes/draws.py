@@ -48,15 +48,18 @@ class DrawsPerPass(TorchFunctionMode):
     dropout inside fused attention draw; and RNNs draw between their layers behind its back.
 
     Args:
-        axis: zeros with nothing but the axis of passes.
         look: told what only a look has to know, and decisions are given both ends of what they can be.
         cached: whether the forward was given a cache of keys and values.
+
+    Attributes:
+        axis: zeros with nothing but the axis of passes; before the passes part, None.
     """
 
-    def __init__(self, axis: Tensor, look: Look | None = None, *, cached: bool = False) -> None:
+    axis: Any = None
+
+    def __init__(self, look: Look | None = None, *, cached: bool = False) -> None:
         super().__init__()
         self.cached = cached
-        self.axis = axis
         self.look = look
         self.interception = Interception(self.run_function)
         self._in_a_pass = False
@@ -80,6 +83,8 @@ class DrawsPerPass(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.axis is None:
+            return func(*args, **kwargs)
         if self.interception.recomputed:
             return _common(func, args, kwargs)
         handle = self._handlers.get(func)
@@ -118,6 +123,8 @@ class DrawsPerPass(TorchFunctionMode):
         """The same for a module; unless `always`, only where something tells its arguments apart."""
 
         def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self.axis is None:
+                return func(*args, **kwargs)
             apart = always or _holds_forked((args, kwargs))
             if apart and not self._in_a_pass:
                 self._check_recomputed((args, kwargs))
@@ -180,7 +187,8 @@ class DrawsPerPass(TorchFunctionMode):
         # Memory that is made to be filled, by a draw as like as not: with an axis of passes from the start.
         empty: Tensor = func(*args, **kwargs)
         if empty.is_floating_point() or empty.dtype == torch.bool:
-            return empty.zero_() + self.axis.to(empty)
+            with_passes: Tensor = empty.zero_() + self.axis.to(empty)
+            return with_passes
         return empty
 
     def _multi_head(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -6,8 +6,8 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,26 +27,38 @@ _PER_ELEMENT = 16
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One forward.
+class Counts:
+    """What operations cost and drew.
 
     Attributes:
         cost: about how many flops.
         draws: how many random numbers were drawn on tensors.
+        scalars: how many draws were `torch.rand` of a single number, as LayerDrop's; they are not among
+            `draws`.
+    """
+
+    cost: float = 0.0
+    draws: int = 0
+    scalars: int = 0
+
+
+@dataclass(frozen=True)
+class Measured(Counts):
+    """One forward.
+
+    Attributes:
+        common: what came before the fork.
         elsewhere: whether Python's or numpy's generator was used too.
         reads_replaced: whether a tensor was read after an in-place change of it was left out.
         outputs: how many tensors it gave.
         decides: whether a module that each pass runs by itself drew a number, to decide something by it.
-        scalars: how many were `torch.rand` of one number, as LayerDrop's, which decides whether a layer runs.
     """
 
-    cost: float
-    draws: int
-    elsewhere: bool
-    reads_replaced: bool
-    scalars: int
-    outputs: int
-    decides: bool
+    common: Counts = field(default_factory=Counts)
+    elsewhere: bool = False
+    reads_replaced: bool = False
+    outputs: int = 0
+    decides: bool = False
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -56,11 +68,16 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.cost = 0.0
         self.draws = 0
-        self.reads_replaced = False
         self.scalars = 0
+        self.common = Counts()
+        self.reads_replaced = False
         self.decides = False
         self._marking = False
         self._replaced: dict[int, Any] = {}
+
+    def forked(self) -> None:
+        """The forward has reached the fork."""
+        self.common = Counts(self.cost, self.draws, self.scalars)
 
     def replaced(self, tensor: Tensor) -> None:
         """From here on nothing may read `tensor`: an in-place change of it was left out."""
@@ -77,13 +94,13 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        inputs = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if self._marking:
-            for one in inputs:
-                storage = one.untyped_storage()
+            for tensor in inputs:
+                storage = tensor.untyped_storage()
                 self._replaced[id(storage)] = storage  # kept, so that the id stays its own
         elif self._replaced:
-            self.reads_replaced |= any(id(one.untyped_storage()) in self._replaced for one in inputs)
+            self.reads_replaced |= any(id(tensor.untyped_storage()) in self._replaced for tensor in inputs)
         result = func(*args, **kwargs)
         self._count(func, args, kwargs, result)
         return result
@@ -96,11 +113,11 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.cost += formula(*args, **kwargs, out_val=result)
         elif not func.is_view:
             self.cost += _PER_ELEMENT * size
-        random_draw = torch.Tag.nondeterministic_seeded in func.tags and _rate(func, args, kwargs) != 0
-        if random_draw:
-            self.draws += size
-            by_rand = func._overloadpacket is torch.ops.aten.rand
-            self.scalars += by_rand and size == 1 and first.dim() <= 1
+        if torch.Tag.nondeterministic_seeded in func.tags and _rate(func, args, kwargs) != 0:
+            if func._overloadpacket is torch.ops.aten.rand and size == 1 and first.dim() <= 1:
+                self.scalars += 1
+            else:
+                self.draws += size
 
 
 def _rate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
@@ -124,9 +141,10 @@ def measured(run: Callable[[Meter], Any]) -> Measured:
     return Measured(
         cost=meter.cost,
         draws=meter.draws,
+        scalars=meter.scalars,
+        common=meter.common,
         elsewhere=elsewhere,
         reads_replaced=meter.reads_replaced,
-        scalars=meter.scalars,
         outputs=sum(isinstance(leaf, Tensor) for _, leaf in leaves("", outputs)),
         decides=meter.decides,
     )
@@ -145,8 +163,10 @@ def on_fake_tensors(
 ) -> Iterator[tuple[Forward, tuple[Any, ...], dict[str, Any]]]:
     """A forward of `model`, and inputs for it, on fake tensors; the model is as before afterwards."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    every = list(model.modules())
-    with silent(), forgotten(every), unchanged(every), mode:
+    modules = list(model.modules())
+    with ExitStack() as stack:
+        for context in (silent(), forgotten(modules), unchanged(modules), _unsharded(modules), mode):
+            stack.enter_context(context)
         state = _fake_state(model, mode)
         fake = mapped(lambda _, leaf: _fake(leaf, mode), "", own_caches((args, kwargs)))
 
@@ -161,9 +181,22 @@ def on_real_tensors(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[tuple[Forward, tuple[Any, ...], dict[str, Any]]]:
     """The same with the model's own tensors; its buffers are put back."""
-    every = list(model.modules())
-    with unchanged(every), buffers_kept(every):
+    modules = list(model.modules())
+    with unchanged(modules), buffers_kept(modules):
         yield model, *own_caches((args, kwargs))
+
+
+@contextmanager
+def _unsharded(modules: list[nn.Module]) -> Iterator[None]:
+    """Takes away the hooks by which FSDP2 gathers parameters: fake ones are whole."""
+    # `unchanged` puts them back.
+    for module in modules:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                owner: Any = getattr(hook, "__self__", None)
+                if type(owner).__module__.startswith("torch.distributed."):
+                    del hooks[key]
+    yield
 
 
 def _fake_state(model: nn.Module, mode: FakeTensorMode) -> dict[str, Tensor]:
@@ -178,4 +211,8 @@ def _fake_state(model: nn.Module, mode: FakeTensorMode) -> dict[str, Tensor]:
 
 
 def _fake(leaf: Any, mode: FakeTensorMode) -> Any:
+    if type(leaf).__name__ == "DTensor":
+        # Under the mode this makes a fake.
+        whole: Tensor = torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+        return whole.requires_grad_(leaf.requires_grad)
     return mode.from_tensor(leaf, static_shapes=True) if isinstance(leaf, Tensor) else leaf

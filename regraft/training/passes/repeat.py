@@ -1,20 +1,17 @@
-"""Strategy "batch": the inputs repeated n times along the batch, in one forward."""
+"""Strategy "batch": the inputs repeated along the batch, in one forward."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from regraft.errors import InputsError
-from regraft.training.passes.caches import is_cache, repeated, without_caches
+from regraft.training.passes.caches import Call, is_cache, with_rows, without_caches
 from regraft.training.passes.nested import CONSTANTS, leaves, mapped
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
 
 # What Transformers' forwards take beside the batch, whatever its first axis happens to be.
 _NEVER_BATCHED = frozenset(
@@ -22,107 +19,145 @@ _NEVER_BATCHED = frozenset(
 )
 
 
-class ScalarOutputError(InputsError):
-    """One number came out for all passes together, so there is none for each."""
+class NoBatchAxisError(InputsError):
+    """An output of the repeated batch has no axis that could be taken apart into passes."""
 
 
-@dataclass
-class Repeated:
-    """Inputs repeated `n` times, and what was left as it was because its first axis is not the batch."""
+class Batch:
+    """The arguments of a forward, and which of their tensors have the batch as their first axis.
 
-    n: int
-    size: int
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    left: list[str] = field(default_factory=list)
+    A tensor with another first axis is left alone. Whether that is right, and whether the axis is the batch
+    at all, is for `independence` to show.
+
+    Args:
+        call: positional and keyword arguments of the forward.
+        main: the keyword argument that says how long the batch is, if it is given.
+        unbatched: keyword arguments that are left alone, although their first axis is as long as the batch.
+
+    Attributes:
+        size: the length of the batch.
+        tensors: those that have it.
+        left: names and shapes of tensors with another first axis.
+
+    Raises:
+        InputsError: no tensor to read the length from, or an input of which it cannot be known.
+    """
+
+    def __init__(self, call: Call, main: str | None = None, unbatched: Collection[str] = ()) -> None:
+        self.call = call
+        self.unbatched = _NEVER_BATCHED | set(unbatched)
+        self.size = self._length(main)
+        self.tensors: list[Tensor] = []
+        self.left: list[str] = []
+        self._mapped(self._note, None)
+
+    def repeated(self, n: int) -> Call:
+        """The batch n times after itself."""
+        rows = torch.arange(self.size).repeat(n)
+        return self._mapped(lambda x: x.repeat(n, *[1] * (x.dim() - 1)), rows)
+
+    def with_rows(self, rows: list[int]) -> Call:
+        """A batch of these of its rows."""
+        index = torch.tensor(rows)
+        return self._mapped(lambda x: x[index.to(x.device)], index)
+
+    def _note(self, x: Tensor) -> Tensor:
+        self.tensors.append(x)
+        return x
+
+    def _length(self, main: str | None) -> int:
+        args, kwargs = self.call
+        named = {f"argument {i}": value for i, value in enumerate(args)} | kwargs
+        first = {main: kwargs[main]} if main in kwargs else {}
+        for name, value in (first | named).items():
+            if name in self.unbatched:
+                continue
+            for _, leaf in leaves(str(name), value):
+                if isinstance(leaf, Tensor) and leaf.dim():
+                    return leaf.shape[0]
+        raise InputsError(
+            "no input is a tensor with a batch axis",
+            where="inputs: " + (", ".join(named) or "none"),
+            remedy='strategy="loop" runs the passes one after the other',
+        )
+
+    def _mapped(self, take: Callable[[Tensor], Tensor], rows: Tensor | None) -> Call:
+        def change(name: str, leaf: Any) -> Any:
+            if is_cache(leaf):
+                return leaf if rows is None else with_rows(leaf, rows)
+            if isinstance(leaf, Tensor):
+                if leaf.dim() and leaf.shape[0] == self.size:
+                    return take(leaf)
+                if rows is None and leaf.dim() and leaf.shape[0] != 1:
+                    self.left.append(f"{name} {tuple(leaf.shape)}")
+                return leaf
+            if isinstance(leaf, CONSTANTS):
+                return leaf
+            raise _unrepeatable(name, leaf)
+
+        args, kwargs = self.call
+        new = tuple(self._value(f"argument {i}", value, change) for i, value in enumerate(args))
+        return new, {
+            name: value if name in self.unbatched else self._value(name, value, change)
+            for name, value in kwargs.items()
+        }
+
+    def _value(self, name: str, value: Any, change: Callable[[str, Any], Any]) -> Any:
+        if isinstance(value, (list, tuple)) and len(value) == self.size and _holds_no_tensor(value):
+            raise InputsError(
+                f"{name!r} has {self.size} entries, as many as the batch: one for each sample, or not?",
+                where=name,
+                remedy=f'unbatched=({name!r},) passes it as it is, strategy="loop" leaves all inputs alone',
+            )
+        if isinstance(value, PackedSequence):
+            raise _unrepeatable(name, value)
+        return mapped(change, name, value)
 
 
-def repeated_forward(
-    forward: Callable[..., Any],
-    n: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    main: str | None = None,
-    unbatched: Collection[str] = (),
-) -> Any:
-    """All passes in one forward of a batch n times as long; outputs with a new first axis of n."""
-    inputs = repeat_inputs(n, args, kwargs, main=main, unbatched=unbatched)
+def repeated_forward(forward: Callable[..., Any], n: int, batch: Batch) -> Any:
+    """All passes in one forward of a batch n times as long; outputs with a new first axis of n.
+
+    Raises:
+        InputsError: the forward cannot take such a batch.
+        NoBatchAxisError: an output's first axis is not the batch.
+    """
+    args, kwargs = batch.repeated(n)
     try:
-        outputs = forward(*inputs.args, **inputs.kwargs)
+        outputs = forward(*args, **kwargs)
     except (RuntimeError, ValueError, IndexError) as error:
-        if not inputs.left or isinstance(error, torch.OutOfMemoryError):
+        if not batch.left or isinstance(error, torch.OutOfMemoryError):
             raise
         raise InputsError(
             f"the forward failed on the batch repeated {n} times: {error}",
-            where="not repeated, for the first axis is not the batch's: " + ", ".join(inputs.left),
+            where="not repeated, for the first axis is not the batch's: " + ", ".join(batch.left),
             remedy='strategy="loop" leaves the inputs as they are',
         ) from error
-    outputs = without_caches(outputs, kwargs)
-    return mapped(lambda name, leaf: _split(name, leaf, inputs), "", outputs)
+
+    def split(name: str, leaf: Any) -> Any:
+        check_batched(name, leaf, n * batch.size)
+        return leaf.reshape(n, batch.size, *leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf
+
+    return mapped(split, "", without_caches(outputs, kwargs))
 
 
-def repeat_inputs(
-    n: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    main: str | None = None,
-    unbatched: Collection[str] = (),
-) -> Repeated:
-    """Every tensor whose first axis is the batch, n times after itself.
-
-    Raises:
-        InputsError: no tensor to read the batch size from, or an input of which it cannot be known.
-    """
-    inputs = Repeated(n, _batch_size(args, kwargs, main))
-    inputs.args = tuple(_repeat(f"argument {i}", value, inputs) for i, value in enumerate(args))
-    for name, value in kwargs.items():
-        fixed = name in _NEVER_BATCHED or name in unbatched
-        inputs.kwargs[name] = value if fixed else _repeat(name, value, inputs)
-    return inputs
-
-
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], main: str | None) -> int:
-    named = {f"argument {i}": value for i, value in enumerate(args)} | kwargs
-    first = {main: kwargs[main]} if main in kwargs else {}
-    for name, value in (first | named).items():
-        if name in _NEVER_BATCHED:
-            continue
-        for _, leaf in leaves(str(name), value):
-            if isinstance(leaf, Tensor) and leaf.dim():
-                return leaf.shape[0]
-    raise InputsError(
-        "no input is a tensor with a batch axis",
-        where="inputs: " + (", ".join(named) or "none"),
-        remedy='strategy="loop" runs the passes one after the other',
-    )
-
-
-def _repeat(name: str, value: Any, inputs: Repeated) -> Any:
-    if is_cache(value):
-        return repeated(value, inputs.size, inputs.n)
-    if isinstance(value, (list, tuple)) and len(value) == inputs.size and _holds_no_tensor(value):
+def check_batched(name: str, leaf: Any, size: int) -> None:
+    """Raise unless an output is a tensor whose first axis is a batch of `size`, or a constant."""
+    if not isinstance(leaf, (Tensor, *CONSTANTS)):
         raise InputsError(
-            f"{name!r} has {inputs.size} entries, as many as the batch: one for each sample, or not?",
+            f"the output {name!r} is a {type(leaf).__name__}, which cannot be taken apart into passes",
             where=name,
-            remedy=f'unbatched=({name!r},) passes it as it is, strategy="loop" leaves all inputs alone',
+            remedy='use_cache=False, if it is a cache of keys and values; or strategy="loop"',
         )
-    if isinstance(value, PackedSequence):
-        raise _unrepeatable(name, value)
-    return mapped(lambda at, leaf: _repeat_leaf(at, leaf, inputs), name, value)
-
-
-def _repeat_leaf(name: str, leaf: Any, inputs: Repeated) -> Any:
-    if isinstance(leaf, Tensor):
-        if leaf.dim() and leaf.shape[0] == inputs.size:
-            return leaf.repeat(inputs.n, *[1] * (leaf.dim() - 1))
-        if leaf.dim() and leaf.shape[0] != 1:
-            inputs.left.append(f"{name} {tuple(leaf.shape)}")
-        return leaf
-    if isinstance(leaf, CONSTANTS):
-        return leaf
-    raise _unrepeatable(name, leaf)
+    if not isinstance(leaf, Tensor) or (leaf.dim() and leaf.shape[0] == size):
+        return
+    what = "is one number for all passes together"
+    if leaf.dim():
+        what = f"has the shape {tuple(leaf.shape)}, whose first axis is not the batch"
+    raise NoBatchAxisError(
+        f"the output {name or 'itself'!r} {what}",
+        where=name or "the output",
+        remedy='leave out what makes it (labels), or use strategy="loop", which has one for each pass',
+    )
 
 
 def _unrepeatable(name: str, value: Any) -> InputsError:
@@ -135,25 +170,3 @@ def _unrepeatable(name: str, value: Any) -> InputsError:
 
 def _holds_no_tensor(value: Any) -> bool:
     return not any(isinstance(leaf, Tensor) or leaf is None for _, leaf in leaves("", value))
-
-
-def _split(name: str, leaf: Any, inputs: Repeated) -> Any:
-    if not isinstance(leaf, Tensor):
-        if isinstance(leaf, CONSTANTS):
-            return leaf
-        raise InputsError(
-            f"the output {name!r} is a {type(leaf).__name__}, which cannot be taken apart into passes",
-            where=name,
-            remedy='use_cache=False, if it is a cache of keys and values; or strategy="loop"',
-        )
-    if not leaf.dim():
-        raise ScalarOutputError(
-            f"the output {name or 'itself'!r} is one number for all {inputs.n} passes together",
-            where=name or "the output",
-            remedy='leave out what makes it (labels), or use strategy="loop", which has one for each pass',
-        )
-    total = inputs.n * inputs.size
-    if total and leaf.shape[0] % total == 0 and leaf.shape[0]:
-        # Also (batch * time, ...), as mixture-of-experts routers give it: the passes are the slowest index.
-        return leaf.reshape(inputs.n, leaf.shape[0] // inputs.n, *leaf.shape[1:])
-    return leaf.expand(inputs.n, *leaf.shape)

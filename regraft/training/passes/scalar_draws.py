@@ -16,6 +16,9 @@ LAST = 1 - 2**-24
 class Look(Protocol):
     """What a look at the passes of a model has to know."""
 
+    def forked(self) -> None:
+        """The passes part here."""
+
     def replaced(self, tensor: Tensor) -> None:
         """`tensor` was to change in place, and a new one took its place."""
 

@@ -121,7 +121,7 @@ def rdrop_criterion(
     warn_of_no_noise(model, alpha, inputs)
     root, _ = inner_model(model)
     state = KeptPasses(options)
-    arm(root, state)
+    arm(root, state, options.fork)
     return RDropCriterion(root, criterion, state, reading)
 
 

@@ -15,6 +15,7 @@ from regraft.find.walk import inner_model
 from regraft.graft.classes import Namespace
 from regraft.graft.slots import set_graft
 from regraft.record import RECORD, Graft, Layer, Slot, grafts_of
+from regraft.training.passes.fork import fork_path
 from regraft.training.passes.reentrancy import is_passing
 
 PASSES = Slot("passes")
@@ -35,8 +36,10 @@ class Passes(Protocol):
         """What has to be done before a compiler records the forward."""
 
 
-def arm(root: nn.Module, passes: Passes) -> None:
+def arm(root: nn.Module, passes: Passes, fork: str | float | None = None) -> None:
     """Put a graft of passes on a model; refused where its forward would never reach it."""
+    if fork is not None:
+        fork_path(root, fork)  # names a module, or raises
     previous = set_graft(root, PASSES, Graft(PASSES, Layer(passes_layer), options={"passes": passes}))
     if _is_bypassed(root):
         set_graft(root, PASSES, previous)

@@ -147,7 +147,7 @@ def graft_rdrop(model: nn.Module, options: RDropOptions, inputs: Any = None) -> 
         options = _with_named_labels(root, options)
     state = RDrop(options)
     warn_of_no_noise(model, options.alpha, inputs)
-    arm(root, state)
+    arm(root, state, options.fork)
     if isinstance(inputs, Mapping) and options.criterion is None and inputs.get(state.labels[0]) is not None:
         _learn_from(root, inputs)
     return model
@@ -332,7 +332,8 @@ class RDrop:
 def passes_of(model: nn.Module, forward: Forward, call: Call, options: RDropOptions) -> Any:
     """The outputs of all passes, stacked."""
     chunk = options.passes if options.chunk is None else options.chunk
-    return run_passes(model, forward, options.passes, call, strategy=options.strategy, chunk=chunk)
+    settings: dict[str, Any] = {"strategy": options.strategy, "chunk": chunk, "fork": options.fork}
+    return run_passes(model, forward, options.passes, call, **settings)
 
 
 def mean_loss(losses: list[Any], options: RDropOptions) -> Tensor:

@@ -1,4 +1,4 @@
-"""Published settings, each with where it was published: what `regraft.suggest` has to go by."""
+"""Published settings, each with its source: what `regraft.suggest` stands on."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ JAIN = "Jain et al. 2024, NEFTune"
 GHIASI = "Ghiasi et al. 2018, DropBlock"
 MERITY = "Merity et al. 2018, AWD-LSTM"
 
-SMALL, LARGE = 5.0, 60.0
-"""Parameters for each example. ViT-T on ImageNet-1k (4.5) lost by dropout, ViT-B (68) gained by it."""
+SMALL = 5.0
+"""Trainable parameters per example. Dropout hurt ViT-T on ImageNet-1k (4.5) and helped ViT-B (68)."""
 LOST_BY_IT = (
-    "on ImageNet-1k, ViT-T (4.5 parameters for each image) fell from 73.9 % to 67.9 % by dropout and to "
-    "72.6 % by stochastic depth, and rose to 74.3 % where dropout ended after a sixth of the training"
+    "on ImageNet-1k, ViT-T (4.5 parameters per image) fell from 73.9 % to 67.9 % with dropout and to 72.6 % "
+    "with stochastic depth, and rose to 74.3 % where dropout ended after a sixth of the training"
 )
 
 
@@ -45,13 +45,13 @@ DROP_PATHS: dict[str, tuple[str, tuple[tuple[float, float], ...]]] = {
     "Swin": (SWIN, ((28.3, 0.2), (49.6, 0.3), (87.8, 0.5))),
     "": (DEIT3, ((22.0, 0.05), (86.6, 0.2), (304.4, 0.45), (632.1, 0.6))),
 }
-"""By the first letters of the class: where it was published; millions of parameters, and the rate."""
+"""By prefix of the class name: the source; millions of parameters, and the rate."""
 
 
 def drop_path_rate(name: str, parameters: int) -> tuple[float, str]:
     """The drop-path rate of the published model that is nearest in size, and its source."""
-    source, sizes = next(found for first, found in DROP_PATHS.items() if name.startswith(first))
+    source, sizes = next(known for prefix, known in DROP_PATHS.items() if name.startswith(prefix))
     millions = parameters / 1e6
-    # Sizes differ by factors: the nearest is so by ratio.
+    # Nearest by ratio, since sizes differ by factors.
     rate = min(sizes, key=lambda size: max(size[0] / millions, millions / size[0]))[1]
     return rate, source

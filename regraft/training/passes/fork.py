@@ -1,0 +1,147 @@
+"""Where passes part: what a forward draws in front of a named module is common to all passes."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from regraft.errors import ModelError, NoMatchError, RateError, nearest
+from regraft.graft.checkpoints import checkpoint_marks
+
+Parting = Callable[[Callable[[], None]], AbstractContextManager[None]]
+"""A context around a forward that calls a function where the passes part."""
+
+
+class ForkError(ModelError):
+    """Passes cannot part at the module that `fork=` names."""
+
+
+def fork_path(model: nn.Module, fork: str | float) -> str:
+    """The module that `fork=` means: the one of that path, or the first behind a fraction of the blocks.
+
+    Raises:
+        NoMatchError: the path names no module, or the model has no list of blocks.
+        RateError: a fraction that is not between 0 and 1.
+    """
+    modules = dict(model.named_modules())
+    if isinstance(fork, str):
+        if fork not in modules or not fork:
+            raise NoMatchError(
+                f"fork={fork!r} names no module of {type(model).__name__}", remedy=nearest(fork, modules)
+            )
+        return fork
+    if isinstance(fork, bool) or not isinstance(fork, (int, float)) or not 0 < fork < 1:
+        raise RateError(
+            f"fork={fork!r} is not a fraction of the blocks",
+            remedy="give a path, or between 0 and 1",
+        )
+    lists = {
+        path: len(module)
+        for path, module in modules.items()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        and len(module) > 1
+        and len(set(map(type, module))) == 1
+    }
+    sizes = {path: sum(p.numel() for p in modules[path].parameters()) for path in lists}
+    most = max(sizes.values(), default=0)
+    # A list inside another's blocks is smaller; two of about one size are two stacks of blocks.
+    large = [path for path, size in sizes.items() if 2 * size > most]
+    if len(large) != 1:
+        listed = " and ".join(large) or "none"
+        raise NoMatchError(
+            f"fork={fork} is a fraction of the blocks, and {type(model).__name__} has no single list of them",
+            where=f"lists of blocks: {listed}",
+            remedy="name the module where passes are to part: fork='PATH'",
+        )
+    return f"{large[0]}.{min(max(round(fork * lists[large[0]]), 1), lists[large[0]] - 1)}"
+
+
+class Fork:
+    """The passes' way to the fork: the first draws its own masks, each other replays them.
+
+    Args:
+        model: the model that has the module.
+        path: where passes part.
+    """
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        self.path = path
+        self.module = model.get_submodule(path)
+        self.calls = 0
+        self._start: Any = None
+        self._end: Any = None
+
+    @contextmanager
+    def watched(self, begin: Callable[[], None]) -> Iterator[None]:
+        """While it runs, the forward's first call of the module calls `begin`.
+
+        Raises:
+            ForkError: the forward calls the module not once, or inside a part that it recomputes.
+        """
+        marks, thread = checkpoint_marks(), threading.get_ident()
+        self.calls = 0
+
+        def reached(*_: Any) -> None:
+            if threading.get_ident() != thread:
+                return
+            self.calls += 1
+            if checkpoint_marks() != marks:
+                raise self.unfit(
+                    "lies in a part that gradient checkpointing recomputes, or that runs without gradients",
+                    "switch checkpointing off from there on, or name a module around that part",
+                )
+            if self.calls == 1:
+                begin()
+
+        handle = self.module.register_forward_pre_hook(reached, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if self.calls != 1:
+            often = f"is called {self.calls} times" if self.calls else "is not called by the forward"
+            raise self.unfit(often, "name a module that the forward calls once")
+
+    @contextmanager
+    def replayed(self, begin: Callable[[], None]) -> Iterator[None]:
+        """The same for one of several forwards: all draw alike up to the fork, and anew behind it."""
+
+        def go_on() -> None:
+            if self._end is not None:
+                _set_generators(self._end)
+            begin()
+
+        if self._start is None:
+            self._start = _generators()
+        else:
+            _set_generators(self._start)
+        with self.watched(go_on):
+            yield
+        self._end = _generators()
+
+    def unfit(self, what: str, remedy: str) -> ForkError:
+        """The error that passes cannot part here."""
+        return ForkError(f"fork={self.path!r} {what}, so passes cannot part there", remedy=remedy)
+
+
+def _generators() -> Any:
+    numpy = sys.modules.get("numpy")
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    return torch.get_rng_state(), cuda, random.getstate(), numpy.random.get_state() if numpy else None
+
+
+def _set_generators(state: Any) -> None:
+    cpu, cuda, python, array = state
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+    random.setstate(python)
+    if array is not None:
+        sys.modules["numpy"].random.set_state(array)

@@ -1,0 +1,191 @@
+"""Whether the first axis of the inputs is a batch: shown on its own rows, never assumed.
+
+Two of the batch's rows run alone, and then between copies of a third. Were the axis time, nodes of a graph,
+or a set that the model attends over, the rows around them would change what comes out for them. Comparing
+the first rows of a longer batch would not do: a recurrent network and causal attention do not look ahead.
+Random numbers are replaced by their centre, so that the same rows give the same outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from regraft.find.probe.preserve_state import buffers_kept, random_state_kept, silent, unchanged
+from regraft.training.passes.caches import without_caches
+from regraft.training.passes.nested import leaves
+from regraft.training.passes.repeat import Batch, check_batched
+
+_TOLERANCE = 1e-3
+"""Of what another row does to the output."""
+_GUARDS = 2
+"""Copies of a row on either side."""
+UNDECIDED = "whether its first axis is the batch cannot be shown with fewer than two different rows"
+
+
+def why_dependent(model: nn.Module, forward: Callable[..., Any], batch: Batch) -> str | None:
+    """Why the rows of this batch may see one another, or None if it was shown that they do not.
+
+    Costs forwards of 2 and of 6 rows without gradients. All ranks that train the model together get one
+    answer. `UNDECIDED` is about these inputs alone; any other answer holds for all inputs of their kind.
+    """
+    groups = _groups(model)
+    rows = _rows(batch)
+    if not _all_ranks(groups, rows is not None, batch):
+        return UNDECIDED
+    assert rows is not None
+    try:
+        reason = _compared(model, forward, batch, rows)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = f"some of its rows alone fail: {(str(error).strip() or repr(error)).splitlines()[0]}"
+    if not _all_ranks(groups, reason is None, batch):
+        return reason or "another rank's rows see one another"
+    return None
+
+
+def _rows(batch: Batch) -> tuple[int, int, int] | None:
+    """Two rows to look at and one to put around them; the three differ where the batch has so many."""
+    different: Any = torch.zeros(batch.size, dtype=torch.bool)
+    for x in batch.tensors:
+        flat = x.detach().reshape(batch.size, -1)
+        different |= (flat != flat[:1]).any(1).cpu()
+    others = different.nonzero().flatten().tolist()
+    if not others:
+        return None
+    return others[0], others[1] if len(others) > 1 else 0, 0
+
+
+def _compared(
+    model: nn.Module, forward: Callable[..., Any], batch: Batch, rows: tuple[int, int, int]
+) -> str | None:
+    first, second, around = rows
+    guard = [around] * _GUARDS
+    alone, eps = _outputs(model, forward, batch, [first, second])
+    between, _ = _outputs(model, forward, batch, [*guard, first, second, *guard])
+    if alone.keys() != between.keys():
+        return "its outputs depend on the size of the batch"
+    shown = False
+    for name, wanted in alone.items():
+        middle = between[name][_GUARDS : _GUARDS + 2]
+        if middle.shape != wanted.shape:
+            return f"the shape of its output {name or 'itself'!r} depends on the other rows of the batch"
+        effect = float((wanted[0] - wanted[1]).nan_to_num(0, 0, 0).abs().max()) if wanted[0].numel() else 0.0
+        # Half precision rounds away a thousandth: a product of another size is added up in another order.
+        rounding = 4 * eps[name] * float(wanted.nan_to_num(0, 0, 0).abs().max()) if wanted.numel() else 0.0
+        if not torch.allclose(middle, wanted, rtol=0, atol=_TOLERANCE * effect + rounding, equal_nan=True):
+            return "the rows of its first axis see one another, so it is no batch of independent examples"
+        shown |= effect > 0
+    return None if shown else "its outputs are the same for different rows"
+
+
+def _outputs(
+    model: nn.Module, forward: Callable[..., Any], batch: Batch, rows: list[int]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The tensors that come out for these rows, in double precision, and the precision they had."""
+    modules = list(model.modules())
+    args, kwargs = batch.with_rows(rows)
+    with ExitStack() as stack:
+        for context in (silent(), unchanged(modules), buffers_kept(modules), random_state_kept()):
+            stack.enter_context(context)
+        # Compiled code would be compiled once more for so few rows.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.no_grad())
+        if all(x.dtype not in (torch.float16, torch.bfloat16) for x in (*model.parameters(), *batch.tensors)):
+            for device in {x.device.type for x in batch.tensors}:
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(_Centred())  # type: ignore[no-untyped-call]
+        outputs = without_caches(forward(*args, **kwargs), kwargs)
+    tensors, eps = {}, {}
+    for name, leaf in leaves("", outputs):
+        check_batched(name, leaf, len(rows))
+        if isinstance(leaf, Tensor):
+            exact = not (leaf.is_floating_point() or leaf.is_complex())
+            tensors[name] = (torch.view_as_real(leaf) if leaf.is_complex() else leaf).double()
+            eps[name] = 0.0 if exact else torch.finfo(leaf.dtype).eps
+    return tensors, eps
+
+
+class _Centred(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every draw gives its centre: nothing is dropped, and the same rows give the same outputs."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        names = [argument.name for argument in func._schema.arguments]
+        given = {argument.name: argument.default_value for argument in func._schema.arguments}
+        given |= dict(zip(names, args, strict=False)) | kwargs
+        for rate in ("dropout_p", "dropout"):  # of fused attention and of recurrent layers
+            if rate in given:
+                at = names.index(rate)
+                if at < len(args):
+                    return func(*args[:at], 0.0, *args[at + 1 :], **kwargs)
+                return func(*args, **kwargs | {rate: 0.0})
+        name = func._schema.name.removeprefix("aten::").removesuffix("_").removesuffix("_like")
+        if name in ("native_dropout", "_fused_dropout"):
+            x = given["input" if "input" in given else "self"]
+            return x.clone(), torch.ones_like(x, dtype=torch.bool if name[0] == "n" else torch.uint8)
+        if name not in _CENTRES:
+            raise NotImplementedError(f"it draws by {name}, whose noise cannot be held still")
+        centre = _CENTRES[name](given)
+        result = func(*args, **kwargs)
+        return result.copy_(centre) if isinstance(centre, Tensor) else result.fill_(centre)
+
+
+_CENTRES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "rand": lambda _: 0.5,
+    "uniform": lambda given: (given["from"] + given["to"]) / 2,
+    "randn": lambda _: 0.0,
+    "normal": lambda given: given["mean"],
+    "randint": lambda given: _middle(given.get("low") or 0, given["high"]),
+    "bernoulli": lambda given: _likelier(given["self"] if given.get("p") is None else given["p"]),
+    "exponential": lambda given: 1 / given["lambd"],
+}
+"""Operation -> the centre of what it draws."""
+
+
+def _middle(low: int, high: int) -> int:
+    # A word of random bits may be four small numbers, each of which is to be in its middle.
+    return 0x7FFF7FFF7FFF7FFF if high - low > 2**63 else (low + high) // 2
+
+
+def _likelier(probability: Any) -> Any:
+    likely = probability >= 0.5
+    return likely.to(probability.dtype) if isinstance(probability, Tensor) else likely
+
+
+def _groups(model: nn.Module) -> list[Any]:
+    """The process groups whose ranks take every step of this model together."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    for parameter in model.parameters():
+        mesh = getattr(parameter, "device_mesh", None)  # of FSDP2
+        if mesh is not None:
+            return [mesh.get_group(i) for i in range(mesh.ndim)]
+        if hasattr(parameter, "ds_id"):  # of DeepSpeed's stage 3
+            return [dist.group.WORLD]
+    replicated = getattr(DistributedDataParallel, "_active_ddp_module", None) or model
+    group = getattr(replicated, "process_group", None)  # of DDP and of FSDP1
+    return [] if group is None else [group]
+
+
+def _all_ranks(groups: list[Any], answer: bool, batch: Batch) -> bool:
+    """Whether all ranks answer yes."""
+    if not groups:
+        return answer
+    device = next((x.device for x in batch.tensors), torch.device("cpu"))
+    vote = torch.tensor([int(answer)], device=device)
+    for group in groups:
+        dist.all_reduce(vote, dist.ReduceOp.MIN, group)
+    return bool(vote.item())

@@ -1,0 +1,58 @@
+"""DropHead: whole attention heads."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from regraft.variants.draws import keep_mask, times_mask
+from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.spec import DEFAULT_RATE, Spec
+
+
+def drophead(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor:
+    """Whole attention heads of each example are dropped with probability p, the others divided by 1 - p.
+
+    Args:
+        x: attention weights, after the softmax. A head whose weights are 0 gives an output of 0.
+        p: probability to drop a head.
+        training: False returns x itself.
+
+    Shape:
+        (B, H, L, S) or (B * H, L, S): queries and keys on the last two axes; the output's is the input's.
+
+    Source:
+        Zhou, Ge, Wei, Zhou, Xu (2020), "Scheduled DropHead: a regularization method for transformer
+        models".
+
+    Differs:
+        what is kept is divided by 1 - p; the paper divides by the share of heads that are kept in each
+        example, which is not defined when none is. Its schedule of rates is `regraft.schedule`.
+
+    Example:
+        >>> import torch
+        >>> y = drophead(torch.full((2, 8, 5, 5), 0.2), p=0.5)
+        >>> bool((y == y[..., :1, :1]).all())
+        True
+    """
+    p = check_rate(p)
+    if not training or p == 0:
+        return x
+    shape = [size if axis < x.dim() - 2 else 1 for axis, size in enumerate(x.shape)]
+    return times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
+
+
+class DropHead(DropoutVariant):
+    """`drophead` as a module, on attention weights.
+
+    Example:
+        >>> DropHead(0.1)
+        DropHead(p=0.1)
+    """
+
+    function = staticmethod(drophead)
+
+    def __init__(self, p: float = DEFAULT_RATE) -> None:
+        super().__init__(p)
+
+
+SPECS = (Spec("drophead", drophead, ("Dropout",), DropHead, attention=True),)

@@ -1,0 +1,50 @@
+"""Elementwise dropout, also where a model drops channels or examples."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from regraft.variants.dropout import dropout
+from regraft.variants.module import DropoutVariant
+from regraft.variants.spec import DEFAULT_RATE, Spec
+
+
+def elementwise_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor:
+    """Each element is 0 with probability p, else divided by 1 - p, whatever the site dropped before.
+
+    `dropout` as a rule's value keeps the kind of its site: a Dropout2d still drops channels, an
+    AlphaDropout keeps SELU's floor. This one puts plain dropout in their place.
+
+    Shape:
+        any; the output's is the input's.
+
+    Source:
+        Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), "Dropout: a simple way to
+        prevent neural networks from overfitting".
+
+    Differs:
+        as `dropout`.
+
+    Example:
+        >>> import torch
+        >>> elementwise_dropout(torch.ones(3), p=0.5, training=False)
+        tensor([1., 1., 1.])
+    """
+    return dropout(x, p, training)
+
+
+class ElementwiseDropout(DropoutVariant):
+    """`elementwise_dropout` as a module.
+
+    Example:
+        >>> ElementwiseDropout(0.1)
+        ElementwiseDropout(p=0.1)
+    """
+
+    function = staticmethod(elementwise_dropout)
+
+    def __init__(self, p: float = DEFAULT_RATE) -> None:
+        super().__init__(p)
+
+
+SPECS = (Spec("elementwise", elementwise_dropout, ("Dropout",), ElementwiseDropout),)

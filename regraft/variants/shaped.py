@@ -1,0 +1,89 @@
+"""Dropout with a mask of a given shape, which is broadcast: Keras' `noise_shape`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from regraft.errors import InputsError, OptionError
+from regraft.variants.draws import keep_mask, times_mask
+from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.spec import DEFAULT_RATE, Spec
+
+
+def shaped_dropout(
+    x: Tensor,
+    p: float = DEFAULT_RATE,
+    training: bool = True,
+    *,
+    noise_shape: Sequence[int | None] | None = None,
+) -> Tensor:
+    """Dropout with one draw for all elements along the axes where `noise_shape` is 1.
+
+    Args:
+        x: any floating tensor.
+        p: probability to drop.
+        training: False returns x itself.
+        noise_shape: a list with one entry for each axis of x: None draws along the axis, 1 shares one draw
+            along it. `[None, 1, None]` of (B, T, C) is the same mask at all positions. None draws for each
+            element.
+
+    Shape:
+        any; the output's is the input's.
+
+    Raises:
+        InputsError: x has another number of axes than `noise_shape` (also a ValueError).
+
+    Source:
+        Keras, `keras.layers.Dropout(noise_shape=...)`.
+
+    Differs:
+        an entry is None or 1: the size of an axis is read off x.
+
+    Example:
+        >>> import torch
+        >>> y = shaped_dropout(torch.ones(2, 5, 3), p=0.5, noise_shape=[None, 1, None])
+        >>> bool((y == y[:, :1]).all())
+        True
+    """
+    p = check_rate(p)
+    if not training or p == 0:
+        return x
+    given = [None] * x.dim() if noise_shape is None else noise_shape
+    if len(given) != x.dim():
+        raise InputsError(
+            f"noise_shape={list(given)} has {len(given)} entries, the input of shape {tuple(x.shape)} has "
+            f"{x.dim()} axes",
+            remedy="give None or 1 for each axis of the input",
+        )
+    shape = [size if entry is None else 1 for size, entry in zip(x.shape, given, strict=True)]
+    return times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    given = options["noise_shape"]
+    fits = isinstance(given, list) and all(entry in (None, 1) for entry in given)
+    if given is not None and not fits:
+        raise OptionError(
+            f"noise_shape={given!r} is not a list of None and 1", remedy="for example [None, 1, None]"
+        )
+
+
+class ShapedDropout(DropoutVariant):
+    """`shaped_dropout` as a module.
+
+    Example:
+        >>> ShapedDropout(0.1, noise_shape=[None, 1, None])
+        ShapedDropout(p=0.1, noise_shape=[None, 1, None])
+    """
+
+    function = staticmethod(shaped_dropout)
+    check = staticmethod(_check)
+
+    def __init__(self, p: float = DEFAULT_RATE, *, noise_shape: Sequence[int | None] | None = None) -> None:
+        super().__init__(p, noise_shape=noise_shape)
+
+
+SPECS = (Spec("shaped", shaped_dropout, ("Dropout",), ShapedDropout, {"noise_shape": None}, check=_check),)
