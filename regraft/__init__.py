@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from regraft.graft.apply import apply as apply
     from regraft.graft.apply import grafted as grafted
     from regraft.graft.revert import revert as revert
-    from regraft.graft.save import load_plan as load_plan
-    from regraft.graft.save import save_plan as save_plan
     from regraft.graft.verify import Verification as Verification
     from regraft.graft.verify import verify as verify
     from regraft.planning.plan import Plan as Plan
@@ -38,6 +36,8 @@ if TYPE_CHECKING:
     from regraft.training.rdrop.rdrop import RDropOutput as RDropOutput
     from regraft.training.rdrop.rdrop import rdrop as rdrop
     from regraft.training.rdrop.rdrop_loss import rdrop_loss as rdrop_loss
+    from regraft.training.saved import load_plan as load_plan
+    from regraft.training.saved import save_plan as save_plan
     from regraft.training.suggest import Advice as Advice
     from regraft.training.suggest import suggest as suggest
     from regraft.variants.registry import register as register
@@ -61,8 +61,8 @@ _HOMES = {
     "apply": "graft.apply",
     "grafted": "graft.apply",
     "revert": "graft.revert",
-    "load_plan": "graft.save",
-    "save_plan": "graft.save",
+    "load_plan": "training.saved",
+    "save_plan": "training.saved",
     "Verification": "graft.verify",
     "verify": "graft.verify",
     "Plan": "planning.plan",

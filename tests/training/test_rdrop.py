@@ -157,8 +157,27 @@ def test_save_pretrained_writes_the_plain_architecture(tmp_path):
     assert model.config.architectures == ["BertForSequenceClassification"]
     again = type(bert()).from_pretrained(tmp_path)
     assert torch.equal(again.eval()(input_ids=tokens()).logits, model.eval()(input_ids=tokens()).logits)
+    regraft.rdrop(model, alpha=0.5, shift=False)
+    regraft.apply(model, {"Dropout@dropout": "gaussian"})
     regraft.save_plan(model, tmp_path)
-    assert len(regraft.load_plan(again, tmp_path).grafted) == 0
+    assert len(regraft.load_plan(again, tmp_path).grafted) == 1
+    assert state_of(again).options == state_of(model).options
+    regraft.save_plan(regraft.revert(model), tmp_path)
+    assert state_of(model) is None
+    assert not regraft.load_plan(bert(), tmp_path).grafted
+
+
+def test_a_criterion_is_asked_for_when_a_plan_is_loaded(tmp_path):
+    model = vit(drop_rate=0.3)
+    regraft.apply(model, {"Dropout@head_drop": "gaussian"})
+    regraft.rdrop(model, alpha=0.5, criterion=F.cross_entropy)
+    regraft.save_plan(model, tmp_path)
+    again = vit(drop_rate=0.3)
+    with pytest.raises(LossError, match="criterion=cross_entropy, which a file cannot hold"):
+        regraft.load_plan(again, tmp_path)
+    assert all("_regraft" not in vars(module) for module in again.modules())
+    regraft.load_plan(again, tmp_path, criterion=F.cross_entropy)
+    assert state_of(again).options == state_of(model).options
 
 
 def quiet(build):
