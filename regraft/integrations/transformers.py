@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from regraft.training.norm.max_norm import MaxNorm, max_norm
-from regraft.training.rates.schedule import Schedule, schedule
-from regraft.training.rdrop.rdrop import RDropLog, objective_of, rdrop, without_rdrop
+from regraft.training.rdrop.layer import disarm
+from regraft.training.rdrop.rdrop import RDropLog, rdrop, state_of
+from regraft.training.schedule import Schedule, schedule
 
 
 class _RDrop:
@@ -40,13 +41,13 @@ class _RDrop:
 
     def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
         """Graft it again, if it was trained before."""
-        if objective_of(model) is None:
+        if state_of(model) is None:
             rdrop(model, **self.options)
         self.log.watch(model)
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Note the terms of a step within an accumulation."""
-        self.log.step()
+        self.log.substep()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Note the terms of a step."""
@@ -61,7 +62,7 @@ class _RDrop:
 
     def on_train_end(self, *_: Any, model: Any = None, **__: Any) -> None:
         """Leave a plain model."""
-        without_rdrop(model)
+        disarm(model)
 
 
 class _Scheduled:

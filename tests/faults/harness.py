@@ -72,7 +72,6 @@ def lines_of(operation, build) -> list[Line]:
 def surroundings() -> dict[str, object]:
     """What a model shares with the rest of the program."""
     return {
-        "torch generator": torch.get_rng_state().tolist(),
         "numpy generator": str(np.random.get_state()[1].tolist()),
         "python generator": random.getstate(),
         "gradients": torch.is_grad_enabled(),

@@ -40,7 +40,6 @@ OPERATIONS = {
     "apply": lambda model: regraft.apply(model, RULES),
     "inspect": regraft.inspect,
     "grafted": block,
-    "rdrop": lambda model: regraft.rdrop(model, alpha=1.0),
     "max_norm": bound,
 }
 CASES = {
@@ -51,6 +50,8 @@ CASES = {
 CASES |= {
     "revert bert": (regraft.revert, grafted_bert),
     "schedule bert": (lambda m: regraft.schedule(m, p={"start": 0.0, "end": 0.1, "steps": 9}), grafted_bert),
+    "rdrop bert": (lambda model: regraft.rdrop(model, alpha=1.0), MODELS["bert"]),
+    "rdrop llama": (lambda model: regraft.rdrop(model, alpha=1.0), MODELS["llama"]),
     "inspect grafted": (regraft.inspect, grafted_bert),
     "mc_predict bert": (
         lambda model: regraft.mc_predict(model, 2, input_ids=torch.ones(2, 4, dtype=torch.long)),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from regraft.errors import ModelError, NoMatchError, RateError, nearest
-from regraft.graft.checkpoints import checkpoint_marks
+from regraft.graft.calls import checkpoint_marks
 
 Parting = Callable[[Callable[[], None]], AbstractContextManager[None]]
 """A context around a forward that calls a function where the passes part."""
