@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from regraft.training.norm.max_norm import max_norm as max_norm
     from regraft.training.passes.api import stochastic_passes as stochastic_passes
     from regraft.training.penalty import penalty as penalty
-    from regraft.training.rates.schedule import Schedule as Schedule
-    from regraft.training.rates.schedule import schedule as schedule
     from regraft.training.rdrop.criterion import rdrop_criterion as rdrop_criterion
     from regraft.training.rdrop.rdrop import RDropOutput as RDropOutput
     from regraft.training.rdrop.rdrop import rdrop as rdrop
     from regraft.training.rdrop.rdrop_loss import rdrop_loss as rdrop_loss
     from regraft.training.saved import load_plan as load_plan
     from regraft.training.saved import save_plan as save_plan
+    from regraft.training.schedule import Schedule as Schedule
+    from regraft.training.schedule import schedule as schedule
     from regraft.training.suggest import Advice as Advice
     from regraft.training.suggest import suggest as suggest
     from regraft.variants.registry import register as register
@@ -78,8 +78,8 @@ _HOMES = {
     "rdrop": "training.rdrop.rdrop",
     "rdrop_criterion": "training.rdrop.criterion",
     "rdrop_loss": "training.rdrop.rdrop_loss",
-    "Schedule": "training.rates.schedule",
-    "schedule": "training.rates.schedule",
+    "Schedule": "training.schedule",
+    "schedule": "training.schedule",
     "Advice": "training.suggest",
     "suggest": "training.suggest",
     "register": "variants.registry",

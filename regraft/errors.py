@@ -71,6 +71,10 @@ class MisfitError(RegraftError, ValueError):
     """A plan made for another model."""
 
 
+class UnprovenError(RegraftError, RuntimeError):
+    """A graft that no training forward has shown to do what it says."""
+
+
 class RevertError(RegraftError, RuntimeError):
     """A graft that cannot be undone as the model stands."""
 

@@ -17,6 +17,8 @@ class HeldInterrupts:
     only `released` lets a Ctrl-C through, and the first one that comes through closes it again, so that
     the clean-up which it sets off is not interrupted in turn.
 
+    Blocks may be left in another order than the opposite of that in which they were entered.
+
     Outside the main thread, where Python delivers no signals, it does nothing.
     """
 
@@ -24,6 +26,7 @@ class HeldInterrupts:
         self._holding = True
         self._pending: tuple[int, FrameType | None] | None = None
         self._previous: Callable[[int, FrameType | None], Any] | None = None
+        self._left = False
 
     def __enter__(self) -> HeldInterrupts:
         if threading.current_thread() is threading.main_thread():
@@ -36,7 +39,12 @@ class HeldInterrupts:
     def __exit__(self, *_: object) -> None:
         if self._previous is None:
             return
-        signal.signal(signal.SIGINT, self._previous)
+        self._left = True
+        if signal.getsignal(signal.SIGINT) == self._handle:
+            previous: Any = self._previous
+            while isinstance(block := getattr(previous, "__self__", None), HeldInterrupts) and block._left:
+                previous = block._previous
+            signal.signal(signal.SIGINT, previous)
         if self._pending is not None:
             self._previous(*self._pending)
 
@@ -55,6 +63,9 @@ class HeldInterrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         assert self._previous is not None
+        if self._left:  # a block that was entered later is still open
+            self._previous(number, frame)
+            return
         if self._holding:
             self._pending = number, frame
             return

@@ -36,6 +36,7 @@ class Parsed:
         p: the rate.
         training: whether the call drops.
         score_bytes: of attention, the size of its score matrix.
+        inplace: whether the call changes `x` itself.
     """
 
     op: str
@@ -43,6 +44,7 @@ class Parsed:
     p: float
     training: bool
     score_bytes: int = 0
+    inplace: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,14 @@ class Op:
 
 def _reader(name: str, *, by_default: bool = True) -> Callable[..., Parsed]:
     def read(
-        input: Tensor, p: float = 0.5, training: bool | None = by_default, *_: Any, **kwargs: Any
+        input: Tensor,
+        p: float = 0.5,
+        training: bool | None = by_default,
+        inplace: bool = False,
+        **kwargs: Any,
     ) -> Parsed:
-        training = kwargs.get("train", training)
-        return Parsed(name, input, p, training is None or bool(training))  # native_dropout: None is True
+        training = kwargs.get("train", training)  # None, of native_dropout, is True
+        return Parsed(name, input, p, training is None or bool(training), inplace=inplace)
 
     return read
 
@@ -195,16 +201,28 @@ WITH_MASK: frozenset[Function] = frozenset(
     (torch.native_dropout, aten.native_dropout, aten.native_dropout.default)
 )
 """Functions that return the mask too."""
-CHANNELS = {"Dropout1d": F.dropout1d, "Dropout2d": F.dropout2d, "Dropout3d": F.dropout3d}
+IN_PLACE: frozenset[Function] = frozenset(
+    (
+        torch.dropout_,
+        aten.dropout_,
+        torch.feature_dropout_,
+        torch.alpha_dropout_,
+        torch.feature_alpha_dropout_,
+    )
+)
+"""Functions that change what they are given."""
 OWN_LAW: dict[str, Function] = {
-    **CHANNELS,
-    **{name.lower(): function for name, function in CHANNELS.items()},
-    "AlphaDropout": F.alpha_dropout,
+    "dropout1d": F.dropout1d,
+    "dropout2d": F.dropout2d,
+    "dropout3d": F.dropout3d,
     "alpha_dropout": F.alpha_dropout,
-    "FeatureAlphaDropout": F.feature_alpha_dropout,
     "feature_alpha_dropout": F.feature_alpha_dropout,
 }
-"""Operations that drop by a law of their own, which a change of the rate keeps -> the function."""
+"""Functions that drop by a law of their own, which a change of the rate keeps."""
+KEEPS_LAW = frozenset(
+    {*OWN_LAW, "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", DROP_BLOCK}
+)
+"""Operations, called or as modules, at which "dropout(p=...)" sets the rate of their own law."""
 
 ROW_DRAWS: tuple[Function, ...] = (torch.rand, torch.bernoulli, Tensor.bernoulli_, Tensor.uniform_)
 """Draws of which a DropPath that is no module is made."""

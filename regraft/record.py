@@ -102,7 +102,12 @@ class Graft:
     transient: tuple[str, ...] = ()
     """Names of the buffers among them that stay out of the state dict."""
     covered: dict[str, Graft] = field(default_factory=dict)
-    """Of a graft for a while: the grafts whose places it took, by slot; they come back when it goes."""
+    """Of a temporary graft: the grafts whose places it took, by slot; they come back when it goes."""
+    holders: int = 0
+    """How many blocks have it in place for their time; 0 of a graft that stays."""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """Of a graft whose rate a schedule sets: its `owner`, the `rate` and `base` outside the schedule, and
+    whether it is `temporary`, put in place for the schedule alone."""
     settings: str = ""
     """Of a graft of calls: what it does, as text by which a compiled version of a method is found."""
 

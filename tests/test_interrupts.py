@@ -57,6 +57,20 @@ def test_blocks_within_blocks_hand_it_outwards():
     assert steps == ["inner", "outer"]
 
 
+def test_blocks_that_overlap_leave_nothing_behind():
+    first, second, third = HeldInterrupts(), HeldInterrupts(), HeldInterrupts()
+    for block in (first, second, third):
+        block.__enter__()
+    first.__exit__()
+    second.__exit__()
+    with pytest.raises(KeyboardInterrupt), third.released():
+        interrupt()
+    interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        third.__exit__()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_handler_of_the_users_own_is_called_and_stays():
     calls = []
     before = signal.signal(signal.SIGINT, lambda *_: calls.append("own"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -94,6 +95,20 @@ def test_imports_point_down(path):
         elif other in FREE:
             assert layer == "cli", f"{path.name} imports {name}"
     assert upward == []
+
+
+@files
+def test_no_string_names_a_module_above(path):
+    """What is imported by its name in a string is an import, too."""
+    layer = layer_of(path)
+    texts = [node.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if _is_text(node)]
+    named = [text for text in texts if re.fullmatch(r"regraft(\.\w+)+(:\w+)?", text)]
+    above = [name for name in named if RANK.get(own(name) or "", -1) > RANK.get(layer, 99)]
+    assert layer in FREE or above == []
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def test_no_files_import_each_other_in_a_circle():

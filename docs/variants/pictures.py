@@ -285,11 +285,48 @@ def off(figure: Figure) -> None:
     field(right, nn.Off()(torch.ones(24, 40)), "after: the identity", "features", "examples")
 
 
+def dropkey(figure: Figure) -> None:
+    for axes, keys in zip(figure.subplots(1, 2), ("column", "element"), strict=True):
+        y = nn.DropKey(0.3, keys=keys)(torch.full((1, 1, 24, 40), 1 / 40))[0, 0]
+        field(axes, y * 40, f"keys={keys!r}, p = 0.3", "keys", "queries")
+
+
+def drophead(figure: Figure) -> None:
+    y = nn.DropHead(0.5)(torch.ones(1, 4, 24, 24))[0]
+    for at, axes in enumerate(figure.subplots(1, 4)):
+        field(axes, y[at], f"head {at + 1}", "keys", "queries")
+
+
+def elementwise(figure: Figure) -> None:
+    left, right = figure.subplots(1, 2)
+    x = torch.ones(1, 24, 4, 10)
+    field(left, torch.nn.Dropout2d(0.3)(x)[0].flatten(1), "Dropout2d", "positions", "channels")
+    field(right, nn.ElementwiseDropout(0.3)(x)[0].flatten(1), "elementwise", "positions", "channels")
+
+
+def noise(figure: Figure) -> None:
+    left, right = pair(figure)
+    module = nn.GaussianNoise(0.1)
+    field(left, module(torch.zeros(24, 60)), "noise that is added", "features", "examples", signed=True)
+
+    def density(y: Tensor) -> Tensor:
+        return torch.exp(-((y / 0.1) ** 2) / 2) / (0.1 * math.sqrt(2 * math.pi))
+
+    curve(right, module(torch.zeros(40000)), "N(0, 0.1^2)", density, "added")
+
+
+def shaped(figure: Figure) -> None:
+    y = nn.ShapedDropout(0.3, noise_shape=[1, None, 1])(torch.ones(3, 24, 30))
+    for at, axes in enumerate(figure.subplots(1, 3)):
+        field(axes, y[at], f"example {at + 1}", "features", "positions")
+
+
 PICTURES = {
     picture.__name__: picture
     for picture in (
         *(alpha, concrete, consistent, dropblock, dropconnect, dropout, droppath, gaussian, mc, mixout),
         *(multisample, neftune, off, spatial, standout, token, uniform),
+        *(dropkey, drophead, elementwise, noise, shaped),
     )
 }
 

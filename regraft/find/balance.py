@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container
 from dataclasses import replace
 from typing import Any
 
 from regraft.find.probe.ledger import Draw
 from regraft.find.probe.run import Probe
 from regraft.find.site import Site
+from regraft.find.ungraftable import foreign
 from regraft.find.walk import Named
-from regraft.ops import FAMILIES
+from regraft.ops import FAMILIES, KINDS
 from regraft.record import original_class
 
 NOISE = ("Dropout", "DropPath")
@@ -34,7 +35,7 @@ def _key(site: Site) -> Key:
     return id(site.module), "", site.path if site.kind == "node" else ""
 
 
-def _key_of(draw: Draw, keys: Iterable[Key]) -> Key | None:
+def _key_of(draw: Draw, keys: Container[Key]) -> Key | None:
     """The site at which a draw was made; None if it is at none."""
     if draw.kind:
         return None
@@ -50,55 +51,103 @@ def is_known(site: Site) -> bool:
 
 
 def balance(sites: list[Site], probe: Probe) -> dict[str, int]:
-    """How many draws there are, at sites and elsewhere."""
+    """How many draws there are, at sites and elsewhere; empty without a probe."""
+    if not probe.ran:
+        return {}
     at_sites = sum(site.draws for site in sites if is_known(site))
     named = sum(bool(draw.kind) for draw in probe.draws)
+    unrecognized = len(probe.draws) - at_sites - named
+    return {"draws": len(probe.draws), "sites": at_sites, "other": named, "unrecognized": unrecognized}
+
+
+def balance_of_grafts(sites: list[Site], probe: Probe, grafted: list[Site]) -> dict[str, int]:
+    """What becomes of each draw where `grafted` sites get a variant; `unconfirmed` ones were not probed."""
+    unconfirmed = sum(site.calls is None for site in grafted)
+    if not probe.ran:
+        return {"unconfirmed": unconfirmed}
+    whole = balance(sites, probe)
+    taken = _taken(sites, grafted)
+    at_sites = sum(site.draws for site in taken if is_known(site))
+    unnamed = sum(site.draws for site in taken if not is_known(site))
     return {
-        "draws": len(probe.draws),
-        "sites": at_sites,
-        "other": named,
-        "unrecognized": len(probe.draws) - at_sites - named,
+        "draws": whole["draws"],
+        "grafted": at_sites + unnamed,
+        "untouched": whole["sites"] - at_sites,
+        "other": whole["other"],
+        "unrecognized": whole["unrecognized"] - unnamed,
+        "unconfirmed": unconfirmed,
     }
 
 
-def left(sites: list[Site], modules: list[Named], probe: Probe) -> list[dict[str, Any]]:
-    """The draws that are at no site, grouped: what they are, where, and what would help."""
+def _taken(sites: list[Site], grafted: list[Site]) -> list[Site]:
+    """The sites whose draws are a variant's: their own, or that of the whole class around a call."""
+    keys = {_key(site) for site in grafted}
+    whole = {id(site.module) for site in grafted if is_whole_class(site)}
+    return [
+        site for site in sites if _key(site) in keys or (site.kind == "call" and id(site.module) in whole)
+    ]
+
+
+def is_whole_class(site: Site) -> bool:
+    """Whether a graft there takes the place of the forward of a class with a law of its own."""
+    return site.kind == "module" and site.family in NOISE and not is_known(site)
+
+
+def left(
+    sites: list[Site], modules: list[Named], probe: Probe, grafted: list[Site] | None = None
+) -> list[dict[str, Any]]:
+    """The draws that are at no site, grouped: what they are, where, and what would help.
+
+    With the sites that are `grafted`, also the draws at all others.
+    """
     paths = {id(named.module): named.paths[0] for named in modules}
     rows: dict[str, dict[str, Any]] = {}
+    untouched = [] if grafted is None else sites
+    done = {id(site) for site in _taken(sites, grafted or [])}
+    for site in untouched:
+        if site.draws and is_known(site) and id(site) not in done:
+            selector = KINDS.get(site.op, site.op)
+            row = rows.setdefault(site.op, _row(site.op, site.source, f"a rule for '{selector}'"))
+            _add(row, site.path, site.draws)
     for draw in probe.draws:
         if draw.kind:
-            row = rows.setdefault(draw.kind, _row(draw.kind, draw, "set its rate in the model's config"))
+            remedy = "set its rate in the model's config"
+            row = rows.setdefault(draw.kind, _row(draw.kind, draw.source, remedy))
             _add(row, paths[id(draw.module)])
-    unknown = unrecognized_draws(sites, modules, probe)
+    taken = {id(site.module) for site in grafted or [] if is_whole_class(site)}
+    unknown = unrecognized_draws(sites, modules, probe, taken)
     return [*rows.values(), *({k: v for k, v in row.items() if k != "finding"} for row in unknown)]
 
 
-def unrecognized_draws(sites: list[Site], modules: list[Named], probe: Probe) -> list[dict[str, Any]]:
-    """Draws at no site that regraft knows the law of, and of no name; one row for each class and line."""
+def unrecognized_draws(
+    sites: list[Site], modules: list[Named], probe: Probe, taken: Container[int] = ()
+) -> list[dict[str, Any]]:
+    """Draws at no site that regraft knows the law of, and of no name; one row for each class and line.
+
+    Those of the modules `taken`, by id, are left out.
+    """
     paths = {id(named.module): named.paths[0] for named in modules}
     own = {id(site.module): site for site in sites if site.kind == "module" and site.family in NOISE}
     known = {_key(site) for site in sites if site.family in NOISE and is_known(site)}
     rows: dict[Any, dict[str, Any]] = {}
     for draw in probe.draws:
-        if draw.kind or _key_of(draw, known) in known:
+        if draw.kind or _key_of(draw, known) in known or id(draw.module) in taken:
             continue
         cls = original_class(draw.module).__name__
-        site = own.get(id(draw.module))
-        row = rows.setdefault(
-            (cls, draw.source, draw.op), _row(f"{cls}: {_said(draw)}", draw, _remedy(draw, site))
-        )
+        remedy = _remedy(draw, own.get(id(draw.module)))
+        new = _row(f"{cls}: {_said(draw)}", draw.source, remedy)
+        row = rows.setdefault((cls, draw.source, draw.op), new)
         row["finding"] = f"{cls} draws random numbers that are no dropout regraft knows: {_said(draw)}"
         _add(row, paths[id(draw.module)])
     return list(rows.values())
 
 
-def _row(name: str, draw: Draw, remedy: str) -> dict[str, Any]:
-    source = draw.source or None
-    return {"what": "draw", "name": name, "count": 0, "paths": [], "source": source, "remedy": remedy}
+def _row(name: str, source: str | None, remedy: str) -> dict[str, Any]:
+    return {"what": "draw", "name": name, "count": 0, "paths": [], "source": source or None, "remedy": remedy}
 
 
-def _add(row: dict[str, Any], path: str) -> None:
-    row["count"] += 1
+def _add(row: dict[str, Any], path: str, count: int = 1) -> None:
+    row["count"] += count
     if path not in row["paths"]:
         row["paths"].append(path)
 
@@ -111,6 +160,8 @@ def _said(draw: Draw) -> str:
 
 
 def _remedy(draw: Draw, site: Site | None) -> str:
+    if (outside := foreign(draw.module)) is not None:
+        return outside[1]
     if site is not None:
         return f"a rule on the class, {{'{site.type}': 'dropout(p=0.1)'}}, replaces its whole forward"
     if draw.to_weight:

@@ -13,6 +13,8 @@ import torch
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep  # with the separator: not torchvision
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
+_VARIANTS = os.path.join(_OWN, "variants") + os.sep
+_GRAFT = os.path.join(_OWN, "graft") + os.sep
 _LAYERS = os.path.join(_TORCH, "nn", "modules")
 _OBSERVER = os.path.join(_OWN, "find", "probe", "ledger.py")
 _GENERATED = "<eval_with_key>"
@@ -39,6 +41,21 @@ def calling_frames() -> list[FrameType]:
             layers.append(frame)
         frame = frame.f_back
     return frames or layers
+
+
+def in_a_variant() -> bool:
+    """Whether a variant, or the graft around a call, runs below the nearest line of anybody else's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(_VARIANTS):
+            return True
+        if name.startswith(_GRAFT) and frame.f_locals.get("graft") is not None:
+            return True
+        if not name.startswith((_TORCH, _OWN)):
+            return False
+        frame = frame.f_back
+    return False
 
 
 def _is_layer(name: str) -> bool:

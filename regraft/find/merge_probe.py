@@ -40,14 +40,9 @@ def probed_sites(sites: list[Site], modules: list[Named], probe: Probe) -> list[
         ]
         merged |= {id(twin.module) for twin in twins}
         first = min(order[id(twin.module)] for twin in twins) if twins else order[id(called.owner)]
-        placed.append(
-            (
-                first,
-                _call_site(
-                    names[id(called.owner)], called, twins, drew=(id(called.owner), called.op) in drawn
-                ),
-            )
-        )
+        site = _call_site(names[id(called.owner)], called, twins, drew=(id(called.owner), called.op) in drawn)
+        users = probe.twins.get((id(called.owner), called.op), [])
+        placed.append((first, replace(site, rate_from=tuple(users))))
     placed += [(order[id(site.module)], site) for site in _written_sites(modules, probe)]
     if not probe.ran:
         placed += [(order[id(site.module)], site) for site in sites]
@@ -70,7 +65,7 @@ def _unnamed_sites(sites: list[Site], names: dict[int, Named], probe: Probe) -> 
         if key in known or module._modules or module._parameters or given is None or given != returned:
             continue
         cls, named = original_class(module), names[key]
-        if cls.__module__.startswith("torch.nn."):
+        if cls.__module__.startswith(("torch.nn.", "torch.jit")):
             continue
         graft = grafts_of(module).get("variant")
         yield Site(
@@ -107,9 +102,17 @@ def _with_calls(site: Site, probe: Probe) -> Site:
         return site
     drew = any(called.owner is site.module for called in probe.eval_called)
     drew = drew or any(draw.module is site.module for draw in probe.eval_draws)
-    return replace(
-        site, calls=probe.counts.get(key, 0), source=probe.lines.get(key) or None, draws_in_eval=drew
-    )
+    calls = probe.counts.get(key, 0)
+    site = replace(site, calls=calls, source=probe.lines.get(key) or None, draws_in_eval=drew)
+    if calls == 0 and key in probe.read and site.obstacle is None:
+        return replace(site, obstacle=_BYPASSED)
+    return site
+
+
+_BYPASSED = (
+    "its forward never runs: its parent reads its weight",
+    "a module in its place would be bypassed; write the parent with a call of it",
+)
 
 
 def _call_site(owner: Named, called: Called, twins: list[Named], *, drew: bool) -> Site:

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from regraft.errors import UnprovenError
 from regraft.find.insertion_points import INSERTED
 from regraft.find.inspect import Inspection, inspect, look
+from regraft.find.probe.example_inputs import given_inputs, made_inputs
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
-from regraft.graft.graph_nodes import all_or_nothing, compiled_once, finish, graft_at, node_graft, set_slot
+from regraft.graft.graph_nodes import (
+    Changes,
+    all_or_nothing,
+    compiled_once,
+    finish,
+    graft_at,
+    grafts_at,
+    node_graft,
+    set_slot,
+)
 from regraft.graft.insertions import insert_graft
-from regraft.graft.modules import module_graft, rate_graft
+from regraft.graft.modules import VARIANT, module_graft, rate_graft
+from regraft.graft.proof import prove
 from regraft.graft.slots import conflicting_slot, is_applied
+from regraft.graft.weights import lend_graft
 from regraft.interrupts import HeldInterrupts
-from regraft.ops import HIDDEN
-from regraft.planning.plan import Edit, Plan, Rules, Skip, plan_of
+from regraft.ops import HIDDEN, KEEPS_LAW
+from regraft.planning.plan import Edit, Plan, Rules, Skip, plain, plan_of
 from regraft.planning.resolve import acts_in_eval
 from regraft.planning.rules import read_rules
 from regraft.record import Graft, Slot, read_slot
@@ -58,6 +71,8 @@ class Report(View):
         state_keys: keys that the graft added to the state dict.
         notes: what a reader should know first.
         probe: how the sites were probed.
+        balance: how many draws the probe saw, and what became of them; how many sites are unconfirmed.
+        left: the draws that no variant took, with module, line and remedy.
     """
 
     model: str
@@ -68,18 +83,22 @@ class Report(View):
     state_keys: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     probe: dict[str, Any] = field(default_factory=dict)
+    balance: dict[str, Any] = field(default_factory=dict)
+    left: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        lists = {
-            "grafted": [edit.to_dict() for edit in self.grafted],
-            "skipped": [asdict(skip) for skip in self.skipped],
-            "mended": [asdict(fault) for fault in self.mended],
-        }
-        return {"schema": SCHEMA, "view": "report", **copy.deepcopy({**vars(self), **lists})}
+        return {"schema": SCHEMA, "view": "report", **plain(self)}
 
 
-def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: str = "auto") -> Report:
+def apply(
+    model: nn.Module,
+    rules: Rules | Plan,
+    inputs: Any = None,
+    *,
+    fused: str = "auto",
+    verify: bool = False,
+) -> Report:
     """Graft variants into a model, in place: all of it, or, after an error, none of it.
 
     Weights, state-dict keys, devices, hooks and training flags stay as they are, and so does the eval
@@ -91,6 +110,8 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: s
         rules: selector -> variant (later rules win, None leaves alone), or a `Plan`.
         inputs: for the probe, see `regraft.inspect`.
         fused: what becomes of fused attention, see `regraft.plan`.
+        verify: prove the graft by real training forwards, as `regraft.verify` does: a graft whose variant
+            does not run is an error, and everything is taken out again.
 
     Returns:
         The report: print it, or take `.to_json()`, `.to_markdown()`, `.to_html()`.
@@ -98,6 +119,10 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: s
     Raises:
         RegraftError: every problem of every rule, before anything was changed.
         MisfitError: a plan that was made for another model.
+        UnprovenError: with `verify`, what no training forward has shown.
+
+    Warns:
+        UserWarning: nothing was grafted, and why.
 
     Example:
         >>> import regraft
@@ -107,7 +132,7 @@ def apply(model: nn.Module, rules: Rules | Plan, inputs: Any = None, *, fused: s
         >>> net[1]
         MultiSampleDropout(p=0.1, num_samples=8)
     """
-    return graft_rules(model, rules, inputs, fused)
+    return graft_rules(model, rules, inputs, fused, verify=verify)
 
 
 @contextmanager
@@ -130,11 +155,13 @@ def grafted(
         >>> net[1]
         Dropout(p=0.1, inplace=False)
     """
-    steps: list[Step] = []
-    try:
-        yield graft_rules(model, rules, inputs, fused, temporary=steps)
-    finally:
-        take_out(steps)
+    with HeldInterrupts() as held:
+        steps: list[Step] = []
+        try:
+            with held.released():
+                yield graft_rules(model, rules, inputs, fused, temporary=steps)
+        finally:
+            take_out(steps)
 
 
 def graft_rules(
@@ -143,13 +170,10 @@ def graft_rules(
     inputs: Any = None,
     fused: str = "auto",
     *,
+    verify: bool = False,
     temporary: list[Step] | None = None,
 ) -> Report:
-    """What `apply` does.
-
-    `temporary` is filled with the grafts that are put in place, for `take_out`: each of them remembers
-    those whose places it takes.
-    """
+    """What `apply` does; for a while, if there is a list `temporary`: it is filled for `take_out`."""
     if isinstance(rules, Plan):
         inspection = look(model)
         plan = rules.located(inspection)
@@ -158,8 +182,7 @@ def graft_rules(
         inspection = inspect(model, inputs)
         plan = plan_of(inspection, read, fused)
     steps = _steps(inspection, plan)
-    _carry_out(steps, temporary)
-    return Report(
+    report = Report(
         model=plan.model,
         rules=plan.rules,
         grafted=[replace(edit, site=None) for edit in plan.grafted],
@@ -170,8 +193,32 @@ def graft_rules(
             if edit.fixes_eval
         ],
         state_keys=_state_keys(steps),
-        notes=plan.notes,
+        notes=[*plan.notes],
         probe=plan.probe,
+        balance=plan.balance,
+        left=plan.left,
+    )
+    if temporary is None and not report.grafted and any(variant is not None for _, variant in report.rules):
+        why = report.notes or [f"{skip.reason}; {skip.remedy}" for skip in report.skipped[:1]]
+        warnings.warn(f"nothing was grafted: {'; '.join(why) or 'no site'}", stacklevel=3)
+    with all_or_nothing() as changes:
+        with compiled_once():
+            for module, slot, graft in steps:
+                _put_in(module, slot, graft, changes, temporary)
+        if verify:
+            with changes.held.released():
+                report.notes.append(f"proven: {_prove(inspection.root, inputs)}")
+        return report
+
+
+def _prove(root: nn.Module, inputs: Any) -> str:
+    proof = prove(root, made_inputs(root) if inputs is None else [given_inputs(root, inputs)])
+    if proof.passed is True:
+        return proof.said
+    raise UnprovenError(
+        f"the grafts are not proven, and were taken out again: {proof.said}",
+        where=type(root).__name__,
+        remedy="narrow the rules to what runs, or give inputs= that run it",
     )
 
 
@@ -182,7 +229,7 @@ def _steps(inspection: Inspection, plan: Plan) -> list[Step]:
     for edit in plan.grafted:
         assert edit.site is not None
         graft = _graft_of(edit)
-        _move_state(graft, edit.path, by_path)
+        _move_state(graft, edit.reader if edit.kind == "weight" else edit.path, by_path)
         steps.append((edit.site.module, replace(graft.slot, node=edit.node), graft))
     owners = {id(module) for module, slot, _ in steps if slot.kind == "calls" and not slot.node}
     steps += [
@@ -198,9 +245,13 @@ def _graft_of(edit: Edit) -> Graft:
         return insert_graft(edit)
     if edit.kind == "node":
         return node_graft(edit)
+    if edit.kind == "weight":
+        return lend_graft(edit)
     opaque = edit.op in HIDDEN.values()
     if edit.kind == "call" or (opaque and edit.variant not in ("dropout", "off")):
         return call_graft(edit)
+    if edit.variant == "dropout" and edit.op in KEEPS_LAW:
+        return rate_graft(edit, VARIANT)
     return rate_graft(edit) if opaque else module_graft(edit)
 
 
@@ -237,18 +288,25 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(len(parts) + 1)]
 
 
-def _carry_out(steps: list[Step], temporary: list[Step] | None) -> None:
-    with all_or_nothing() as change:
-        for module, slot, graft in steps:
-            if is_applied(module, graft_at(module, slot), graft):
-                continue
-            displaced = {slot: graft_at(module, slot)}
-            if other := conflicting_slot(module, slot):
-                displaced[other] = change(module, other, None)
-            if temporary is not None:
-                graft.covered = {str(place): old for place, old in displaced.items() if old is not None}
-                temporary.append((module, slot, graft))
-            change(module, slot, graft)
+def _put_in(
+    module: nn.Module, slot: Slot, graft: Graft, changes: Changes, temporary: list[Step] | None
+) -> None:
+    current = graft_at(module, slot)
+    if current is not None and is_applied(module, current, graft):
+        if temporary is None:
+            current.holders = 0
+        elif current.holders:
+            current.holders += 1
+            temporary.append((module, slot, current))
+        return
+    displaced = {slot: current}
+    if other := conflicting_slot(module, slot):
+        displaced[other] = changes.set(module, other, None)
+    if temporary is not None:
+        graft.holders = 1
+        graft.covered = {str(place): old for place, old in displaced.items() if old is not None}
+        temporary.append((module, slot, graft))
+    changes.set(module, slot, graft)
 
 
 def take_out(steps: list[Step]) -> None:
@@ -258,26 +316,33 @@ def take_out(steps: list[Step]) -> None:
 
 
 def _take_out(module: nn.Module, slot: Slot, graft: Graft) -> None:
-    current = graft_at(module, slot)
-    if current is graft:
-        set_slot(module, slot, graft.covered.get(str(slot)))
-    if current is graft or current is None:
-        for text, before in graft.covered.items():
-            place = read_slot(text)
-            if place != slot and current is graft and graft_at(module, place) is None:
-                set_slot(module, place, before)
+    if graft.holders != 1:  # another block has the same one, or it is to stay
+        graft.holders = max(graft.holders - 1, 0)
         return
-    # A later temporary graft has covered this one: what it gives back is what this one covered.
-    for taken in (slot, conflicting_slot(module, slot)):
-        above = None if taken is None else graft_at(module, taken)
-        if above is not None and above.covered.get(str(slot)) is graft:
-            above.covered = {**graft.covered}
+    if graft_at(module, slot) is graft:
+        for text, old in graft.covered.items():
+            place = read_slot(text)
+            if place != slot and graft_at(module, place) is None:
+                set_slot(module, place, old)
+        set_slot(module, slot, graft.covered.get(str(slot)))
+    for above in list(_covering(grafts_at(module, slot.node).values(), graft)):
+        others = {text: old for text, old in above.covered.items() if old is not graft}
+        above.covered = {**others, **graft.covered}
+    graft.holders = 0
+
+
+def _covering(grafts: Iterable[Graft], graft: Graft) -> Iterator[Graft]:
+    """Of these and of all that they cover in turn, those that cover `graft`."""
+    for above in grafts:
+        if any(old is graft for old in above.covered.values()):
+            yield above
+        yield from _covering(above.covered.values(), graft)
 
 
 def _state_keys(steps: list[Step]) -> list[str]:
     """Keys of the state dict that the grafts have brought, also those that stood already."""
     return [
-        f"{graft.edit['path']}.{name}".lstrip(".")
+        f"{graft.edit['reader' if graft.edit['kind'] == 'weight' else 'path']}.{name}".lstrip(".")
         for _, _, graft in steps
         for name in graft.state
         if name not in graft.transient

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from regraft.variants.draws import keep_mask
 
 Drop = Callable[[Tensor], "Tensor | None"]
 
@@ -59,29 +62,59 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     return wide.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0).to(scores.dtype)
 
 
+def with_dropped_keys(call: dict[str, Any], p: float) -> dict[str, Any]:
+    """The call of `scaled_dot_product_attention` with each key masked with probability p, for all queries.
+
+    The mask is a row for each head, (..., 1, S), so that the kernel stays fused; causal attention and masks
+    that differ by query need (..., L, S). A query without any key left keeps those that it had.
+    """
+    query, key = call["query"], call["key"]
+    size = key.shape[-2]
+    keep = keep_mask(query, [*query.shape[:-2], 1, size], p, torch.bool)
+    before: Tensor | None = call.get("attn_mask")
+    if call.get("is_causal"):
+        before = torch.ones((query.shape[-2], size), dtype=torch.bool, device=query.device).tril()
+    if before is None:
+        mask = keep | ~keep.any(-1, keepdim=True)
+    elif before.dtype == torch.bool:
+        both = before & keep
+        mask = torch.where(both.any(-1, keepdim=True), both, before)
+    else:
+        # Masks of floats hide a key by -inf, or by the lowest number.
+        seen = (before > torch.finfo(before.dtype).min / 2) & keep
+        mask = torch.where(seen.any(-1, keepdim=True), before.masked_fill(~keep, -math.inf), before)
+    return {**call, "attn_mask": mask, "is_causal": False}
+
+
 def multi_head_attention(drop: Drop, **call: Any) -> Any:
     """`F.multi_head_attention_forward` with `drop` in the place of its dropout."""
-    _drops.append(drop)
+    _running.drops.append(drop)
     try:
         return _multi_head_attention(**call)
     finally:
-        _drops.pop()
+        _running.drops.pop()
 
 
-_drops: list[Drop] = []
-"""What takes the place of dropout in the call that is running; the innermost last."""
+class _Running(threading.local):
+    """What takes the place of dropout in the calls that are running in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.drops: list[Drop] = []
+
+
+_running = _Running()
 
 
 def _dropout(weights: Tensor, p: float = 0.5, **_: Any) -> Tensor:
-    made = _drops[-1](weights)
+    made = _running.drops[-1](weights)
     return weights if made is None else made
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, p: float, is_causal: bool) -> Tensor:
-    return attend(q, k, v, mask, is_causal, drop=_drops[-1])
+    return attend(q, k, v, mask, is_causal, drop=_running.drops[-1])
 
 
-def _rebound() -> Callable[..., Any]:
+def _rebind() -> Callable[..., Any]:
     """Torch's own function, with three of the names it looks up bound to ours.
 
     Its many options need not be written again. Made once, on import: a compiler cannot trace the making.
@@ -98,4 +131,4 @@ def _rebound() -> Callable[..., Any]:
     return made
 
 
-_multi_head_attention = _rebound()
+_multi_head_attention = _rebind()

@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import functools
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
-from regraft.graft.checkpoints import checkpoint_marks, inside_checkpoint
+from regraft.errors import ModelError
 from regraft.graft.classes import Namespace
-from regraft.graft.compiled_variants import VERSIONS, Versions, settings_of
-from regraft.graft.handlers import ROUTES, Routed
+from regraft.graft.compiled import COMPILED, CompiledVariants, variant_key
+from regraft.graft.handlers import HANDLERS, CallGrafts
 from regraft.ops import MULTI_HEAD
 from regraft.planning.plan import Edit
 from regraft.record import RECORD, Graft, Layer, Slot
 from regraft.variants.registry import complete_options, spec
 
 BOUNDARY = Slot("calls", "boundary")
+
+
+_TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class _Running(threading.local):
@@ -42,7 +47,6 @@ def call_graft(edit: Edit) -> Graft:
     """The graft that makes the calls of `edit.op` inside the module do what the edit says."""
     found = spec(edit.variant)
     options = complete_options(found, edit.options)
-    options.pop("fused", None)
     return Graft(
         Slot("calls", MULTI_HEAD if edit.op == "MultiheadAttention" else edit.op),
         Layer(calls_layer, tuple(sorted({"forward", *edit.methods}))),
@@ -71,7 +75,7 @@ def calls_layer(base: type[nn.Module], *methods: str) -> Namespace:
 
 def wrap_method(method: Callable[..., Any]) -> Callable[..., Any]:
     """The method inside the mode of its module's grafts."""
-    versions = Versions(method)
+    variants = CompiledVariants(method)
 
     @functools.wraps(method)
     def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -80,9 +84,9 @@ def wrap_method(method: Callable[..., Any]) -> Callable[..., Any]:
         grafts = [graft for graft in record.values() if graft.slot.kind == "calls"]
         acts = _acts(self, grafts)
         if torch.compiler.is_compiling():
-            version = versions.made.get(settings_of(grafts, self.training))
-            if version is not None and not torch._C._len_torch_function_stack():
-                return version(self, *args, **kwargs)
+            variant = variants.made.get(variant_key(grafts, self.training))
+            if variant is not None and not torch._C._len_torch_function_stack():
+                return variant(self, *args, **kwargs)
             with _CompiledMode(self, grafts if acts else []):
                 return method(self, *args, **kwargs)
         if not acts:
@@ -91,7 +95,7 @@ def wrap_method(method: Callable[..., Any]) -> Callable[..., Any]:
         with CallMode(self, grafts):
             return method(self, *args, **kwargs)
 
-    enter.__dict__[VERSIONS] = versions
+    enter.__dict__[COMPILED] = variants
     return enter
 
 
@@ -117,12 +121,12 @@ class Pause:
             self.outer.on = self.was
 
 
-class CallMode(Routed, TorchFunctionMode):
+class CallMode(CallGrafts, TorchFunctionMode):
     """Routes the calls of functions that drop, inside one module's own forward, to its variants."""
 
     def __init__(self, module: nn.Module, grafts: list[Graft]) -> None:
         TorchFunctionMode.__init__(self)
-        Routed.__init__(self, module, grafts)
+        CallGrafts.__init__(self, module, grafts)
         self.on = True
         self.pause = Pause()
         self.entered = checkpoint_marks()
@@ -146,8 +150,8 @@ class CallMode(Routed, TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self.on and func in ROUTES:
-            return ROUTES[func](self, func, args, kwargs)
+        if self.on and func in HANDLERS:
+            return HANDLERS[func](self, func, args, kwargs)
         return func(*args, **kwargs)
 
     def refuse_recompute(self, op: str) -> None:
@@ -178,7 +182,31 @@ class _CompiledMode(CallMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func not in ROUTES:
+        if func not in HANDLERS:
             return func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():
-            return ROUTES[func](self, func, args, kwargs or {})
+            return HANDLERS[func](self, func, args, kwargs or {})
+
+
+def checkpoint_marks() -> tuple[bool, Any]:
+    """What a checkpoint changes around what it runs: gradients are off, or saved tensors are hooked."""
+    if torch.compiler.is_compiling():
+        return (False, None)
+    return torch.is_grad_enabled(), _hooks_now()
+
+
+def _hooks_now() -> Any:
+    """The hooks on saved tensors; before torch 2.8, how many checkpoints are running."""
+    if _TOP_HOOKS is not None:
+        return _TOP_HOOKS(True)
+    frames = traceback.walk_stack(None)
+    return sum(frame.f_code.co_filename == checkpoint.__file__ for frame, _ in frames)
+
+
+def inside_checkpoint(module: nn.Module, op: str) -> ModelError:
+    return ModelError(
+        f"{type(module).__name__} checkpoints a function of its own that calls {op}: the recomputation "
+        "would run without the graft, and the gradients would be wrong",
+        where=type(module).__qualname__,
+        remedy="switch gradient checkpointing off for this module, or leave the site alone: a rule with None",
+    )

@@ -9,19 +9,31 @@ a class of their own on top.
 
 from __future__ import annotations
 
+import copy
 import copyreg
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from torch import nn
+from torch import fx, nn
 
 from regraft.errors import RevertError
-from regraft.graft.graph_classes import graph_methods, stable_base
-from regraft.record import BASE, LAYER, Layer, foreign_base, is_foreign, is_generated
+from regraft.record import (
+    BASE,
+    LAYER,
+    RECORD,
+    Layer,
+    foreign_base,
+    is_foreign,
+    is_generated,
+    rebind_instance_forward,
+)
 
 Namespace = dict[str, Any]
 """What a layer's builder returns: methods, and a `__name__` if the class is not to keep the one below's."""
 Class = type[nn.Module]
+_COMPILED = "_wrapped_call"
+"""What torch.fx puts on the class that it compiles a graph into."""
 _derived: dict[tuple[Class, Layer], Class] = {}
 _rebuilt: dict[tuple[Class, Class], Class] = {}
 
@@ -30,13 +42,13 @@ def derive(base: Class, layer: Layer) -> Class:
     """The class that adds a layer to `base`; always the same one for the same two."""
     key = (base, layer)
     if key not in _derived:
-        namespace = dict(layer.build(stable_base(base), *layer.args))
+        namespace = dict(layer.build(_stable_base(base), *layer.args))
         title = namespace.pop("__name__", base.__name__)
         namespace.setdefault("__module__", base.__module__)
         namespace.setdefault("__qualname__", base.__qualname__)
         namespace.setdefault("__doc__", base.__doc__)
         namespace |= {BASE: base, LAYER: layer, "__reduce_ex__": _reduce_ex}
-        namespace |= graph_methods(base, lambda cls, other: layered(cls, layers_of(other)))
+        namespace |= _graph_methods(base)
         _derived[key] = _new_class(base, title, (base,), namespace)
     return _derived[key]
 
@@ -114,3 +126,63 @@ def _make_by(function: Callable[..., nn.Module], args: tuple[Any, ...], layers: 
     made = function(*args)
     made.__class__ = layered(type(made), layers)
     return made
+
+
+def compile_graph(owner: fx.GraphModule) -> Any:
+    """Make the code of a graph module anew, on the class that has it; classes made above it stay."""
+    cls = type(owner)
+    holder: Any = next((one for one in cls.__mro__ if _COMPILED in vars(one)), cls)
+    owner.__class__ = holder
+    try:
+        code = holder.recompile(owner)
+    finally:
+        owner.__class__ = cls
+    rebind_instance_forward(owner)
+    return code
+
+
+def _stable_base(base: Class) -> Class:
+    """A stand-in for `base` whose forward stays the same object while the graph is compiled again."""
+    if not issubclass(base, fx.GraphModule) or _COMPILED not in vars(base):
+        return base
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(self, *args, **kwargs)
+
+    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+
+
+def _graph_methods(base: Class) -> Namespace:
+    """Methods of a class generated above `base`, if that is a graph module's: what compiles and copies it.
+
+    Each graph module has a class of its own, which holds the forward that torch.fx makes from the graph, and
+    makes again whenever the graph changes: on the class of the moment, and without end if that is derived
+    from the one that has it.
+    """
+    if not issubclass(base, fx.GraphModule):
+        return {}
+
+    def recompile(self: fx.GraphModule) -> Any:
+        return compile_graph(self)
+
+    def deepcopy(self: fx.GraphModule, memo: dict[int, Any]) -> Any:
+        # A copy is built from the graph, which knows nothing of classes above it, nor of grafts.
+        cls = type(self)
+        holder: Any = next(one for one in cls.__mro__ if _COMPILED in vars(one))
+        self.__class__ = holder
+        try:
+            copied = holder.__deepcopy__(self, memo)
+        finally:
+            self.__class__ = cls
+        for name in (RECORD, *_written(self)):
+            copied.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        copied.__class__ = layered(type(copied), layers_of(cls))
+        return copied
+
+    return {"recompile": recompile, "__deepcopy__": deepcopy}
+
+
+def _written(module: nn.Module) -> list[str]:
+    grafts = module.__dict__[RECORD].values()
+    return [name for graft in grafts for name in graft.written if name in module.__dict__]

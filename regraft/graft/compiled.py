@@ -1,14 +1,17 @@
-"""A method whose calls of functions that drop lead elsewhere, with no mode around it.
+"""Methods of grafted modules for a compiler: their calls of functions that drop lead elsewhere, with no mode.
 
-A compiler refuses a mode that is entered inside a checkpoint. So for compiled code the method is made anew
-from its own code, with the global names that it looks up, and those of the functions it calls, bound to what
-takes the place of each function that drops.
+A compiler refuses a mode that is entered inside a checkpoint. So for compiled code a method is made anew from
+its own code, with the global names that it looks up, and those of the functions it calls, bound to what takes
+the place of each function that drops: once for each setting of its module's grafts, when a graft is put in
+place, since a compiler cannot trace the making of a function.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -17,25 +20,105 @@ from torch import nn
 from torch.nn import functional as F
 
 from regraft.find.bytecode_scan import DEEPEST, is_torchs, named_by
+from regraft.graft.handlers import HANDLERS, CallGrafts
+from regraft.ops import OPS
+from regraft.record import Graft, grafts_of
 
-Takes = Mapping[Callable[..., Any], Callable[..., Any]]
+COMPILED = "_regraft_compiled"
+"""The attribute of a wrapped method that holds its `CompiledVariants`."""
+Replacements = Mapping[Callable[..., Any], Callable[..., Any]]
 """Function that drops -> what takes its place."""
 _NAMESPACES = (torch, nn, F)
 
 
-def rebound(method: Callable[..., Any], takes: Takes) -> Callable[..., Any] | None:
-    """`method` with `takes` in the place of what it calls, itself or in functions that it calls.
+class CompiledVariants:
+    """A method, and what it is made into for compiled code, by `variant_key`."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method = method
+        self.made: dict[str, Callable[..., Any]] = {}
+
+
+@dataclass(frozen=True)
+class _Mode:
+    """Stands for a module that trains, or does not."""
+
+    training: bool
+
+
+def variant_key(grafts: Sequence[Graft], training: bool) -> str:
+    """What two modules have in common that share a compiled variant of a method."""
+    return "&".join([graft.settings for graft in grafts]) + ("+" if training else "-")
+
+
+def _settings(graft: Graft) -> str:
+    """The settings of one graft, as text."""
+    return json.dumps([str(graft.slot), graft.variant, graft.rate, graft.options], default=str)
+
+
+def compile_variants(module: nn.Module) -> None:
+    """Make the compiled variants of the wrapped methods of `module`, for its grafts as they are now."""
+    grafts = [graft for graft in grafts_of(module).values() if graft.slot.kind == "calls"]
+    acting = [graft for graft in grafts if graft.slot.op != "boundary"]
+    if not grafts or any(graft.fixes_eval for graft in acting):
+        return
+    for graft in grafts:
+        graft.settings = _settings(graft)
+    for name in dict.fromkeys(name for graft in grafts if graft.layer for name in graft.layer.args):
+        variants: CompiledVariants | None = getattr(getattr(type(module), name, None), COMPILED, None)
+        if variants is None:
+            continue
+        for training in (True, False):
+            key = variant_key(grafts, training)
+            if key not in variants.made and (made := _variant(variants.method, name, acting, training)):
+                variants.made[key] = made
+
+
+def _variant(
+    method: Callable[..., Any], name: str, acting: Sequence[Graft], training: bool
+) -> Callable[..., Any] | None:
+    """The method with all of `acting` in place; None if some call in it cannot be bound to anything else."""
+    if not training and not any(graft.in_eval for graft in acting):
+        return method  # in eval nothing is to be done
+    variant = method
+    for graft in acting:
+        # A copy: the module's own may be changed, and this one serves other modules too.
+        grafts = CallGrafts(_Mode(training), [replace(graft, options=dict(graft.options))])
+        replacements = {
+            function: _replacement(grafts, function) for function, op in OPS.items() if op == graft.slot.op
+        }
+        rebound = rebind_calls(variant, replacements)
+        if rebound is None and not _is_in_another(graft, name):
+            return None
+        variant = rebound or variant
+    return variant
+
+
+def _replacement(grafts: CallGrafts, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return HANDLERS[function](grafts, function, args, kwargs)
+
+    return call
+
+
+def _is_in_another(graft: Graft, name: str) -> bool:
+    """Does another method run the call, one that `name` calls?"""
+    return any(other != name for other in graft.edit["methods"])
+
+
+def rebind_calls(method: Callable[..., Any], replacements: Replacements) -> Callable[..., Any] | None:
+    """`method` with `replacements` in the place of what it calls, itself or in functions that it calls.
 
     None where it names none of them: methods of the module that it calls are not followed.
     """
-    return _Rebinding(takes).function(method, 0)
+    return _Rebinding(replacements).function(method, 0)
 
 
 class _Rebinding:
     """One method with all the functions below it, so that each of them is made once."""
 
-    def __init__(self, takes: Takes) -> None:
-        self.takes = takes
+    def __init__(self, replacements: Replacements) -> None:
+        self.replacements = replacements
         self._made: dict[int, Callable[..., Any] | None] = {}
 
     def function(self, function: Any, depth: int) -> Callable[..., Any] | None:
@@ -76,8 +159,8 @@ class _Rebinding:
 
     def _value(self, value: Any, depth: int) -> Any:
         """What a name stands for now; None if it stands for what it did."""
-        if isinstance(value, (FunctionType, BuiltinFunctionType)) and value in self.takes:
-            return self.takes[value]
+        if isinstance(value, (FunctionType, BuiltinFunctionType)) and value in self.replacements:
+            return self.replacements[value]
         if isinstance(value, FunctionType) and not is_torchs(value):
             return self.function(value, depth + 1)
         if isinstance(value, Mapping):
@@ -108,7 +191,7 @@ class _Rebinding:
 
     def _reaches(self, code: CodeType, names: Mapping[str, Any]) -> bool:
         inside = [one for one in code.co_consts if isinstance(one, CodeType)]
-        found = any(_is_function(one) and one in self.takes for one in named_by(code, names))
+        found = any(_is_function(one) and one in self.replacements for one in named_by(code, names))
         return found or any(self._reaches(one, names) for one in inside)
 
     @functools.cached_property
@@ -119,8 +202,8 @@ class _Rebinding:
             copy = ModuleType(space.__name__)
             copy.__dict__.update(space.__dict__)
             for name, value in space.__dict__.items():
-                if _is_function(value) and value in self.takes:
-                    copy.__dict__[name] = self.takes[value]
+                if _is_function(value) and value in self.replacements:
+                    copy.__dict__[name] = self.replacements[value]
             copies[space] = copy
         copies[torch].__dict__["nn"] = copies[nn]
         copies[nn].__dict__["functional"] = copies[F]

@@ -20,7 +20,7 @@ from regraft.find.graph_calls import NODE, WRAPPED, GraphNode, Replaced, graph_n
 from regraft.find.graph_nodes import node_path
 from regraft.find.walk import Named
 from regraft.graft.calls import call_graft
-from regraft.graft.graph_classes import compile_graph
+from regraft.graft.classes import compile_graph
 from regraft.graft.handlers import call_rate
 from regraft.graft.slots import Change, set_graft
 from regraft.interrupts import HeldInterrupts
@@ -118,14 +118,17 @@ def set_slot(module: nn.Module, slot: Slot, graft: Graft | None) -> Graft | None
     return previous
 
 
+def grafts_at(module: nn.Module, node: str = "") -> dict[str, Graft]:
+    """The grafts on a module, or on a node of its graph, by the text of their slots without the node."""
+    found = graph_node(module, node) if node else None
+    if not node:
+        return grafts_of(module)
+    return {} if found is None or found.module is None else grafts_of(found.module)
+
+
 def graft_at(module: nn.Module, slot: Slot) -> Graft | None:
     """What is in a slot of a module, or of a node of its graph."""
-    if slot.node:
-        found = graph_node(module, slot.node)
-        if found is None or found.module is None:
-            return None
-        module = found.module
-    return grafts_of(module).get(str(replace(slot, node="")))
+    return grafts_at(module, slot.node).get(str(replace(slot, node="") if slot.node else slot))
 
 
 def placed_grafts(modules: list[Named]) -> Iterator[tuple[Named, Slot, Graft]]:
@@ -165,25 +168,32 @@ def _take_out(owner: fx.GraphModule, found: GraphNode) -> None:
     _compile(owner)
 
 
-@contextmanager
-def all_or_nothing() -> Iterator[Callable[[nn.Module, Slot, Graft | None], Graft | None]]:
-    """Yields `set_slot`; an exception in the block, Ctrl-C included, undoes what it has changed so far."""
-    changes: list[Change] = []
+class Changes:
+    """Changes of slots that are made together, each with what was there before."""
 
-    def change(module: nn.Module, slot: Slot, graft: Graft | None) -> Graft | None:
-        changes.append((module, slot, graft_at(module, slot)))
+    def __init__(self, held: HeldInterrupts) -> None:
+        self.held = held
+        self.made: list[Change] = []
+
+    def set(self, module: nn.Module, slot: Slot, graft: Graft | None) -> Graft | None:
+        """As `set_slot`."""
+        self.made.append((module, slot, graft_at(module, slot)))
         return set_slot(module, slot, graft)
 
-    with HeldInterrupts() as held:
-        try:
-            with compiled_once():
-                yield change
-            with held.released():
-                pass  # one that has waited is raised here
-        except BaseException:
-            with compiled_once():
-                finish(set_slot, reversed(changes))
-            raise
+
+@contextmanager
+def all_or_nothing() -> Iterator[Changes]:
+    """An exception in the block undoes the changes made in it; a Ctrl-C waits for its end, and does too."""
+    changes: list[Change] = []
+    try:
+        with HeldInterrupts() as held:
+            together = Changes(held)
+            changes = together.made
+            yield together
+    except BaseException:
+        with HeldInterrupts(), compiled_once():
+            finish(set_slot, reversed(changes))
+        raise
 
 
 def finish(function: Callable[..., object], items: Iterable[tuple[Any, ...]]) -> None:

@@ -10,14 +10,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regraft.graft.attention import attend, multi_head_attention
-from regraft.graft.recurrent import RECURRENT, layer_by_layer, read_recurrence
-from regraft.ops import ATTENTION, DROP_PATH, FUNCTIONS, MULTI_HEAD, ROW_DRAWS, draws_rows
+from regraft.graft.attention import attend, multi_head_attention, with_dropped_keys
+from regraft.graft.recurrent import layer_by_layer, read_recurrence
+from regraft.ops import (
+    ATTENTION,
+    DROP_PATH,
+    FUNCTIONS,
+    IN_PLACE,
+    MULTI_HEAD,
+    OWN_LAW,
+    RECURRENT,
+    ROW_DRAWS,
+    WITH_MASK,
+    draws_rows,
+)
 from regraft.record import Graft
+from regraft.variants.module import check_rate
 from regraft.variants.registry import spec
 
 
-class Routed:
+class CallGrafts:
     """The grafts of one module's calls, by operation, and what they make of a call.
 
     Args:
@@ -36,8 +48,11 @@ class Routed:
             return None
         self.refuse_recompute(op)
         rate = call_rate(graft, p)
-        function = spec(graft.variant).function
-        made: Tensor = function(x, rate, training and self.module.training, **graft.options)
+        training = training and self.module.training
+        if graft.variant == "dropout" and op in OWN_LAW:
+            kept: Tensor = OWN_LAW[op](x, rate, training)  # a change of the rate keeps the law
+            return kept
+        made: Tensor = spec(graft.variant).function(x, rate, training, **graft.options)
         return made
 
     def refuse_recompute(self, op: str) -> None:
@@ -53,13 +68,26 @@ def call_rate(graft: Graft, carried: float) -> float:
     return float(graft.rate)
 
 
-def _handle_dropout(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_dropout(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     parsed = FUNCTIONS[func](*args, **kwargs)
-    made = mode.drop(parsed.op, parsed.x, parsed.p, parsed.training)
-    return func(*args, **kwargs) if made is None else made
+    inplace = parsed.inplace or func in IN_PLACE
+    x = parsed.x.clone() if inplace and parsed.op in mode.grafts else parsed.x
+    made = mode.drop(parsed.op, x, parsed.p, parsed.training)
+    if made is None:
+        return func(*args, **kwargs)
+    made = written_back(parsed.x, made) if inplace else made
+    return (made, made != 0) if func in WITH_MASK else made
 
 
-def _handle_attention(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def written_back(x: Tensor, result: Tensor) -> Tensor:
+    """`x` with the result in it, as an in-place dropout leaves it: the caller may go on with either.
+
+    Under vmap there may be no room in `x` for the passes, whose own handling of in-place calls holds there.
+    """
+    return result if _vmapped() else x.copy_(result)
+
+
+def _handle_attention(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     graft = mode.grafts.get(ATTENTION)
     if graft is None:
         return func(*args, **kwargs)
@@ -73,6 +101,10 @@ def _handle_attention(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: di
         return func(**call, dropout_p=rate)
     if not (mode.module.training or graft.in_eval):
         return func(**call, dropout_p=0.0)
+    if graft.variant == "dropkey" and graft.options["keys"] == "column" and not _vmapped():
+        mode.refuse_recompute(ATTENTION)
+        rate = check_rate(call_rate(graft, carried))
+        return func(**(with_dropped_keys(call, rate) if rate > 0 else call), dropout_p=0.0)
     return attend(**call, drop=lambda scores: mode.drop(ATTENTION, scores, carried, training=True))
 
 
@@ -83,7 +115,7 @@ def _vmapped() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
-def _handle_mha(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_mha(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     graft = mode.grafts.get(MULTI_HEAD)
     if graft is None or not (mode.module.training or graft.in_eval):
         return func(*args, **kwargs)
@@ -100,7 +132,7 @@ def _handle_mha(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str
 _MHA_NAMES = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
 
 
-def _handle_recurrent(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _handle_recurrent(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     op = RECURRENT[func]
     graft = mode.grafts.get(op)
     if graft is None or not (mode.module.training or graft.in_eval):
@@ -113,8 +145,9 @@ def _handle_recurrent(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: di
     return layer_by_layer(call, drop)
 
 
-def _handle_rows(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if DROP_PATH not in mode.grafts or not mode.module.training or not draws_rows(func, args, kwargs):
+def _handle_rows(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    graft = mode.grafts.get(DROP_PATH)
+    if graft is None or not mode.module.training or not draws_rows(func, args, kwargs):
         return func(*args, **kwargs)
     mode.refuse_recompute(DROP_PATH)
     if func is not Tensor.bernoulli_:
@@ -124,7 +157,7 @@ def _handle_rows(mode: Routed, func: Any, args: tuple[Any, ...], kwargs: dict[st
     return args[0].copy_(torch.bernoulli(torch.ones_like(args[0]) * keep))
 
 
-ROUTES: dict[Any, Callable[..., Any]] = {
+HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(FUNCTIONS, _handle_dropout),
     F.scaled_dot_product_attention: _handle_attention,
     F.multi_head_attention_forward: _handle_mha,

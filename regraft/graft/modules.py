@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from regraft.find.recognize import rate_name
 from regraft.graft.classes import Namespace
+from regraft.graft.handlers import written_back
 from regraft.planning.plan import Edit
 from regraft.record import RECORD, Graft, Layer, Slot
 from regraft.variants.module import written_options
@@ -17,6 +18,7 @@ from regraft.variants.registry import complete_options, spec
 from regraft.variants.spec import Spec
 
 VARIANT = Slot("variant")
+RATE = Slot("rate")
 _KEY = str(VARIANT)
 
 
@@ -42,12 +44,12 @@ def module_graft(edit: Edit) -> Graft:
     )
 
 
-def rate_graft(edit: Edit) -> Graft:
-    """The graft that only sets the rate of a module of torch that drops inside, such as an LSTM."""
+def rate_graft(edit: Edit, slot: Slot = RATE) -> Graft:
+    """The graft that only sets the rate of a module that goes on to drop by its own law, as an LSTM does."""
     assert edit.site is not None
     rate = 0.0 if edit.variant == "off" else float(edit.options["p"])
     written = {rate_name(edit.site.module) or "dropout": rate}
-    return Graft(Slot("rate"), None, edit.variant, rate, edit=edit.to_dict(), written=written)
+    return Graft(slot, None, edit.variant, rate, edit=edit.to_dict(), written=written)
 
 
 def variant_layer(base: type[nn.Module], name: str, family: str, rate: str) -> Namespace:
@@ -96,7 +98,9 @@ def _dropout_forward(base: type[nn.Module], found: Spec, rate: str) -> Callable[
             return base.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
         x = args[0] if args else next(iter(kwargs.values()))
         p = getattr(self, rate) if rate else 0.0
-        return function(x, p, self.training, **_settings(self))  # type: ignore[no-any-return]
+        if not getattr(self, "inplace", False):
+            return function(x, p, self.training, **_settings(self))  # type: ignore[no-any-return]
+        return written_back(x, function(x.clone(), p, self.training, **_settings(self)))
 
     return forward
 

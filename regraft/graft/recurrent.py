@@ -13,14 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RECURRENT: dict[Callable[..., Any], str] = {
-    torch.lstm: "LSTM",
-    torch.gru: "GRU",
-    torch.rnn_tanh: "RNN",
-    torch.rnn_relu: "RNN",
-}
-"""Kernel -> operation of the module that calls it."""
-
 
 @dataclass(frozen=True)
 class Recurrence:

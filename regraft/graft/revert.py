@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from regraft.errors import NoMatchError
 from regraft.find.selectors import Selector, read_selector
-from regraft.find.site import grafted_site
+from regraft.find.site import Site, grafted_site
 from regraft.find.walk import Named, inner_model, named_modules
 from regraft.graft.calls import BOUNDARY
-from regraft.graft.graph_nodes import all_or_nothing, placed_grafts
+from regraft.graft.graph_nodes import all_or_nothing, compiled_once, placed_grafts
 from regraft.planning.resolve import acts_in_eval
 from regraft.record import Graft, Slot, grafts_of
 from regraft.variants.spec import Variant
@@ -43,20 +44,29 @@ def revert(model: nn.Module, selector: Any = None) -> nn.Module:
     root, _ = inner_model(model)
     modules = named_modules(root)
     wanted = None if selector is None else read_selector(selector)
+    by_path = {path: named.module for named in modules for path in named.paths}
     chosen = [
         (named.module, slot)
         for named, slot, graft in placed_grafts(modules)
-        if wanted is None
-        or (graft.edit and wanted.matches(grafted_site(named.module, named.paths, graft.edit)))
+        if wanted is None or (graft.edit and wanted.matches(_site(named, graft, by_path)))
     ]
     if wanted is not None:
         if not chosen:
             raise _nothing(modules, wanted)
         chosen += _idle_boundaries(modules, {(id(module), slot) for module, slot in chosen})
-    with all_or_nothing() as change:
-        for module, slot in chosen:
-            change(module, slot, None)
-    return model
+    with all_or_nothing() as changes:
+        with compiled_once():
+            for module, slot in chosen:
+                changes.set(module, slot, None)
+        return model
+
+
+def _site(named: Named, graft: Graft, by_path: dict[str, nn.Module]) -> Site:
+    """The site of a graft, with the dead twins that it was selected by."""
+    others = graft.edit["paths"] if graft.edit["kind"] == "call" else []
+    twins = [path for path in others if path in by_path and path not in named.paths]
+    site = grafted_site(named.module, [*named.paths, *twins], graft.edit)
+    return replace(site, rate_from=tuple(by_path[path] for path in twins))
 
 
 def _idle_boundaries(modules: list[Named], gone: set[tuple[int, Slot]]) -> list[tuple[nn.Module, Slot]]:

@@ -13,6 +13,7 @@ from regraft.find.inspect import look
 from regraft.graft.apply import Report, apply
 from regraft.graft.calls import BOUNDARY
 from regraft.graft.graph_nodes import placed_grafts
+from regraft.graft.rates import unscheduled_edit
 from regraft.planning.plan import Edit, Plan, fingerprint
 from regraft.variants.spec import Variant
 
@@ -53,7 +54,7 @@ def plan_of_grafts(model: nn.Module) -> Plan:
             continue
         if not graft.edit:
             continue  # passes of the whole model: no site is edited
-        edit = Edit(**{**graft.edit, "path": named.paths[0], "rule": len(rules)})
+        edit = Edit(**{**unscheduled_edit(graft), "path": named.paths[0], "rule": len(rules)})
         edits.append(edit)
         rules.append([_selector(edit), str(Variant(edit.variant, edit.options))])
     return Plan(

@@ -9,7 +9,8 @@ from torch import nn
 from regraft.errors import ModelError
 from regraft.find.probe.preserve_state import restore, snapshot
 from regraft.graft.classes import layered
-from regraft.graft.compiled_variants import prepare
+from regraft.graft.compiled import compile_variants
+from regraft.ops import MULTI_HEAD, RECURRENT_OPS
 from regraft.record import (
     MISSING,
     RECORD,
@@ -26,7 +27,7 @@ Change = tuple[nn.Module, Slot, Graft | None]
 
 ORDER = ("rate", "variant", "calls", "lend", "insert", "passes")
 """Kinds of slots in the order of their layers, the lowest first."""
-_WRITTEN_OUT = [Slot("calls", op) for op in ("multi_head_attention_forward", "LSTM", "GRU", "RNN")]
+_WRITTEN_OUT = [Slot("calls", op) for op in (MULTI_HEAD, *sorted(RECURRENT_OPS))]
 
 
 def conflicting_slot(module: nn.Module, slot: Slot) -> Slot | None:
@@ -54,7 +55,7 @@ def set_graft(module: nn.Module, slot: Slot, graft: Graft | None) -> Graft | Non
         else:
             module.__dict__.pop(RECORD, None)
         rebind_instance_forward(module)
-        prepare(module)
+        compile_variants(module)
     except BaseException:
         module.__class__ = was
         restore(module, before)
@@ -62,9 +63,9 @@ def set_graft(module: nn.Module, slot: Slot, graft: Graft | None) -> Graft | Non
     return previous
 
 
-def is_applied(module: nn.Module, current: Graft | None, graft: Graft) -> bool:
-    """Is an identical graft in place? Then its learned state is kept."""
-    if current is None or any(module.__dict__.get(name) != value for name, value in graft.written.items()):
+def is_applied(module: nn.Module, current: Graft, graft: Graft) -> bool:
+    """Does the current graft do what this one would? Then it stays, with its learned state."""
+    if any(module.__dict__.get(name) != value for name, value in graft.written.items()):
         return False
     return _meaning(current) == _meaning(graft)
 

@@ -1,4 +1,4 @@
-"""A portrait of a model: what a graft promises to leave alone, and a way back to restore."""
+"""A snapshot of a model: what a graft promises to leave alone, and a revert to restore."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 @dataclass(eq=False)
-class Portrait:
+class ModelSnapshot:
     """What must be the same after a graft and its way back."""
 
     parameters: dict[str, nn.Parameter]
@@ -22,17 +22,17 @@ class Portrait:
     hooks: list[int]
     attributes: list[list[str]]
 
-    def same_as(self, other: Portrait) -> bool:
+    def same_as(self, other: ModelSnapshot) -> bool:
         """Is all of it the same, the parameters to the identity of each?"""
         same = all(self.parameters[name] is other.parameters.get(name) for name in self.parameters)
-        mine, others = ({**vars(one), "parameters": len(one.parameters)} for one in (self, other))
+        mine, others = ({**vars(each), "parameters": len(each.parameters)} for each in (self, other))
         return same and mine == others
 
 
-def portrait(model: nn.Module) -> Portrait:
+def model_snapshot(model: nn.Module) -> ModelSnapshot:
     """The model as it is now."""
     modules = list(model.modules())
-    return Portrait(
+    return ModelSnapshot(
         parameters=dict(model.named_parameters(remove_duplicate=False)),
         modules=modules,
         keys=list(model.state_dict()),

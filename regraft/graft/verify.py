@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,11 +18,15 @@ from regraft.find.inspect import inspect as inspect_model
 from regraft.find.probe.example_inputs import Inputs, given_inputs, made_inputs
 from regraft.find.probe.preserve_state import random_state_kept
 from regraft.graft.apply import Report, apply
+from regraft.graft.proof import prove
 from regraft.graft.revert import revert
-from regraft.graft.snapshot import portrait
+from regraft.graft.snapshot import model_snapshot
 from regraft.planning.plan import Rules
+from regraft.planning.resolve import acts_in_eval
+from regraft.record import grafts_of
 from regraft.report.document import counted
 from regraft.report.view import SCHEMA, View
+from regraft.variants.spec import Variant
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,10 @@ class Check:
     promise: str
     passed: bool | None
     said: str
+
+
+_NEEDED = ("nothing silent", "each graft runs")
+"""Promises of which "not checked" is no pass."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,9 +61,12 @@ class Verification(View):
     probe: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def passed(self) -> bool:
-        """Did no check fail?"""
-        return not any(check.passed is False for check in self.checks)
+    def passed(self) -> bool | None:
+        """Whether every check passed; None where none failed, and what the grafts do could not be seen."""
+        if any(check.passed is False for check in self.checks):
+            return False
+        shown = [check.passed for check in self.checks if check.promise in _NEEDED]
+        return None if None in shown else True
 
     def to_dict(self) -> dict[str, Any]:
         """The verification as plain JSON values."""
@@ -65,10 +76,16 @@ class Verification(View):
 def verify(model: nn.Module, inputs: Any = None, rules: Rules | None = None) -> Verification:
     """Graft a copy of a model and check each promise on it; the model itself is left alone.
 
+    Real training forwards show that each graft's variant runs and that no stock draw is left which the
+    report does not name. A model that is grafted already is checked as it stands, unless there are rules.
+
     Args:
         model: any module that can be copied.
         inputs: for the probe and for comparing outputs, see `regraft.inspect`.
         rules: what to graft; without them, a variant at every dropout, drop-path and linear site.
+
+    Returns:
+        The checks. `passed` is None where no forward could show what the grafts do.
 
     Raises:
         ModelError: not a module (also a TypeError).
@@ -83,7 +100,13 @@ def verify(model: nn.Module, inputs: Any = None, rules: Rules | None = None) -> 
         True
     """
     seen = inspect_model(model, inputs)
-    return _Trial(copy.deepcopy(seen.root), inputs, seen, rules or _fitting(seen)).run()
+    trial, plain = copy.deepcopy(seen.root), copy.deepcopy(seen.root)
+    grafted = any(grafts_of(module) for module in trial.modules())
+    if grafted:
+        revert(plain)
+    if grafted and rules is None:
+        return _Trial(plain, inputs, seen, []).run_standing(trial)
+    return _Trial(plain, inputs, seen, rules or _fitting(seen)).run()
 
 
 def _fitting(seen: Inspection) -> list[tuple[str, str]]:
@@ -106,7 +129,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, inputs: Any, seen: Inspection, rules: Rules) -> None:
         self.model, self.inputs, self.seen, self.rules = model, inputs, seen, rules
-        self.before = portrait(model)
+        self.before = model_snapshot(model)
         self.output, self.why_not = self._outputs(model)
         self.report: Report | None = None
 
@@ -117,6 +140,7 @@ class _Trial:
             self._check(promise, check)
             for promise, check in (
                 ("nothing silent", self._nothing_silent),
+                ("each graft runs", self._each_graft_runs),
                 ("same weights", self._same_weights),
                 ("same model otherwise", self._same_model),
                 ("same eval", self._same_eval),
@@ -132,6 +156,39 @@ class _Trial:
             probe=self.seen.probe.to_dict(),
         )
 
+    def run_standing(self, grafted: nn.Module) -> Verification:
+        """The checks of a copy that is grafted already; the trial's own model is the plain one."""
+        plain, self.model = self.model, grafted
+        checks = [
+            self._check("each graft runs", self._each_graft_runs),
+            self._check("same eval", self._same_eval),
+            self._check("travels: deep copy and pickle", self._travels),
+        ]
+        revert(self.model)
+        same = model_snapshot(self.model).owners == model_snapshot(plain).owners
+        checks.append(Check("a way back", same, "after a revert no graft is left"))
+        return Verification(
+            model=type(plain).__name__,
+            rules=[],
+            checks=checks,
+            notes=[*self.seen.notes, "the grafts that stand on the model were checked"],
+            probe=self.seen.probe.to_dict(),
+        )
+
+    def _each_graft_runs(self) -> tuple[bool | None, str]:
+        proof = prove(self.model, self._candidates())
+        if self.report is None or proof.passed is not True:
+            return proof.passed, proof.said
+        rows = [*(skip.paths for skip in self.report.skipped), *(row["paths"] for row in self.report.left)]
+        named = {path for paths in rows for path in paths}
+        silent = sorted({path for path, _ in proof.draws if path not in named})
+        if silent:
+            return False, f"draws that the report does not name: {', '.join(silent[:3])}"
+        return True, proof.said
+
+    def _candidates(self) -> Iterable[Inputs]:
+        return made_inputs(self.model) if self.inputs is None else [given_inputs(self.model, self.inputs)]
+
     def _check(self, promise: str, check: Callable[[], tuple[bool | None, str]]) -> Check:
         try:
             passed, said = check()
@@ -143,7 +200,7 @@ class _Trial:
         try:
             apply(self.model, [*_pairs(self.rules), ("NoSuchKind@nowhere", "dropout")], self.inputs)
         except RegraftError:
-            same = portrait(self.model).same_as(self.before)
+            same = model_snapshot(self.model).same_as(self.before)
             return same, "a rule that matches nothing was refused, and nothing had changed"
         return False, "a rule that matches nothing was accepted"
 
@@ -168,25 +225,28 @@ class _Trial:
         return kept and not lost and told, said + (f" and {len(extra)} new ones" if extra else "")
 
     def _same_model(self) -> tuple[bool, str]:
-        now = portrait(self.model)
+        now = model_snapshot(self.model)
         same = now.owners == self.before.owners and now.signature == self.before.signature
         flags = now.training == self.before.training and now.hooks == self.before.hooks
         return same and flags, "class names, the signature, training flags and hooks are as they were"
 
     def _same_eval(self) -> tuple[bool | None, str]:
-        assert self.report is not None
         if self.output is None:
             return None, f"not compared: {self.why_not}"
         now, why = self._outputs(self.model)
         if now is None:
             return False, f"the grafted model does not run: {why}"
-        if self.report.mended or any(_changes_eval(edit) for edit in self.report.grafted):
+        grafts = [graft for module in self.model.modules() for graft in grafts_of(module).values()]
+        if any(graft.fixes_eval or graft.in_eval for graft in grafts) or self._changes_eval():
             return None, "not compared: the rules, or a fault that was mended, change the eval output"
         same = len(now) == len(self.output) and all(map(_equal, now, self.output))
         return same, f"{counted(len(now), 'output')} bit for bit the same"
 
+    def _changes_eval(self) -> bool:
+        edits = [] if self.report is None else self.report.grafted
+        return any(acts_in_eval(Variant(edit.variant, edit.options)) for edit in edits)
+
     def _travels(self) -> tuple[bool, str]:
-        assert self.report is not None
         copied = copy.deepcopy(self.model)
         room = io.BytesIO()
         torch.save(self.model, room)
@@ -198,13 +258,13 @@ class _Trial:
         alone = [type(module).__name__ for module in self.model.modules()] == wanted
         return (
             same and alone,
-            f"both carry the {counted(len(self.report.grafted), 'graft')}; the copy reverts by itself",
+            "both carry the grafts; the copy reverts by itself",
         )
 
     def _way_back(self) -> tuple[bool, str]:
         revert(self.model)
         revert(self.model)
-        now = portrait(self.model)
+        now = model_snapshot(self.model)
         same = now.same_as(self.before)
         if self.output is not None:
             output, _ = self._outputs(self.model)
@@ -215,9 +275,8 @@ class _Trial:
         """What the model returns in eval, as a flat list; None and why, where it cannot run."""
         if any(tensor.is_meta for tensor in model.state_dict().values() if isinstance(tensor, Tensor)):
             return None, "the model has no weights to run with"
-        tried = made_inputs(model) if self.inputs is None else [given_inputs(model, self.inputs)]
         why = "give inputs="
-        for made in tried:
+        for made in self._candidates():
             returned, why = _run(model, made)
             if not why:
                 return returned, ""
@@ -241,13 +300,6 @@ def _run(model: nn.Module, made: Inputs) -> tuple[list[Any] | None, str]:
 
 def _pairs(rules: Rules) -> list[tuple[Any, Any]]:
     return list(rules.items()) if hasattr(rules, "items") else list(rules)
-
-
-def _changes_eval(edit: Any) -> bool:
-    from regraft.planning.resolve import acts_in_eval
-    from regraft.variants.spec import Variant
-
-    return acts_in_eval(Variant(edit.variant, edit.options))
 
 
 def _equal(one: Any, other: Any) -> bool:

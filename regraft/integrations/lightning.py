@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from regraft.training.rates.schedule import Schedule, schedule
 from regraft.training.rdrop.layer import disarm
 from regraft.training.rdrop.rdrop import RDropLog, rdrop
+from regraft.training.schedule import Schedule, schedule
 
 
 class _RDrop:

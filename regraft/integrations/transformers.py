@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.training.mc_eval import mc_eval
 from regraft.training.norm.max_norm import MaxNorm, max_norm
-from regraft.training.rates.schedule import Schedule, schedule
 from regraft.training.rdrop.layer import disarm
 from regraft.training.rdrop.rdrop import RDropLog, rdrop, state_of
+from regraft.training.schedule import Schedule, schedule
 
 
 class _RDrop:

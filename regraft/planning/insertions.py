@@ -20,19 +20,19 @@ InsertRule = tuple[int, Selector, Variant | None]
 
 def insertions(
     inspection: Inspection, rules: Iterable[InsertRule], fused: str
-) -> tuple[list[Decision], list[RegraftError]]:
-    """What the rules insert, and every problem they have; of two at one place the later wins."""
+) -> tuple[list[Decision], list[tuple[int, RegraftError]]]:
+    """What the rules insert, and every problem with its rule's number; of two at one place the later wins."""
     rules = list(rules)
     if not rules:
         return [], []
     sites = insertable(inspection.modules)
-    problems: list[RegraftError] = []
+    problems: list[tuple[int, RegraftError]] = []
     decided: dict[tuple[int, str], InsertRule] = {}
     for rule in rules:
         try:
             found = _matched(sites, rule)
         except RegraftError as error:
-            problems.append(error)
+            problems.append((rule[0], error))
             continue
         for position in found:
             decided[position, operation(rule[1], sites[position])] = rule
@@ -45,7 +45,7 @@ def insertions(
         try:
             decisions.append(_decided(inspection, sites[position], op, (index, selector, variant), fused, p))
         except RegraftError as error:
-            problems.append(error)
+            problems.append((index, error))
     return decisions, problems
 
 
@@ -80,8 +80,7 @@ def _check_fits(variant: Variant, where: str) -> None:
             where=where,
             remedy="insert a variant of dropout or drop-path, for example 'dropout(p=0.2)'",
         )
-    options = {key: value for key, value in variant.options.items() if key != "fused"}
-    if spec(variant.name).adds_state(complete_options(spec(variant.name), options)):
+    if spec(variant.name).adds_state(complete_options(spec(variant.name), variant.options)):
         raise WrongKindError(
             f"{variant.name!r} brings state of its own, and an insertion has no keys in the state dict",
             where=where,

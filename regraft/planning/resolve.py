@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from torch import nn
 
 from regraft.errors import RateError
+from regraft.find.balance import is_whole_class
 from regraft.find.site import Site
-from regraft.ops import ATTENTION, DROP_PATH, HIDDEN
+from regraft.ops import ATTENTION, ATTENTIONS, DROP_PATH, HIDDEN, RECURRENT_OPS
 from regraft.variants.module import check_rate
 from regraft.variants.registry import complete_options, spec
 from regraft.variants.spec import DEFAULT_RATE, Spec, Variant
 
 _RATE_ONLY = ("dropout", "off")
-RECURRENT = ("LSTM", "GRU", "RNN")
 _MOST_SCORES = 2**30
 
 
@@ -43,7 +44,8 @@ def decide(site: Site, index: int, selector: str, variant: Variant, fused: str) 
         RateError: the rule gives the site a rate outside [0, 1).
     """
     found = spec(variant.name)
-    why_not = _why_not(site, found, variant, str(variant.options.get("fused", fused)))
+    why_not = _why_not_matrix(site, selector, found, variant)
+    why_not = why_not or _why_not(site, found, variant, str(variant.options.get("fused", fused)))
     if why_not is not None:
         return Decision(site, index, reason=why_not[0], remedy=why_not[1])
     p = _rate(site, found, variant, f"rule {index}: {selector!r}, at {site.path!r}")
@@ -57,12 +59,18 @@ def decide(site: Site, index: int, selector: str, variant: Variant, fused: str) 
     options = {key: value for key, value in variant.options.items() if key not in ("p", "fused")}
     kept = _kept_rate(site, found, variant, p)
     decided = Variant(variant.name, options if kept is None else {"p": kept, **options})
-    return Decision(site, index, decided, cost=_cost(site, variant.name))
+    return Decision(site, index, decided, cost=_cost(site, found, variant))
 
 
 def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str, str] | None:
     if site.family not in found.families:
         return f"{found.name!r} cannot replace {site.op}", "narrow the rule, or choose another variant"
+    if found.attention and site.op not in ATTENTIONS:
+        return (
+            f"{found.name!r} acts on attention weights, and {site.op} is not known to be given them",
+            f"it fits {', '.join(sorted(ATTENTIONS))}, as Hugging Face models attend with "
+            "attn_implementation='sdpa'",
+        )
     if site.obstacle is not None:
         return site.obstacle
     if site.calls == 0:
@@ -70,7 +78,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
             "its forward was never called in the probe",
             "nothing to regularize unless another input runs it: then give that as inputs=",
         )
-    if site.op in RECURRENT and getattr(site.module, "num_layers", 2) == 1:
+    if site.op in RECURRENT_OPS and getattr(site.module, "num_layers", 2) == 1:
         return f"an {site.op} of one layer has no dropout: it drops between layers", "drop its output instead"
     if found.name == "off" and site.family not in ("Dropout", "DropPath") and site.variant is None:
         return "there is no regularizer to take out", "drop the rule"
@@ -87,12 +95,43 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
             f"name one: '{found.name}(p=0.1)', or give inputs= that run it",
         )
     inside = "call" if site.op in HIDDEN.values() else site.kind
-    if inside in ("call", "node") and found.adds_state(_complete(found, variant)):
+    if inside in ("call", "node") and found.adds_state(complete_options(found, variant.options)):
         return (
             f"{found.name!r} brings state of its own, and a {inside} has no module to keep it",
             "choose a variant without state, or write the call as an nn.Dropout",
         )
-    return _why_not_attention(site, fused)
+    return None if _keeps_kernel(found, variant) else _why_not_attention(site, fused)
+
+
+def _keeps_kernel(found: Spec, variant: Variant) -> bool:
+    """Can fused attention take the variant as a mask?"""
+    return found.name == "dropkey" and complete_options(found, variant.options)["keys"] == "column"
+
+
+def _why_not_matrix(site: Site, selector: str, found: Spec, variant: Variant) -> tuple[str, str] | None:
+    """Why a matrix that multiplies is left: a router, or a form that the variant cannot act on."""
+    if site.role == "router" and selector.partition("@")[0] != "router" and site.family in found.families:
+        return (
+            "it is a router: its result chooses what runs, and noise would change the choice",
+            f"a rule of its own takes it: 'router@{site.path}'",
+        )
+    if site.kind != "weight" or site.family not in found.families:
+        return None
+    if found.weight_function is None:
+        return (
+            f"{found.name!r} acts in a linear layer's own forward, and here {type(site.module).__name__} "
+            "multiplies by the weight",
+            "choose 'dropconnect' or 'mixout'",
+        )
+    unfit = found.weight_unfit(complete_options(found, variant.options)) if found.weight_unfit else None
+    if unfit is not None:
+        return unfit, "leave that option out"
+    if isinstance(site.owner, nn.RNNCellBase) and (site.calls or 0) > 1:
+        return (
+            "its cell runs once a step, and each step would draw anew",
+            "use the whole network (nn.LSTM, nn.GRU), whose forward runs once a sequence",
+        )
+    return None
 
 
 def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:
@@ -112,12 +151,25 @@ def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:
     return None
 
 
-def _cost(site: Site, variant: str) -> str | None:
-    if site.op in (ATTENTION, "MultiheadAttention", "multi_head_attention_forward"):
-        return None if variant in _RATE_ONLY else "attention is written out: its scores are kept in memory"
-    if site.op in RECURRENT and variant not in _RATE_ONLY:
-        return "its layers run one after the other, no longer in one kernel"
-    return None
+def _cost(site: Site, found: Spec, variant: Variant) -> str | None:
+    if is_whole_class(site):
+        return f"the whole forward of {site.type} is replaced"
+    if variant.name in _RATE_ONLY:
+        return None
+    if site.op == ATTENTION and _keeps_kernel(found, variant):
+        return "attention stays fused, with a mask of its keys"
+    if site.op in ATTENTIONS:
+        scores = site.call.score_bytes if site.call else 0
+        size = f", {_bytes(scores)} a call as probed" if scores else ""
+        return f"attention is written out: its scores are kept in memory{size}"
+    return "its layers run one after the other, no longer in one kernel" if site.op in RECURRENT_OPS else None
+
+
+def _bytes(count: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"
 
 
 def _own_rate_of_1(site: Site, variant: Variant) -> bool:
@@ -133,12 +185,7 @@ def _sets_rate(variant: Variant) -> bool:
 
 
 def _needs_rate(found: Spec, variant: Variant) -> bool:
-    return found.needs_rate is None or found.needs_rate(_complete(found, variant))
-
-
-def _complete(found: Spec, variant: Variant) -> dict[str, Any]:
-    options = {key: value for key, value in variant.options.items() if key != "fused"}
-    return complete_options(found, options)
+    return found.needs_rate is None or found.needs_rate(complete_options(found, variant.options))
 
 
 def acts_in_eval(variant: Variant) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,14 @@ from regraft.errors import (
     RuleSyntaxError,
     WrongKindError,
     nearest,
-    raise_all,
 )
+from regraft.find.balance import is_whole_class
 from regraft.find.inspect import Inspection
 from regraft.find.selectors import Selector, read_selector
+from regraft.find.site import Site
 from regraft.planning.insertions import insertions
 from regraft.planning.resolve import Decision, decide
+from regraft.report.document import counted
 from regraft.variants.parse import parse_variant
 from regraft.variants.registry import spec
 from regraft.variants.spec import Variant
@@ -25,81 +28,99 @@ from regraft.variants.spec import Variant
 
 @dataclass(frozen=True)
 class Rule:
-    """A selector and what it means: a variant, or None for "leave alone"."""
+    """A selector and what it means: a variant, or None for "leave alone".
 
-    selector: Selector
+    Attributes:
+        problem: why the selector (then None) or the variant cannot be read.
+    """
+
+    selector: Selector | None
     variant: Variant | None
+    problem: RegraftError | None = None
 
 
 def read_rules(rules: Any) -> list[Rule]:
     """Rules as the user wrote them, a mapping or pairs, read.
 
     Raises:
-        RegraftError: everything that cannot be read, together.
+        RuleSyntaxError: this is neither.
     """
     pairs = rules.items() if isinstance(rules, Mapping) else rules
     if isinstance(pairs, str) or not isinstance(pairs, Iterable):
         raise RuleSyntaxError(
             f"{rules!r} is no set of rules", remedy="write {'Dropout': 'gaussian'} or a list of pairs"
         )
-    read: list[Rule] = []
-    problems: list[RegraftError] = []
-    for pair in pairs:
-        try:
-            read.append(_read_pair(pair))
-        except RegraftError as error:
-            problems.append(error)
-    raise_all(problems)
-    return read
+    return [_read_pair(pair) for pair in pairs]
 
 
 def _read_pair(pair: Any) -> Rule:
     if isinstance(pair, str) or not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise RuleSyntaxError(f"{pair!r} is no pair of a selector and a variant")
-    key, value = pair
+        return Rule(None, None, RuleSyntaxError(f"{pair!r} is no pair of a selector and a variant"))
+    selector: Selector | None = None
+    try:
+        selector = read_selector(pair[0])
+        return Rule(selector, _read_variant(*pair))
+    except RegraftError as error:
+        return Rule(selector, None, error)
+
+
+def _read_variant(key: Any, value: Any) -> Variant | None:
     if isinstance(value, str):
-        return Rule(read_selector(key), parse_variant(value))
+        return parse_variant(value)
     if value is None or isinstance(value, Variant):
-        return Rule(read_selector(key), value)
-    raise RuleSyntaxError(
-        f"{value!r} is no variant",
-        where=f"rule for {key!r}",
-        remedy="a string such as 'gaussian(p=0.2)', regraft.variant(...), or None to leave alone",
-    )
+        return value
+    remedy = "a string such as 'gaussian(p=0.2)', regraft.variant(...), or None to leave alone"
+    p = value if isinstance(value, float) else getattr(value, "p", None)
+    if isinstance(p, float):
+        remedy = f"write 'dropout(p={p:g})', or the name of another variant"
+    raise RuleSyntaxError(f"{value!r} is no variant", where=f"rule for {key!r}", remedy=remedy)
 
 
 def resolve(
     inspection: Inspection, rules: list[Rule], fused: str = "auto"
 ) -> tuple[list[Decision], list[RegraftError]]:
-    """What the rules decide for each selected site, and every problem they have."""
-    problems: list[RegraftError] = []
-    decided: dict[int, int] = {}
+    """What the rules decide for each selected site, and every problem that they have, in their order."""
+    problems = [(index, rule.problem) for index, rule in enumerate(rules) if rule.problem is not None]
+    decided: dict[int, tuple[int, Selector, Variant | None]] = {}
+    inserting = []
     for index, rule in enumerate(rules):
+        if rule.selector is None:
+            continue
         if rule.selector.position:
+            inserting.append((index, rule.selector, rule.variant))
             continue
         try:
-            for position in _matched(inspection, rule, index):
-                decided[position] = index
+            for position in _matched(inspection, rule.selector, rule.variant, index):
+                decided[position] = (index, rule.selector, rule.variant)
         except RegraftError as error:
-            problems.append(error)
+            problems.append((index, error))
+    _whole_classes(inspection, decided)
     decisions: list[Decision] = []
-    for position, index in sorted(decided.items()):
-        variant = rules[index].variant
+    for position, (index, selector, variant) in sorted(decided.items(), key=lambda item: item[0]):
         if variant is None:
             continue
         try:
-            site, text = inspection.sites[position], rules[index].selector.text
-            decisions.append(decide(site, index, text, variant, fused))
+            decisions.append(decide(inspection.sites[position], index, selector.text, variant, fused))
         except RegraftError as error:
-            problems.append(error)
-    inserting = [(at, rule.selector, rule.variant) for at, rule in enumerate(rules) if rule.selector.position]
+            problems.append((index, error))
     inserted, more = insertions(inspection, inserting, fused)
-    return [*decisions, *inserted], [*problems, *more]
+    ordered = sorted([*problems, *more], key=lambda problem: problem[0])
+    return [*decisions, *inserted], [error for _, error in ordered]
 
 
-def _matched(inspection: Inspection, rule: Rule, index: int) -> list[int]:
+def _whole_classes(inspection: Inspection, decided: dict[int, tuple[int, Selector, Variant | None]]) -> None:
+    """A variant in the place of a class's whole forward leaves no call inside it to decide on."""
+    sites = inspection.sites
+    chosen = [sites[position] for position, (_, _, variant) in decided.items() if variant is not None]
+    whole = {id(site.module): site for site in chosen if is_whole_class(site)}
+    for position in list(decided):
+        if sites[position].kind == "call" and id(sites[position].module) in whole:
+            del decided[position]
+
+
+def _matched(inspection: Inspection, selector: Selector, variant: Variant | None, index: int) -> list[int]:
     """Positions of the sites a rule selects; an error if there are none that it can act on."""
-    selector, sites = rule.selector, inspection.sites
+    sites = inspection.sites
     found = [
         position
         for position, site in enumerate(sites)
@@ -108,20 +129,51 @@ def _matched(inspection: Inspection, rule: Rule, index: int) -> list[int]:
     where = f"rule {index}: {selector.text!r}"
     if not found:
         raise _no_match(inspection, selector, where)
-    if rule.variant is None:
+    if variant is None:
         return found
-    families = spec(rule.variant.name).families
-    fitting = [position for position in found if sites[position].family in families]
+    found_variant = spec(variant.name)
+    families = found_variant.families
+    fitting = [
+        position
+        for position in found
+        if sites[position].family in families
+        and (sites[position].kind != "weight" or found_variant.weight_function is not None)
+    ]
     if not fitting:
         kinds = sorted({sites[position].op for position in found})
         raise WrongKindError(
-            f"{rule.variant.name!r} cannot replace {', '.join(kinds)}: it takes the place of "
+            f"{variant.name!r} cannot replace {', '.join(kinds)}: it takes the place of "
             f"{' or '.join(families)}",
             where=f"{where}, first at {sites[found[0]].path!r}",
             remedy="`regraft variants` lists what each variant replaces",
         )
     # "*@encoder.**" means what the variant fits there; a class or a predicate named each site itself.
     return fitting if selector.any_type else found
+
+
+def _wider(sites: list[Site], selector: Selector) -> list[str]:
+    """`*` is one part of a path: the same with `**`, if that matches."""
+    kind, at, path = selector.text.rpartition("@")
+    wider = f"{kind}{at}{re.sub(r'[*]+', '**', path)}"
+    if selector.paths is None or selector.text.startswith("re:") or wider == selector.text:
+        return []
+    matching = sum(read_selector(wider).matches(site) for site in sites)
+    return [f"`*` is one part of a path: {wider!r} matches {counted(matching, 'site')}"] if matching else []
+
+
+def _absent(inspection: Inspection, selector: Selector) -> list[str]:
+    """What puts a dropout in where the model has none, or why those that it has are not matched."""
+    hints = [finding.finding for finding in inspection.findings if "quantized" in finding.finding][:1]
+    kinds = {"Dropout": "dropout", "DropPath": "droppath"}
+    if selector.type not in kinds or any(site.family == selector.type for site in inspection.sites):
+        return hints
+    vanished = [one for one in inspection.findings if "became nn.Identity" in one.finding]
+    if selector.type == "DropPath" and vanished:
+        return [f"they became nn.Identity at rate 0: {vanished[0].remedy}"]
+    layers = [site for site in inspection.sites if site.family == "Linear" and site.calls != 0]
+    place = f"after:Linear@{layers[-1].path}" if layers and layers[-1].path else "after:Linear"
+    rule = f"{{'{place}': '{kinds[selector.type]}(p=0.1)'}}"
+    return [*hints, f"this model has no {selector.type}: {rule} puts one in"]
 
 
 def _no_match(inspection: Inspection, selector: Selector, where: str) -> NoMatchError:
@@ -137,6 +189,7 @@ def _no_match(inspection: Inspection, selector: Selector, where: str) -> NoMatch
         hints = [f"there are {selector.type} sites, but none at that path", close]
     elif any(selector.type == path for path in paths):
         hints = [f"{selector.type!r} is a path: write '*@{selector.type}'"]
+    hints = [*_wider(sites, selector), *_absent(inspection, selector), *hints]
     hints.append(f"this model has {', '.join(kinds)}" if kinds else "this model has no sites")
     if not inspection.probe.ran:
         hints.append(

@@ -48,8 +48,11 @@ def inspection_page(view: Facts) -> Document:
     )
 
 
-def summary(sites: Sequence[Facts]) -> dict[str, str]:
-    """Whether the model regularizes at all, and a line to paste that changes it."""
+def summary(sites: Sequence[Facts], draws: int = 0) -> dict[str, str]:
+    """Whether the model regularizes at all, and a line to paste that changes it.
+
+    That it does not is said only of a training forward that drew nothing.
+    """
     noise = [site for site in sites if not is_layer(site)]
     grafted = sum(bool(site.get("variant")) for site in noise)
     running = [site for site in noise if site.get("calls") != 0]
@@ -85,6 +88,8 @@ def summary(sites: Sequence[Facts]) -> dict[str, str]:
             else f"{counted(len(active), 'dropout site')} ({span}); not probed."
         )
         variant = "droppath(p='x2')" if op == "DropPath" else "multisample"
+    if draws and answer.startswith("This model does not"):
+        answer = f"A training forward draws {counted(draws, 'time')}, at no dropout that regraft knows."
     if variant:
         paste = f"regraft.apply(model, {{{rule_text(op, variant)}}})"
     return {"answer": answer, "paste": paste}

@@ -32,8 +32,8 @@ def dropkey(x: Tensor, p: float = DEFAULT_RATE, training: bool = True, *, keys: 
         (..., L, S): queries and keys on the last two axes; the output's is the input's.
 
     Source:
-        Li, Hu, Chen, Chen (2023), "DropKey for vision transformer"; Wang, Ge, Hu, Zhang, Wang (2024),
-        "LoRA meets dropout under a unified framework" ("HiddenKey": `keys="column"`).
+        Li, Hu, Nie, Han, Jiang, Guo, Liu (2023), "DropKey for vision transformer"; Wang, Chen, Jiang, Xue,
+        Kong, Wu (2024), "LoRA meets dropout under a unified framework" ("HiddenKey": `keys="column"`).
 
     Differs:
         the paper masks with a large negative number, so that a row without any key attends to all of

@@ -15,7 +15,8 @@ def dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor
     """Each element is 0 with probability p, else divided by 1 - p: torch's own dropout.
 
     As a rule's value it sets the rate of a site and nothing else, which also reaches the dropout of
-    fused attention, of `nn.MultiheadAttention` and between the layers of an RNN.
+    fused attention, of `nn.MultiheadAttention` and between the layers of an RNN. A site that drops by a
+    law of its own (`nn.Dropout2d`, alpha dropout, DropBlock) keeps it; `elementwise` changes it.
 
     Shape:
         any; the output's is the input's.

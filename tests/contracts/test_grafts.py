@@ -27,6 +27,8 @@ OPTIONS = {
     "dropconnect": ["mask='batch'", "mask='example'", "exact=True"],
     "multisample": ["", "num_samples=3, exact=True"],
     "gaussian": ["", "sigma=0.5"],
+    "dropkey": ["", "keys='element'"],
+    "shaped": ["noise_shape=None"],
 }
 """Options with which a variant is tested; without an entry, its defaults."""
 
@@ -117,6 +119,7 @@ CASES = [
     for place, (build, selector) in SITES[family].items()
     for options in OPTIONS.get(name, [""])
     if (place == "module" or not stateful(name, options))
+    and (not spec(name).attention or place in ("attention", "multihead"))
     # There is nothing to take out at a plain layer.
     and not (name == "off" and family in ("Linear", "Embedding"))
 ]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import regraft
+from regraft.errors import InputsError
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -157,14 +158,11 @@ class Broken(nn.Module):
         raise RuntimeError("no such thing as a forward")
 
 
-def test_a_forward_that_fails_leaves_the_static_sites_not_probed_with_its_error():
+def test_given_inputs_on_which_the_forward_fails_are_an_error():
     net = Broken()
     before = snapshot(net)
-    report = regraft.apply(net, {"Dropout": "gaussian"}, torch.ones(2))
-    assert [edit.calls for edit in report.grafted] == [None]
-    assert report.probe["ran"] is False
-    assert "no such thing as a forward" in report.probe["reason"]
-    regraft.revert(net)
+    with pytest.raises(InputsError, match=r"no such thing as a forward[\s\S]*find/test_probe.py:"):
+        regraft.apply(net, {"Dropout": "gaussian"}, torch.ones(2))
     assert_same(before, net)
 
 
@@ -218,11 +216,10 @@ class ReadsTheWeight(nn.Module):
         return self.head(F.linear(x, self.qkv.weight))
 
 
-def test_trap_7_a_linear_whose_weight_is_read_by_its_parent_is_skipped():
+def test_trap_7_a_linear_whose_weight_is_read_by_its_parent_is_a_weight_lent_to_it():
     report = regraft.apply(ReadsTheWeight(), {"Linear": "dropconnect(p=0.1)"}, torch.ones(2, 4))
-    assert [edit.path for edit in report.grafted] == ["head"]
-    assert [(skip.path, skip.calls) for skip in report.skipped] == [("qkv", 0)]
-    assert "never called in the probe" in report.skipped[0].reason
+    assert [(edit.path, edit.kind) for edit in report.grafted] == [("qkv", "weight"), ("head", "module")]
+    assert report.skipped == []
 
 
 class Layers(nn.Module):

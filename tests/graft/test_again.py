@@ -169,6 +169,51 @@ def test_a_block_on_a_grafted_model_gives_back_the_grafts_and_their_trained_stat
     assert torch.equal(model(x), expected)
 
 
+@builds
+@pytest.mark.parametrize("second", ["uniform(p=0.3)", "off", "dropout(p=0.3)"])
+def test_blocks_that_overlap_take_out_their_own(build, inputs, rules, second):
+    model = build()
+    before = snapshot(model)
+    outer, inner = regraft.grafted(model, rules, inputs), regraft.grafted(model, {"Dropout": second}, inputs)
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    alone = build()
+    regraft.apply(alone, {"Dropout": second}, inputs)
+    assert [grafts(one) for one in model.modules()] == [grafts(one) for one in alone.modules()]
+    inner.__exit__(None, None, None)
+    assert_same(before, model)
+
+
+def test_blocks_on_top_of_a_graft_give_it_back_whichever_ends_first():
+    for order in [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0), (0, 2, 1), (2, 0, 1)]:
+        model = tiny.mlp()
+        regraft.apply(model, {"Dropout": "concrete"})
+        logit = model[2].concrete_logit
+        names = ["gaussian(p=0.2)", "uniform(p=0.3)", "multisample(p=0.4)"]
+        blocks = [regraft.grafted(model, {"Dropout": name}) for name in names]
+        for block in blocks:
+            block.__enter__()
+        for done, number in enumerate(order):
+            blocks[number].__exit__(None, None, None)
+            left = [names[one] for one in sorted(set(range(3)) - set(order[: done + 1]))]
+            expected = left[-1].partition("(")[0] if left else "concrete"
+            assert model[2]._regraft["variant"].variant == expected
+        assert model[2].concrete_logit is logit
+        regraft.revert(model)
+        assert type(model[2]) is nn.Dropout
+
+
+def test_what_is_applied_inside_a_block_stays():
+    model = tiny.mlp()
+    with regraft.grafted(model, {"Dropout": "gaussian(p=0.2)"}):
+        regraft.apply(model, {"Dropout": "uniform(p=0.3)"})
+    assert type(model[2]).__name__ == "UniformDropout"
+    with regraft.grafted(model, {"Dropout": "gaussian(p=0.2)"}):
+        regraft.revert(model)
+    assert type(model[2]) is nn.Dropout
+
+
 def test_a_block_whose_rules_are_wrong_never_begins():
     model = tiny.mlp()
     before = snapshot(model)

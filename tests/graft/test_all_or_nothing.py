@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import tiny
 import torch
@@ -13,6 +15,7 @@ from regraft.errors import (
     ModelError,
     NoMatchError,
     OptionError,
+    RateError,
     RulesError,
     RuleSyntaxError,
     UnknownVariantError,
@@ -153,6 +156,33 @@ def test_all_problems_of_all_rules_are_raised_together():
     assert_same(before, model)
 
 
+def test_rules_that_cannot_be_read_hide_no_others():
+    net = tiny.mlp()
+    before = snapshot(net)
+    rules = [
+        ("Dropout", "gausian"),
+        ("Dropot", "gaussian"),
+        ("Linear", "gaussian"),
+        ("a..b", "off"),
+        ("after:Lstm", "dropout(p=2)"),
+        ("Linear@9", "dropconnect(p=0.1"),
+    ]
+    with pytest.raises(RulesError) as caught:
+        regraft.apply(net, rules)
+    kinds = [type(problem) for problem in caught.value.problems]
+    assert kinds == [
+        UnknownVariantError,
+        NoMatchError,
+        WrongKindError,
+        RuleSyntaxError,
+        RateError,
+        NoMatchError,  # of the rule before, whose path is wrong as well as its rate
+        RuleSyntaxError,
+        NoMatchError,
+    ]
+    assert_same(before, net)
+
+
 def test_all_that_cannot_be_read_is_raised_together():
     net = tiny.mlp()
     before = snapshot(net)
@@ -163,3 +193,91 @@ def test_all_that_cannot_be_read_is_raised_together():
     kinds = [type(problem) for problem in caught.value.problems]
     assert kinds == [UnknownVariantError, OptionError, RuleSyntaxError, RuleSyntaxError]
     assert_same(before, net)
+
+
+def interrupt_in(monkeypatch, place, name, call):
+    """Send SIGINT from inside the call number `call` of a function, before it does anything."""
+    original, calls = getattr(place, name), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(place, name, interrupted)
+
+
+@pytest.mark.parametrize("inside", ["layered", "_take_back", "_write", "rebind_instance_forward"])
+@pytest.mark.parametrize("call", [1, 4])
+def test_ctrl_c_leaves_the_model_grafted_or_as_it_was(monkeypatch, inside, call):
+    model = tiny.bert()
+    regraft.apply(model, {"Dropout": "multisample(p=0.3)"})
+    before, kept = snapshot(model), grafted_names(model)
+    interrupt_in(monkeypatch, slots, inside, call)
+    with pytest.raises(KeyboardInterrupt):
+        regraft.apply(model, {"Dropout": "gaussian(p=0.2)"}, tiny.tokens())
+    monkeypatch.undo()
+    assert_same_but_for_the_record(before, model)
+    interrupt_in(monkeypatch, slots, inside, call)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        regraft.grafted(model, {"Dropout": "gaussian(p=0.2)"}, tiny.tokens()),
+    ):
+        pytest.fail("the block began")
+    monkeypatch.undo()
+    assert grafted_names(model) == kept
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    str(model)
+    if inside == "_write":
+        return  # a revert writes nothing
+    interrupt_in(monkeypatch, slots, inside, call)
+    with pytest.raises(KeyboardInterrupt):
+        regraft.revert(model)
+    monkeypatch.undo()
+    assert grafted_names(model) == kept
+    regraft.revert(model)
+    assert grafted_names(model) == []
+
+
+def grafted_names(model):
+    return [type(module).__name__ for module in model.modules() if "_regraft" in vars(module)]
+
+
+@pytest.mark.parametrize("error", [MemoryError, RecursionError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", range(1, 8))
+def test_the_end_of_a_block_is_reached_by_every_module(monkeypatch, error, call):
+    """An exception while one graft is taken out keeps none of the others in."""
+    model = tiny.bert()
+    before = snapshot(model)
+    original, calls = slots.layered, []
+
+    def layered(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise error
+        return original(*args)
+
+    with regraft.grafted(model, {"Dropout": "gaussian", "Linear": "dropconnect(p=0.1)"}, tiny.tokens()):
+        monkeypatch.setattr(slots, "layered", layered)
+    assert len(calls) > call
+    monkeypatch.undo()
+    assert_same(before, model)
+
+
+def test_an_error_at_the_end_of_a_block_goes_on_when_all_else_is_done(monkeypatch):
+    model = tiny.mlp()
+    original, calls = slots.layered, []
+
+    def layered(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise ModelError("stuck")
+        return original(*args)
+
+    with (
+        pytest.raises(ModelError, match="stuck"),
+        regraft.grafted(model, {"Dropout": "gaussian", "Linear": "dropconnect(p=0.1)"}),
+    ):
+        monkeypatch.setattr(slots, "layered", layered)
+    assert grafted_names(model) == ["DropConnectLinear"]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import regraft
-from regraft.graft.compiled import rebound
+from regraft.graft.compiled import rebind_calls
 
 MODELS = {
     "bert": lambda: tiny.bert(layers=2),
@@ -131,11 +131,11 @@ TAKES = {F.dropout: lambda *_, **__: "taken", torch.dropout: lambda *_, **__: "t
     "name", ["direct", "by_a_function", "by_a_decorated_method", "by_a_registry", "in_a_comprehension"]
 )
 def test_a_method_made_anew_calls_what_takes_the_place(name):
-    made = rebound(getattr(Ways, name), TAKES)
+    made = rebind_calls(getattr(Ways, name), TAKES)
     assert made(Ways(), torch.ones(2)) == "taken"
     assert isinstance(getattr(Ways(), name)(torch.ones(2)), torch.Tensor)  # the original is as it was
 
 
 @pytest.mark.parametrize("name", ["by_another_method", "nothing"])
 def test_a_method_that_names_no_such_call_is_left(name):
-    assert rebound(getattr(Ways, name), TAKES) is None
+    assert rebind_calls(getattr(Ways, name), TAKES) is None

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import regraft
 from regraft.errors import MisfitError, NoMatchError
-from regraft.graft import graph_classes, graph_nodes
+from regraft.graft import classes, graph_nodes
 from regraft.variants import registry
 
 
@@ -151,6 +151,8 @@ def test_every_variant_of_dropouts_at_every_kind_of_node(name):
             "scaled_dot_product_attention"
         }
         assert all("a node has no module" in one.reason for one in report.skipped)
+    elif spec.attention:
+        assert [one.path for one in report.grafted] == ["scaled_dot_product_attention"]
     elif spec.changes_eval is None:
         assert same_in_eval(graph, net, X)
         assert random_in(graph.train()) == (name != "off")
@@ -397,7 +399,7 @@ def test_a_graph_is_grafted_below_r_drop():
     assert type(graph) is layered
     other = copy.deepcopy(graph)
     assert "passes" in other._regraft
-    assert graph_classes.compile_graph(other).src == graph.code
+    assert classes.compile_graph(other).src == graph.code
     regraft.revert(graph)
     assert graph.code == before
     assert zeros(graph) > 0.4

@@ -161,3 +161,41 @@ def test_later_rules_win_and_none_leaves_alone():
     }
     assert report.rules[2] == ["Dropout@**.attention.**", None]
     assert type(model.bert.encoder.layer[0].attention.output.dropout) is nn.Dropout
+
+
+def test_a_class_means_the_calls_that_use_its_rate():
+    """BERT's attention drops at the rate of an nn.Dropout that is never called."""
+    model = tiny.bert()
+    before = model(**tiny.tokens()).logits
+    report = regraft.apply(model, {nn.Dropout: "off"})
+    assert len(report.grafted) == len(regraft.apply(tiny.bert(), {"Dropout": "off"}).grafted) == 8
+    assert torch.equal(model(**tiny.tokens()).logits, model(**tiny.tokens()).logits)
+    assert not torch.equal(before, model(**tiny.tokens()).logits)
+    regraft.revert(model, nn.Dropout)
+    assert all(site.variant is None for site in regraft.inspect(model).sites)
+
+
+class BorrowsARate(nn.Module):
+    """Calls a dropout module in one place and uses its rate in another."""
+
+    def __init__(self, cls):
+        super().__init__()
+        self.drop = cls(0.5)
+
+    def forward(self, x):
+        return F.dropout(self.drop(x), self.drop.p, self.training)
+
+
+class MyDropout(nn.Dropout):
+    pass
+
+
+@pytest.mark.parametrize(("cls", "meant"), [(nn.Dropout, 2), (MyDropout, 0), (nn.Module, 2)])
+def test_a_module_that_runs_and_lends_its_rate_is_two_sites(cls, meant):
+    model = BorrowsARate(nn.Dropout)
+    if not meant:
+        with pytest.raises(LookupError):
+            regraft.plan(model, {cls: "gaussian"}, torch.ones(2, 3))
+        return
+    plan = regraft.plan(model, {cls: "gaussian"}, torch.ones(2, 3))
+    assert len(plan.grafted) == meant

@@ -168,7 +168,7 @@ def timm_vit(rate, kind):
     return model
 
 
-def _features(model, kind, x):
+def _features(model, kind, x, **_):
     x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
     for block in model.blocks:
         x = checkpoint(block, x, use_reentrant=kind)

@@ -65,7 +65,8 @@ NOISY = [
     (name, family)
     for name in names()
     for family in ("Dropout", "Linear")
-    if spec(name).rated and family in spec(name).families and name != "concrete"
+    if spec(name).rated and family in spec(name).families
+    if name != "concrete" and not spec(name).attention
 ]
 
 
@@ -145,8 +146,9 @@ def test_the_report_of_the_graft_stays_and_the_inspection_follows():
     assert model[1].p == 0.4
     regraft.revert(model)
     assert (type(model[1]), model[1].p) == (nn.Dropout, 0.1)
-    schedule.step()
-    assert model[1].p == 0.1, "what was reverted is scheduled no more"
+    with pytest.raises(MisfitError, match="no longer its own"):
+        schedule.step()
+    assert (model[1].p, schedule.steps_done) == (0.1, 4)
     schedule.remove()
     assert model[1].p == 0.1
 
@@ -155,7 +157,10 @@ def test_removing_leaves_what_others_have_grafted_since():
     model = net()
     schedule = regraft.schedule(model, P)
     regraft.apply(model, {"Dropout": "gaussian(p=0.5)"})
-    schedule.step()
+    with pytest.raises(MisfitError, match="1 of the 1 rates") as caught:
+        schedule.step()
+    assert "'1'" in str(caught.value)
+    assert "make a new one after the grafts" in str(caught.value)
     schedule.remove()
     assert repr(model[1]) == "GaussianDropout(p=0.5)"
 
@@ -173,6 +178,78 @@ def test_state_goes_through_json():
     assert again.step() == schedule.step()
     with pytest.raises(MisfitError, match="no state of a schedule"):
         again.load_state_dict({"step": 1})
+
+
+RELATIVE = {"start": "x0", "end": "x2", "steps": 4}
+GRAFTED = {"bare": None, "fixed": "gaussian(p=0.3)", "relative": "gaussian(p='x2')"}
+
+
+@pytest.mark.parametrize("rule", GRAFTED.values(), ids=GRAFTED)
+def test_relative_rates_are_of_the_model_however_often_it_is_scheduled(rule):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.1), tiny.Calls(nn.Linear(16, 16), p=0.2)).train()
+    if rule:
+        regraft.apply(model, {"Dropout": rule}, X)
+    expected = None
+    for turn in range(3):
+        schedule = regraft.schedule(model, RELATIVE, "Dropout", X)
+        bases = [one.base for one in schedule.rates]
+        expected = expected or bases
+        assert bases == expected, turn
+        schedule.step(to=turn + 1)
+    schedule.step(to=4)
+    assert schedule.rate == pytest.approx(2 * max(expected))
+    classes = [type(one) for one in model.modules()]
+    schedule.remove()
+    assert [one.p for one in regraft.inspect(model, X).sites if one.family == "Dropout"] == [0.1, 0.2]
+    if rule is None:
+        assert not any(hasattr(one, "_regraft") for one in model.modules()), "boundaries go, too"
+        assert [type(one) for one in model.modules()] != classes
+    again = regraft.schedule(model, RELATIVE, "Dropout", X)
+    assert [one.base for one in again.rates] == expected
+
+
+def test_a_second_schedule_takes_over_and_the_first_says_so():
+    model = nn.Sequential(nn.Dropout(0.1), nn.Dropout(0.2))
+    first = regraft.schedule(model, P, "Dropout")
+    second = regraft.schedule(model, RELATIVE, "Dropout@1")
+    with pytest.raises(MisfitError, match="1 of the 2 rates"):
+        first.step()
+    second.step(to=4)
+    assert (model[0].p, model[1].p) == (0.0, 0.4)
+    first.remove()
+    assert (type(model[0]), model[0].p, model[1].p) == (nn.Dropout, 0.1, 0.4)
+    second.step(to=2)
+    second.remove()
+    assert (type(model[1]), model[1].p) == (nn.Dropout, 0.2)
+
+
+def test_a_run_resumed_in_the_middle_is_exact(tmp_path):
+    """From a plan saved in the middle, and from the model as built: the rates are those of an unbroken run."""
+    model = net(0.2)
+    regraft.apply(model, {"Dropout": "gaussian"})
+    whole = regraft.schedule(model, RELATIVE)
+    whole.step(to=2)
+    state = json.loads(json.dumps(whole.state_dict()))
+    file = regraft.save_plan(model, tmp_path)
+    unbroken = [whole.step() for _ in range(3)]
+    for prepare in (
+        lambda new: regraft.load_plan(new, file),
+        lambda new: regraft.apply(new, {"Dropout": "gaussian"}),
+    ):
+        new = net(0.2)
+        prepare(new)
+        assert new[1].p == 0.2
+        again = regraft.schedule(new, RELATIVE)
+        again.load_state_dict(state)
+        assert [again.step() for _ in range(3)] == unbroken
+    other = net(0.7)  # built with another rate: the state knows the one of the run
+    regraft.apply(other, {"Dropout": "gaussian"})
+    again = regraft.schedule(other, {**RELATIVE, "end": "x1"})
+    again.load_state_dict(state)
+    assert [again.step() for _ in range(3)] == unbroken
+    wider = nn.Sequential(nn.Dropout(0.1), nn.Dropout(0.1))
+    with pytest.raises(MisfitError, match="other sites"):
+        regraft.schedule(wider, RELATIVE).load_state_dict(state)
 
 
 def test_a_copy_keeps_the_rate_it_was_made_at():

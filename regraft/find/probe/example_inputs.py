@@ -6,6 +6,7 @@ neither library is imported.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.errors import InputsError
+from regraft.errors import InputsError, nearest
 from regraft.find.probe.example_inputs_hf import from_config, says_what_it_takes
 
 _BATCH = 2
@@ -50,10 +51,29 @@ def given_inputs(model: nn.Module, inputs: Any) -> Inputs:
     try:
         inspect.signature(model.forward).bind(*made.args, **made.kwargs)
     except TypeError as error:
-        raise InputsError(
-            f"the inputs do not fit: {error}", where=_written(model), remedy="tried " + describe(made)
-        ) from None
+        raise _misfit(model, made, str(error)) from None
+    _check_names(model, made)
     return made
+
+
+def _check_names(model: nn.Module, inputs: Inputs) -> None:
+    """Raise for a misspelt name that the forward would take as one of any number of others."""
+    parameters = inspect.signature(model.forward).parameters
+    for name in inputs.kwargs:
+        near = difflib.get_close_matches(name, parameters, n=1, cutoff=0.85)
+        if name not in parameters and near and near[0] not in inputs.kwargs:
+            raise _misfit(model, inputs, f"got an unexpected keyword argument {name!r}")
+
+
+def _misfit(model: nn.Module, inputs: Inputs, why: str) -> InputsError:
+    parameters = list(inspect.signature(model.forward).parameters)
+    unknown = [name for name in inputs.kwargs if name not in parameters]
+    close = [hint for name in unknown if (hint := nearest(name, parameters, most=1))]
+    return InputsError(
+        f"the inputs do not fit: {why}",
+        where=_written(model),
+        remedy="; ".join([*close, "tried " + describe(inputs)]),
+    )
 
 
 def describe(inputs: Inputs) -> str:
@@ -85,9 +105,25 @@ def made_inputs(model: nn.Module) -> Iterator[Inputs]:
     size: Any = (
         settings.get("input_size") if isinstance(settings, Mapping) else getattr(settings, "input_size", None)
     )
-    if size:
+    if not size:
+        yield from _of_torchvision(model)
+    else:
         for shape in _image_shapes(model, tuple(size)):
             yield Inputs((torch.zeros(_BATCH, *shape),))
+
+
+def _of_torchvision(model: nn.Module) -> Iterator[Inputs]:
+    """Images, pairs of images or videos for a model of torchvision; detectors need targets too."""
+    home = type(model).__module__
+    if not home.startswith("torchvision.models.") or ".detection" in home:
+        return
+    if ".optical_flow" in home:
+        yield Inputs((torch.zeros(1, 3, 128, 128), torch.zeros(1, 3, 128, 128)))
+        return
+    frames = (16,) if ".video" in home else ()
+    own = getattr(model, "image_size", None)
+    for side in [own] if isinstance(own, int) else [112, 224] if frames else [224, 299]:
+        yield Inputs((torch.zeros(_BATCH, 3, *frames, side, side),))
 
 
 def _image_shapes(model: nn.Module, size: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

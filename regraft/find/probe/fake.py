@@ -24,6 +24,11 @@ def fake(leaf: Any, mode: FakeTensorMode, device: torch.device | None = None) ->
     """A tensor as a fake one, on `device` or where it is (a meta one: on the CPU); others as they are."""
     if not isinstance(leaf, Tensor):
         return leaf
+    if type(leaf).__name__ == "DTensor":  # a part of a parameter that FSDP2 shards: the fake one is whole
+        with mode:
+            return torch.empty(leaf.shape, dtype=leaf.dtype, device=device or leaf.device).requires_grad_(
+                leaf.requires_grad
+            )
     if device is None and not leaf.is_meta:
         return mode.from_tensor(leaf, static_shapes=True)
     with mode:

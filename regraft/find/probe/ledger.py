@@ -29,12 +29,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regraft.find.calls import Called
-from regraft.find.frames import caller_line, calling_frames, line_of
+from regraft.find.frames import caller_line, calling_frames, in_a_variant, line_of
 from regraft.find.graph_calls import running_node
 from regraft.find.probe.masks import ROWS, Masks
 from regraft.find.recognize import op_of
 from regraft.find.tensor_io import Flow, flow
 from regraft.ops import ATTENTION, DROP_PATH, FAMILIES, FUNCTIONS, RECURRENT, Parsed
+from regraft.record import grafts_of
 
 NOISE = ("Dropout", "DropPath")
 _NO_METHODS = {"__call__", "_call_impl", "_wrapped_call_impl"}
@@ -71,6 +72,7 @@ class Draw:
         applied: the shape of what the mask was applied to.
         to_weight: whether that is a parameter.
         call: the call of a function that drops in which it was drawn.
+        own: whether a variant of regraft drew it; known of models whose grafts are in place.
         kind: named randomness that is no regularizer of a layer's output: "LayerDrop", "jitter", ...
     """
 
@@ -83,6 +85,7 @@ class Draw:
     applied: tuple[int, ...] | None = None
     to_weight: bool = False
     call: Called | None = None
+    own: bool = False
     kind: str = ""
     methods: frozenset[str] = frozenset()
 
@@ -189,6 +192,7 @@ class Observer:
         self.keep_layers = keep_layers
         self.locate = locate
         self.root = next(iter(known.values()))
+        self.grafted = any(grafts_of(module) for module in known.values())
         self.owners: list[nn.Module] = []
         self.calls: list[_Running] = []
         self.ledger = Ledger()
@@ -243,7 +247,7 @@ class Observer:
     def drew(self, op: str, shape: tuple[int, ...], kind: str = "") -> Draw:
         """Write a draw down."""
         frames, here = calling_frames(), self.here
-        draw = Draw(op, here, line_of(frames), shape, kind=kind)
+        draw = Draw(op, here, line_of(frames), shape, kind=kind, own=self.grafted and in_a_variant())
         self.ledger.draws.append(draw)
         if self.calls:
             running = self.calls[-1]

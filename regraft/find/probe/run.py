@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ from torch.utils._pytree import tree_map
 
 from regraft.errors import InputsError
 from regraft.find.calls import Called
-from regraft.find.probe.example_inputs import Inputs
+from regraft.find.frames import own_line
+from regraft.find.probe.example_inputs import Inputs, describe
 from regraft.find.probe.fake import fake, fake_state
 from regraft.find.probe.ledger import Draw, ObservedFakeMode, Recorder, observe
 from regraft.find.probe.preserve_state import (
@@ -99,18 +101,23 @@ def run_probe(
     candidates: Iterable[Inputs],
     sites: set[int],
     recorders: Sequence[Recorder] = (),
+    *,
+    given: bool = False,
 ) -> Probe:
     """Look at a training and an eval forward of `model`, which is left as it was.
 
     `every` are its modules, `sites` those whose calling lines are wanted. Of the candidates the first that
     runs is taken. Where fake tensors do not carry the forward (it branches on data), it is run for real.
     `recorders` are told every operation of the training forward.
+
+    Raises:
+        InputsError: the inputs are `given` by the user, and the forward does not run on them.
     """
     if any(is_lazy(parameter) for parameter in model.parameters()):
         # A lazy module makes its weights in its first forward, which is not the probe's to run.
         return Probe(reason="a module of it is lazy, and has no weights before its first forward")
     began = time.perf_counter()
-    probe = _first_that_runs(_Look(model, every, sites, recorders), candidates)
+    probe = _first_that_runs(_Look(model, every, sites, recorders, given), candidates)
     probe.seconds = None if probe.reason == _UNKNOWN else round(time.perf_counter() - began, 3)
     return probe
 
@@ -126,6 +133,7 @@ class _Look:
     every: list[nn.Module]
     sites: set[int]
     recorders: Sequence[Recorder]
+    given: bool
 
 
 def _first_that_runs(look: _Look, candidates: Iterable[Inputs]) -> Probe:
@@ -193,6 +201,12 @@ def _for_real(look: _Look, inputs: Inputs, reason: str) -> Probe:
         with silent(), buffers_kept(every), marked(every), random_state_kept():
             probe = _both(look, (model, args, kwargs), state)
     except Exception as error:
+        if look.given:
+            raise InputsError(
+                f"the forward does not run on the inputs: {_one_line(error)}",
+                where=own_line(traceback.extract_tb(error.__traceback__)) or type(model).__name__,
+                remedy=f"tried {describe(inputs)}",
+            ) from error
         return Probe(reason=f"{reason}; nor does a real one run: {_one_line(error)}")
     probe.how, probe.reason = "real forward", reason
     return probe

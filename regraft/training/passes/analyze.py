@@ -18,6 +18,7 @@ from regraft.errors import InputsError
 from regraft.find.walk import inner_model
 from regraft.record import grafts_of
 from regraft.training.passes.caches import Call
+from regraft.training.passes.compiled import is_compiled
 from regraft.training.passes.fork import Fork, ForkError
 from regraft.training.passes.independence import UNDECIDED, why_dependent
 from regraft.training.passes.measure import (
@@ -28,10 +29,11 @@ from regraft.training.passes.measure import (
     on_fake_tensors,
     on_real_tensors,
 )
-from regraft.training.passes.nested import leaves
+from regraft.training.passes.nested import emptied, leaves
 from regraft.training.passes.per_pass_modules import Apart, held_next, keepsakes, modules_of
 from regraft.training.passes.repeat import Batch, repeated_forward
 from regraft.training.passes.scalar_draws import LAST, Decided
+from regraft.training.passes.sharded import why_not_shared
 from regraft.training.passes.vmap import SLOWER, shared_forward
 
 log = logging.getLogger("regraft")
@@ -95,6 +97,7 @@ class Analysis:
         no_batch: why "batch" would not be independent passes; empty until it was looked at.
         plain: one pass as it is, measured for inputs of so many `elements`; None where it could not be.
         place: on what tensors that was.
+        template: the outputs of one pass, with slots for their tensors.
     """
 
     no_sharing: str | None = None
@@ -106,6 +109,7 @@ class Analysis:
     plain: Measured | None = None
     elements: int = 0
     place: Any = on_fake_tensors
+    template: Any = None
 
     def cost(self, n: int, chunk: int) -> float:
         """Of n shared passes in chunks, in single passes."""
@@ -177,7 +181,7 @@ def _state(model: nn.Module, inputs: Inputs) -> Any:
     kinds = tuple(
         (name, leaf.dim(), lengths.setdefault(leaf.shape[0], len(lengths)) if leaf.dim() else None)
         if isinstance(leaf, Tensor)
-        else (name, type(leaf))
+        else (name, leaf if isinstance(leaf, (bool, str)) else type(leaf))
         for name, leaf in leaves("", inputs.call)
     )
     options = inputs.main, tuple(sorted(inputs.unbatched)), inputs.fork
@@ -214,16 +218,26 @@ def _analyzed(model: nn.Module, inputs: Inputs) -> Analysis:
         analysis.no_batch.append(_ELSEWHERE)
     elif analysis.no_sharing is None:
         _try_sharing(analysis, inner, inputs)
+        if is_compiled(model) and analysis.no_sharing is None:
+            analysis.no_sharing = _not_compiled(analysis)
     return analysis
 
 
 def _opaque(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    if inner_model(model)[0] is not model or getattr(model, "_compiled_call_impl", None) is not None:
-        return f"{name} is wrapped or compiled"
-    # FSDP's are DTensors; DeepSpeed's stage 3 empties the parameters and numbers them.
-    if any(type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in model.parameters()):
-        return "its parameters are sharded"
+    inner = inner_model(model)[0]
+    if getattr(inner, "_compiled_call_impl", None) is not None:
+        return f"{type(inner).__name__} is compiled in place, by compile() and not by torch.compile"
+    if inner is not model and not is_compiled(model):
+        return f"{type(model).__name__} is a wrapper"
+    return why_not_shared(inner)
+
+
+def _not_compiled(analysis: Analysis) -> str | None:
+    """Why passes that share a forward cannot be compiled with it."""
+    if analysis.apart or analysis.draws:
+        return (
+            "a compiler cannot follow how its draws, or modules that each pass runs by itself, are taken over"
+        )
     return None
 
 
@@ -244,7 +258,7 @@ def _try_sharing(analysis: Analysis, model: nn.Module, inputs: Inputs) -> None:
     while True:
         more = None
         try:
-            both = _tried(analysis.place, model, inputs, _sharing(model, draws, apart))
+            both = _tried(analysis.place, model, inputs, _sharing(analysis, model, draws, apart))
             each = _each(analysis, model, inputs)
             reason = _flaw(both, each)
             if reason is None:
@@ -262,7 +276,7 @@ def _try_sharing(analysis: Analysis, model: nn.Module, inputs: Inputs) -> None:
         draws, apart = True, more or apart
 
 
-def _sharing(model: nn.Module, draws: bool, apart: Apart) -> Trial:
+def _sharing(analysis: Analysis, model: nn.Module, draws: bool, apart: Apart) -> Trial:
     def trial(forward: Trial, call: Call, meter: Meter, fork: Fork | None) -> Any:
         modules = modules_of(model, apart)
         kept = keepsakes(modules)
@@ -281,6 +295,7 @@ def _sharing(model: nn.Module, draws: bool, apart: Apart) -> Trial:
             )
         if (name := kept()) is not None:
             raise RuntimeError(f"{name} keeps a tensor, which would be that of one pass")
+        analysis.template = emptied(outputs)[0]
         return outputs
 
     return trial

@@ -15,6 +15,7 @@ from regraft.errors import InputsError, ModelError, RateError, nearest
 from regraft.find.walk import inner_model
 from regraft.training.passes.analyze import Analysis, Inputs, analysis_of, log, why
 from regraft.training.passes.caches import Call
+from regraft.training.passes.compiled import compiled_forward, is_compiled
 from regraft.training.passes.fork import Fork, ForkError, Parting, fork_path
 from regraft.training.passes.intercept import RecomputeError
 from regraft.training.passes.loop import joined, single_forward
@@ -22,6 +23,7 @@ from regraft.training.passes.measure import Forward
 from regraft.training.passes.per_pass_modules import modules_of
 from regraft.training.passes.reentrancy import passing
 from regraft.training.passes.repeat import NoBatchAxisError, repeated_forward
+from regraft.training.passes.sharded import gathered_as_ever
 from regraft.training.passes.vmap import shared_forward
 
 STRATEGIES = ("auto", "shared", "batch", "loop")
@@ -110,10 +112,15 @@ def run_passes(
 ) -> Any:
     """What `stochastic_passes` does, by a `forward` of `model` that need not be the model's own."""
     inner = inner_model(model)[0]
+    if fork is not None and (is_compiled(model) or torch.compiler.is_compiling()):
+        raise ForkError(
+            f"fork={fork!r} parts passes in the middle of a forward that is compiled whole",
+            remedy="pass the model uncompiled; its blocks may be compiled, each by compile()",
+        )
     args, kwargs = call
     inputs = Inputs(
-        (args, _without_cache(model, kwargs)),
-        getattr(model, "main_input_name", None),
+        (args, _without_cache(inner, kwargs)),
+        getattr(inner, "main_input_name", None),
         unbatched,
         None if fork is None else fork_path(inner, fork),
     )
@@ -183,7 +190,10 @@ class _Passes:
 
         def run(size: int, parting: Parting | None) -> Any:
             call = self.inputs.call
-            return shared_forward(self.forward, size, call, draws=draws, apart=apart, parting=parting)
+            if is_compiled(self.model):
+                return compiled_forward(self.model, size, call, self.analysis.template)
+            with gathered_as_ever(self.model):
+                return shared_forward(self.forward, size, call, draws=draws, apart=apart, parting=parting)
 
         return self._in_parts(self.chunk, run)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from regraft.ops import RECURRENT
 from regraft.training.passes.caches import stateless
 from regraft.training.passes.intercept import Interception, RecomputeError, Run
 from regraft.training.passes.nested import leaves
@@ -19,7 +20,6 @@ from regraft.training.passes.scalar_draws import LAST, Decided, Look, sizes_of_d
 from regraft.training.passes.vmap_escape import attention, ends, linear, pass_by_pass
 
 _UNINITIALIZED: tuple[Any, ...] = (torch.empty, torch.empty_like, Tensor.new_empty)
-_RECURRENT: tuple[Any, ...] = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 _IN_PLACE: dict[Any, int] = {
     F.dropout: 3,
     F.dropout1d: 3,
@@ -74,7 +74,7 @@ class DrawsPerPass(TorchFunctionMode):
             torch.narrow: self._from_a_number,
             torch.rand: self._decisive,
             **dict.fromkeys(_UNINITIALIZED, self._per_pass),
-            **dict.fromkeys(_RECURRENT, self._recurrent),
+            **dict.fromkeys(RECURRENT, self._recurrent),
             **dict.fromkeys(_IN_PLACE, self._out_of_place),
             **dict.fromkeys(_AUGMENTED, self._augmented),
         }

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regraft.find.probe.preserve_state import buffers_kept, random_state_kept, silent, unchanged
+from regraft.find.probe.preserve_state import random_state_kept, silent
 from regraft.training.passes.caches import without_caches
 from regraft.training.passes.nested import leaves
 from regraft.training.passes.repeat import Batch, check_batched
+from regraft.training.passes.sharded import is_sharded, real_forwards
 
 _TOLERANCE = 1e-3
 """Of what another row does to the output."""
@@ -91,10 +92,9 @@ def _outputs(
     model: nn.Module, forward: Callable[..., Any], batch: Batch, rows: list[int]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The tensors that come out for these rows, in double precision, and the precision they had."""
-    modules = list(model.modules())
     args, kwargs = batch.with_rows(rows)
     with ExitStack() as stack:
-        for context in (silent(), unchanged(modules), buffers_kept(modules), random_state_kept()):
+        for context in (silent(), real_forwards(model), random_state_kept()):
             stack.enter_context(context)
         # Compiled code would be compiled once more for so few rows.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -170,8 +170,8 @@ def _groups(model: nn.Module) -> list[Any]:
     if not (dist.is_available() and dist.is_initialized()):
         return []
     for parameter in model.parameters():
-        mesh = getattr(parameter, "device_mesh", None)  # of FSDP2
-        if mesh is not None:
+        if is_sharded(parameter):
+            mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
             return [mesh.get_group(i) for i in range(mesh.ndim)]
         if hasattr(parameter, "ds_id"):  # of DeepSpeed's stage 3
             return [dist.group.WORLD]

@@ -17,9 +17,11 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from regraft.find.probe.preserve_state import buffers_kept, forgotten, random_state_kept, silent, unchanged
+from regraft.find.probe.fake import fake, fake_state
+from regraft.find.probe.preserve_state import forgotten, random_state_kept, silent, unchanged
 from regraft.training.passes.caches import own_caches
 from regraft.training.passes.nested import leaves, mapped
+from regraft.training.passes.sharded import real_forwards, remove_hooks
 
 Forward = Callable[..., Any]
 _PER_ELEMENT = 16
@@ -165,15 +167,16 @@ def on_fake_tensors(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     modules = list(model.modules())
     with ExitStack() as stack:
-        for context in (silent(), forgotten(modules), unchanged(modules), _unsharded(modules), mode):
+        for context in (silent(), forgotten(modules), unchanged(modules), mode):
             stack.enter_context(context)
-        state = _fake_state(model, mode)
-        fake = mapped(lambda _, leaf: _fake(leaf, mode), "", own_caches((args, kwargs)))
+        remove_hooks(modules)  # the fake parameters are whole; `unchanged` puts the hooks back
+        state = fake_state(model, mode)
+        inputs = mapped(lambda _, leaf: fake(leaf, mode), "", own_caches((args, kwargs)))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return functional_call(model, state, args, kwargs)
 
-        yield forward, *fake
+        yield forward, *inputs
 
 
 @contextmanager
@@ -181,38 +184,5 @@ def on_real_tensors(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[tuple[Forward, tuple[Any, ...], dict[str, Any]]]:
     """The same with the model's own tensors; its buffers are put back."""
-    modules = list(model.modules())
-    with unchanged(modules), buffers_kept(modules):
+    with real_forwards(model):
         yield model, *own_caches((args, kwargs))
-
-
-@contextmanager
-def _unsharded(modules: list[nn.Module]) -> Iterator[None]:
-    """Takes away the hooks by which FSDP2 gathers parameters: fake ones are whole."""
-    # `unchanged` puts them back.
-    for module in modules:
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                owner: Any = getattr(hook, "__self__", None)
-                if type(owner).__module__.startswith("torch.distributed."):
-                    del hooks[key]
-    yield
-
-
-def _fake_state(model: nn.Module, mode: FakeTensorMode) -> dict[str, Tensor]:
-    # A tied weight must stay one tensor, so fakes are made by identity.
-    fakes: dict[int, Tensor] = {}
-    state: dict[str, Tensor] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) not in fakes:
-            fakes[id(tensor)] = _fake(tensor, mode)
-        state[name] = fakes[id(tensor)]
-    return state
-
-
-def _fake(leaf: Any, mode: FakeTensorMode) -> Any:
-    if type(leaf).__name__ == "DTensor":
-        # Under the mode this makes a fake.
-        whole: Tensor = torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
-        return whole.requires_grad_(leaf.requires_grad)
-    return mode.from_tensor(leaf, static_shapes=True) if isinstance(leaf, Tensor) else leaf

@@ -12,10 +12,10 @@ from regraft.find.inspect import Inspection, inspect
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
 from regraft.graft.apply import Step, graft_rules, take_out
-from regraft.graft.rates import Key, Rate, key_of, rates_of
+from regraft.graft.rates import Key, Rate, claim, key_of, rates_of
 from regraft.planning.plan import plan_of
 from regraft.planning.rules import read_rules
-from regraft.training.rates.curve import Curve, level, read_curve
+from regraft.training.curve import Curve, level, read_curve
 from regraft.variants.registry import variant
 
 _NOISE = {"Dropout": "dropout", "DropPath": "droppath"}
@@ -27,11 +27,11 @@ class Schedule:
     """What `regraft.schedule` returns: it counts the steps and sets the rates.
 
     Attributes:
-        curve: how the rates go; `replace` its `steps` with `extend`.
+        curve: how the rates go; `extend` changes its `steps`.
         steps_done: how many steps have been counted.
-        rates: the sites it sets, each with its `path`, `variant` and `base` rate.
+        rates: the sites it sets, each with its `path`, `variant` and `base`, the rate outside any schedule.
         skipped: paths of selected sites that it cannot set, and why.
-        notes: what a reader should know first.
+        notes: what to know first.
     """
 
     def __init__(self, curve: Curve, rates: list[Rate], skipped: dict[str, str], grafts: list[Step]) -> None:
@@ -46,43 +46,66 @@ class Schedule:
     @property
     def rate(self) -> float:
         """The rate now; of rates relative to each site's own, the largest."""
-        return max(self.curve.rate(self.steps_done, one.base) for one in self.rates)
+        return max(self.curve.rate(self.steps_done, rate.base) for rate in self.rates)
 
     def step(self, to: int | None = None) -> float:
-        """Count a step, after the optimizer's, or go to step `to`; returns the rate from here on."""
+        """Count a step, after the optimizer's, or go to step `to`; returns the rate from here on.
+
+        Raises:
+            MisfitError: a site lost the graft whose rate the schedule sets, by `apply` or `revert`, or
+                another schedule has taken it over (also a ValueError).
+        """
         if to is not None and (isinstance(to, bool) or not isinstance(to, int) or to < 0):
             raise RateError(f"to={to!r} is no number of steps")
+        self._require_all()
         self.steps_done = self.steps_done + 1 if to is None else to
         self._write()
         return self.rate
 
     def extend(self, steps: int) -> None:
-        """Take `steps` steps from start to end, and no longer as many as before."""
+        """Reach the end after `steps` steps instead."""
+        self._require_all()
         self.curve = read_curve({**self.curve.to_dict(), "steps": steps})
         self._write()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to keep."""
-        return {"steps_done": self.steps_done, "curve": self.curve.to_dict()}
+        """The step, the curve and each site's own rate: what a checkpoint keeps, as plain JSON values."""
+        bases = [[rate.path, rate.op, rate.base] for rate in self.rates]
+        return {"steps_done": self.steps_done, "curve": self.curve.to_dict(), "bases": bases}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the schedule of that state was.
+        """Continue where the schedule of that state was, from the rates that its sites had of their own.
 
         Raises:
-            MisfitError: no state of a schedule.
+            MisfitError: not a state of a schedule, or one of other sites (also a ValueError).
         """
-        if set(state) != {"steps_done", "curve"}:
+        if set(state) != {"steps_done", "curve", "bases"}:
             raise MisfitError("this is no state of a schedule", where=", ".join(map(str, state)))
+        bases = {(path, op): base for path, op, base in state["bases"]}
+        own = {(rate.path, rate.op) for rate in self.rates}
+        if bases.keys() != own:
+            other = sorted(path for path, _ in bases.keys() ^ own)
+            raise MisfitError(
+                "the state is of a schedule of other sites",
+                where=", ".join(map(repr, other[:5])),
+                remedy="make the schedule with the selector, and after the grafts, of the run that saved it",
+            )
+        self._require_all()
+        for rate in self.rates:
+            rate.rebase(bases[rate.path, rate.op])
         self.curve = read_curve(state["curve"])
         self.step(to=state["steps_done"])
 
     def remove(self) -> None:
-        """Put every rate back as it was before the schedule, and take out what was grafted for it."""
-        own = {id(graft) for _, _, graft in self._grafts}
-        for one in self.rates:
-            if id(one.graft) not in own:
-                one.restore()
-        take_out(self._grafts)  # what others have since put in the place of a graft is theirs
+        """Restore every rate of before the schedule, and take out what was grafted for it.
+
+        Sites that others have grafted or scheduled since are left alone.
+        """
+        temporary = {id(graft) for _, _, graft in self._grafts}
+        for rate in self.rates:
+            if id(rate.graft) not in temporary:
+                rate.restore()
+        take_out([step for step in self._grafts if step[2].schedule.get("owner") == self.rates[0].owner])
         self._grafts = []
 
     def __repr__(self) -> str:
@@ -90,9 +113,19 @@ class Schedule:
         way = f"{curve.start} to {curve.end}, {curve.shape} over {curve.steps} steps"
         return f"Schedule({len(self.rates)} rates, {way}; after {self.steps_done}: {self.rate:g})"
 
+    def _require_all(self) -> None:
+        lost = [rate.path for rate in self.rates if not rate.in_place]
+        if lost:
+            raise MisfitError(
+                f"{len(lost)} of the {len(self.rates)} rates of the schedule are no longer its own: apply, "
+                "revert or another schedule has changed those sites since",
+                where=", ".join(map(repr, lost[:5])),
+                remedy="call .remove() on this schedule, and make a new one after the grafts",
+            )
+
     def _write(self) -> None:
-        for one in self.rates:
-            one.set(self.curve.rate(self.steps_done, one.base))
+        for rate in self.rates:
+            rate.set(self.curve.rate(self.steps_done, rate.base))
 
 
 def schedule(model: nn.Module, p: Mapping[str, Any], selector: Any = None, inputs: Any = None) -> Schedule:
@@ -101,6 +134,9 @@ def schedule(model: nn.Module, p: Mapping[str, Any], selector: Any = None, input
     The rates go to their start at once; call `.step()` after each step of the optimizer. A dropout or
     drop-path that is not grafted yet is grafted with its own kind, so that `regraft.revert` puts back
     the rate that the model came with; so does `.remove()`.
+
+    Relative rates are relative to a site's rate outside any schedule, also where one has set it already: a
+    second schedule takes over the sites that it selects, and the first then raises at its next step.
 
     Under `torch.compile` the first change of a rate compiles once more, and no later one does, but for
     one kind of site: `"dropout"` at fused attention and RNNs sets the rate of one of torch's kernels,
@@ -157,7 +193,8 @@ def schedule(model: nn.Module, p: Mapping[str, Any], selector: Any = None, input
     except BaseException:
         take_out(grafts)
         raise
-    return Schedule(curve, rates, skipped, grafts)
+    claimed = claim(inspection.root, rates, grafts)
+    return Schedule(curve, rates, skipped, claimed)
 
 
 def _selected(inspection: Inspection, selector: Selector | None) -> dict[Key, Site]:

@@ -1,1 +1,0 @@
-"""Rates that change in the course of a training run."""
