@@ -39,8 +39,8 @@ def mc_eval(
     """Graft a model so that in eval, without gradients, it predicts by n stochastic passes.
 
     Its logits are then those of the mean prediction: the logarithm of the mean probabilities
-    (classification), the logit of the mean rate ("multilabel", "binary"), or the mean ("regression"). Its loss is the mean of
-    the passes' losses. Training is as before; `regraft.revert(model)` undoes it.
+    (classification), the logit of the mean rate ("multilabel", "binary"), or the mean ("regression"). Its
+    loss is the mean of the passes' losses. Training is as before; `regraft.revert(model)` undoes it.
 
     Args:
         model: one that returns logits.
