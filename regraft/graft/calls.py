@@ -47,7 +47,6 @@ def call_graft(edit: Edit) -> Graft:
     """The graft that makes the calls of `edit.op` inside the module do what the edit says."""
     found = spec(edit.variant)
     options = complete_options(found, edit.options)
-    options.pop("fused", None)
     return Graft(
         Slot("calls", MULTI_HEAD if edit.op == "MultiheadAttention" else edit.op),
         Layer(calls_layer, tuple(sorted({"forward", *edit.methods}))),

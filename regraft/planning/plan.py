@@ -123,26 +123,17 @@ def _edit_of(decision: Decision) -> Edit:
     assert variant is not None
     assert site.family is not None
     edit = Edit(
-        path=site.path,
-        paths=list(site.paths),
-        kind=site.kind,
-        op=site.op,
-        type=site.type,
+        **_place(site),
         before=site.written,
         after="",
         variant=variant.name,
         options=dict(variant.options),
         rule=decision.rule,
-        calls=site.calls,
-        source=site.source,
         family=site.family,
         shape=list(site.shape) if site.shape else None,
         p=None if site.p is None else float(site.p),
         methods=sorted(site.call.methods) if site.call else [],
-        node=site.node,
-        position=site.position,
-        place=site.place,
-        field=site.field,
+        **{name: getattr(site, name) for name in ("node", "position", "place", "field")},
         residual=decision.residual,
         fixes_eval=(site.draws_in_eval or site.baked is not None) and not acts_in_eval(variant),
         cost=decision.cost,
@@ -156,19 +147,19 @@ def _edit_of(decision: Decision) -> Edit:
 
 
 def _skip_of(decision: Decision) -> Skip:
-    site = decision.site
-    return Skip(
-        path=site.path,
-        paths=list(site.paths),
-        kind=site.kind,
-        op=site.op,
-        type=site.type,
-        calls=site.calls,
-        source=site.source,
-        reason=decision.reason or "",
-        remedy=decision.remedy,
-        rule=decision.rule,
-    )
+    reason = decision.reason or ""
+    return Skip(**_place(decision.site), reason=reason, remedy=decision.remedy, rule=decision.rule)
+
+
+def _place(site: Site) -> dict[str, Any]:
+    names = ("path", "kind", "op", "type", "calls", "source")
+    return {"paths": list(site.paths), **{name: getattr(site, name) for name in names}}
+
+
+def plain(view: Any) -> dict[str, Any]:
+    """The fields of a plan or a report as plain values, which nothing else holds."""
+    # A copy has no sites: see `Edit.__getstate__`.
+    return asdict(copy.deepcopy(view), dict_factory=lambda items: {k: v for k, v in items if k != "site"})
 
 
 def rendered(edit: Edit) -> str:
@@ -242,11 +233,7 @@ class Plan(View):
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values; `Plan.from_json` reads them back."""
-        views = {
-            "grafted": [edit.to_dict() for edit in self.grafted],
-            "skipped": [asdict(skip) for skip in self.skipped],
-        }
-        return {"schema": SCHEMA, "view": "plan", **copy.deepcopy({**vars(self), **views})}
+        return {"schema": SCHEMA, "view": "plan", **plain(self)}
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from regraft.errors import RateError
-from regraft.find.balance import NOISE, is_known
+from regraft.find.balance import is_whole_class
 from regraft.find.site import Site
 from regraft.ops import ATTENTION, ATTENTIONS, DROP_PATH, HIDDEN, RECURRENT_OPS
 from regraft.variants.module import check_rate
@@ -69,7 +68,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
     if found.attention and site.op not in ATTENTIONS:
         return (
             f"{found.name!r} acts on attention weights, and {site.op} is not known to be given them",
-            f"it fits {', '.join(sorted(ATTENTIONS))}; Hugging Face models attend so with "
+            f"it fits {', '.join(sorted(ATTENTIONS))}, as Hugging Face models attend with "
             "attn_implementation='sdpa'",
         )
     if site.obstacle is not None:
@@ -96,7 +95,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
             f"name one: '{found.name}(p=0.1)', or give inputs= that run it",
         )
     inside = "call" if site.op in HIDDEN.values() else site.kind
-    if inside in ("call", "node") and found.adds_state(_complete(found, variant)):
+    if inside in ("call", "node") and found.adds_state(complete_options(found, variant.options)):
         return (
             f"{found.name!r} brings state of its own, and a {inside} has no module to keep it",
             "choose a variant without state, or write the call as an nn.Dropout",
@@ -106,7 +105,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
 
 def _keeps_kernel(found: Spec, variant: Variant) -> bool:
     """Can fused attention take the variant as a mask?"""
-    return found.name == "dropkey" and _complete(found, variant)["keys"] == "column"
+    return found.name == "dropkey" and complete_options(found, variant.options)["keys"] == "column"
 
 
 def _why_not_matrix(site: Site, selector: str, found: Spec, variant: Variant) -> tuple[str, str] | None:
@@ -124,7 +123,7 @@ def _why_not_matrix(site: Site, selector: str, found: Spec, variant: Variant) ->
             "multiplies by the weight",
             "choose 'dropconnect' or 'mixout'",
         )
-    unfit = found.weight_unfit(_complete(found, variant)) if found.weight_unfit else None
+    unfit = found.weight_unfit(complete_options(found, variant.options)) if found.weight_unfit else None
     if unfit is not None:
         return unfit, "leave that option out"
     if isinstance(site.owner, nn.RNNCellBase) and (site.calls or 0) > 1:
@@ -153,7 +152,7 @@ def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:
 
 
 def _cost(site: Site, found: Spec, variant: Variant) -> str | None:
-    if site.kind == "module" and site.family in NOISE and not is_known(site):
+    if is_whole_class(site):
         return f"the whole forward of {site.type} is replaced"
     if variant.name in _RATE_ONLY:
         return None
@@ -186,12 +185,7 @@ def _sets_rate(variant: Variant) -> bool:
 
 
 def _needs_rate(found: Spec, variant: Variant) -> bool:
-    return found.needs_rate is None or found.needs_rate(_complete(found, variant))
-
-
-def _complete(found: Spec, variant: Variant) -> dict[str, Any]:
-    options = {key: value for key, value in variant.options.items() if key != "fused"}
-    return complete_options(found, options)
+    return found.needs_rate is None or found.needs_rate(complete_options(found, variant.options))
 
 
 def acts_in_eval(variant: Variant) -> bool:
