@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -15,10 +14,9 @@ from regraft.errors import UnprovenError
 from regraft.find.insertion_points import INSERTED
 from regraft.find.inspect import Inspection, inspect, look
 from regraft.find.probe.example_inputs import given_inputs, made_inputs
-from regraft.find.walk import inner_model
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
 from regraft.graft.graph_nodes import (
-    SetSlot,
+    Changes,
     all_or_nothing,
     compiled_once,
     finish,
@@ -31,9 +29,10 @@ from regraft.graft.insertions import insert_graft
 from regraft.graft.modules import VARIANT, module_graft, rate_graft
 from regraft.graft.proof import prove
 from regraft.graft.slots import conflicting_slot, is_applied
+from regraft.graft.weights import lend_graft
 from regraft.interrupts import HeldInterrupts
 from regraft.ops import HIDDEN, KEEPS_LAW
-from regraft.planning.plan import Edit, Plan, Rules, Skip, plan_of
+from regraft.planning.plan import Edit, Plan, Rules, Skip, plain, plan_of
 from regraft.planning.resolve import acts_in_eval
 from regraft.planning.rules import read_rules
 from regraft.record import Graft, Slot, read_slot
@@ -89,12 +88,7 @@ class Report(View):
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        lists = {
-            "grafted": [edit.to_dict() for edit in self.grafted],
-            "skipped": [asdict(skip) for skip in self.skipped],
-            "mended": [asdict(fault) for fault in self.mended],
-        }
-        return {"schema": SCHEMA, "view": "report", **copy.deepcopy({**vars(self), **lists})}
+        return {"schema": SCHEMA, "view": "report", **plain(self)}
 
 
 def apply(
@@ -138,29 +132,7 @@ def apply(
         >>> net[1]
         MultiSampleDropout(p=0.1, num_samples=8)
     """
-    steps: list[Step] = []
-    report = graft_rules(model, rules, inputs, fused, temporary=steps if verify else None)
-    if verify:
-        report = _proven(model, report, inputs, steps)
-    if not report.grafted and any(variant is not None for _, variant in report.rules):
-        why = report.notes or [f"{skip.reason}; {skip.remedy}" for skip in report.skipped[:1]]
-        warnings.warn(f"nothing was grafted: {'; '.join(why) or 'no site'}", stacklevel=2)
-    return report
-
-
-def _proven(model: nn.Module, report: Report, inputs: Any, steps: list[Step]) -> Report:
-    root = inner_model(model)[0]
-    proof = prove(root, made_inputs(root) if inputs is None else [given_inputs(root, inputs)])
-    if proof.passed is not True:
-        take_out(steps)
-        raise UnprovenError(
-            f"the grafts are not proven, and were taken out again: {proof.said}",
-            where=report.model,
-            remedy="narrow the rules to what runs, or give inputs= that run it",
-        )
-    for _, _, graft in steps:
-        graft.covered = {}  # they are here to stay
-    return replace(report, notes=[*report.notes, f"proven: {proof.said}"])
+    return graft_rules(model, rules, inputs, fused, verify=verify)
 
 
 @contextmanager
@@ -198,13 +170,10 @@ def graft_rules(
     inputs: Any = None,
     fused: str = "auto",
     *,
+    verify: bool = False,
     temporary: list[Step] | None = None,
 ) -> Report:
-    """What `apply` does.
-
-    `temporary` is filled with the grafts that are put in place, for `take_out`: each of them remembers
-    those whose places it takes.
-    """
+    """What `apply` does; for a while, if there is a list `temporary`: it is filled for `take_out`."""
     if isinstance(rules, Plan):
         inspection = look(model)
         plan = rules.located(inspection)
@@ -224,15 +193,33 @@ def graft_rules(
             if edit.fixes_eval
         ],
         state_keys=_state_keys(steps),
-        notes=plan.notes,
+        notes=[*plan.notes],
         probe=plan.probe,
         balance=plan.balance,
         left=plan.left,
     )
-    with all_or_nothing() as change:
-        for module, slot, graft in steps:
-            _put_in(module, slot, graft, change, temporary)
-        return report  # from here on nothing can fail
+    if temporary is None and not report.grafted and any(variant is not None for _, variant in report.rules):
+        why = report.notes or [f"{skip.reason}; {skip.remedy}" for skip in report.skipped[:1]]
+        warnings.warn(f"nothing was grafted: {'; '.join(why) or 'no site'}", stacklevel=3)
+    with all_or_nothing() as changes:
+        with compiled_once():
+            for module, slot, graft in steps:
+                _put_in(module, slot, graft, changes, temporary)
+        if verify:
+            with changes.held.released():
+                report.notes.append(f"proven: {_prove(inspection.root, inputs)}")
+        return report
+
+
+def _prove(root: nn.Module, inputs: Any) -> str:
+    proof = prove(root, made_inputs(root) if inputs is None else [given_inputs(root, inputs)])
+    if proof.passed is True:
+        return proof.said
+    raise UnprovenError(
+        f"the grafts are not proven, and were taken out again: {proof.said}",
+        where=type(root).__name__,
+        remedy="narrow the rules to what runs, or give inputs= that run it",
+    )
 
 
 def _steps(inspection: Inspection, plan: Plan) -> list[Step]:
@@ -242,7 +229,7 @@ def _steps(inspection: Inspection, plan: Plan) -> list[Step]:
     for edit in plan.grafted:
         assert edit.site is not None
         graft = _graft_of(edit)
-        _move_state(graft, edit.path, by_path)
+        _move_state(graft, edit.reader if edit.kind == "weight" else edit.path, by_path)
         steps.append((edit.site.module, replace(graft.slot, node=edit.node), graft))
     owners = {id(module) for module, slot, _ in steps if slot.kind == "calls" and not slot.node}
     steps += [
@@ -258,6 +245,8 @@ def _graft_of(edit: Edit) -> Graft:
         return insert_graft(edit)
     if edit.kind == "node":
         return node_graft(edit)
+    if edit.kind == "weight":
+        return lend_graft(edit)
     opaque = edit.op in HIDDEN.values()
     if edit.kind == "call" or (opaque and edit.variant not in ("dropout", "off")):
         return call_graft(edit)
@@ -300,7 +289,7 @@ def _prefixes(path: str) -> list[str]:
 
 
 def _put_in(
-    module: nn.Module, slot: Slot, graft: Graft, change: SetSlot, temporary: list[Step] | None
+    module: nn.Module, slot: Slot, graft: Graft, changes: Changes, temporary: list[Step] | None
 ) -> None:
     current = graft_at(module, slot)
     if current is not None and is_applied(module, current, graft):
@@ -312,12 +301,12 @@ def _put_in(
         return
     displaced = {slot: current}
     if other := conflicting_slot(module, slot):
-        displaced[other] = change(module, other, None)
+        displaced[other] = changes.set(module, other, None)
     if temporary is not None:
         graft.holders = 1
         graft.covered = {str(place): old for place, old in displaced.items() if old is not None}
         temporary.append((module, slot, graft))
-    change(module, slot, graft)
+    changes.set(module, slot, graft)
 
 
 def take_out(steps: list[Step]) -> None:
@@ -353,7 +342,7 @@ def _covering(grafts: Iterable[Graft], graft: Graft) -> Iterator[Graft]:
 def _state_keys(steps: list[Step]) -> list[str]:
     """Keys of the state dict that the grafts have brought, also those that stood already."""
     return [
-        f"{graft.edit['path']}.{name}".lstrip(".")
+        f"{graft.edit['reader' if graft.edit['kind'] == 'weight' else 'path']}.{name}".lstrip(".")
         for _, _, graft in steps
         for name in graft.state
         if name not in graft.transient

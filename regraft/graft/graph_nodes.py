@@ -29,8 +29,6 @@ from regraft.planning.plan import Edit
 from regraft.record import Graft, Slot, grafts_of
 from regraft.variants.registry import spec
 
-SetSlot = Callable[[nn.Module, Slot, Graft | None], Graft | None]
-
 
 class NodeFunction(nn.Module):
     """A function that a graph node called, as a module that follows `.training` and can be grafted."""
@@ -170,19 +168,29 @@ def _take_out(owner: fx.GraphModule, found: GraphNode) -> None:
     _compile(owner)
 
 
-@contextmanager
-def all_or_nothing() -> Iterator[SetSlot]:
-    """Yields `set_slot`; an exception in the block, Ctrl-C included, undoes what it has changed so far."""
-    changes: list[Change] = []
+class Changes:
+    """Changes of slots that are made together, each with what was there before."""
 
-    def change(module: nn.Module, slot: Slot, graft: Graft | None) -> Graft | None:
-        changes.append((module, slot, graft_at(module, slot)))
+    def __init__(self, held: HeldInterrupts) -> None:
+        self.held = held
+        self.made: list[Change] = []
+
+    def set(self, module: nn.Module, slot: Slot, graft: Graft | None) -> Graft | None:
+        """As `set_slot`."""
+        self.made.append((module, slot, graft_at(module, slot)))
         return set_slot(module, slot, graft)
 
+
+@contextmanager
+def all_or_nothing() -> Iterator[Changes]:
+    """An exception in the block undoes the changes made in it; a Ctrl-C waits for its end, and does too."""
+    changes: list[Change] = []
     try:
-        with HeldInterrupts(), compiled_once():
-            yield change
-    except BaseException:  # a Ctrl-C that waited, too
+        with HeldInterrupts() as held:
+            together = Changes(held)
+            changes = together.made
+            yield together
+    except BaseException:
         with HeldInterrupts(), compiled_once():
             finish(set_slot, reversed(changes))
         raise

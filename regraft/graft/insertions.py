@@ -59,7 +59,6 @@ def insert_graft(edit: Edit) -> Graft:
     """
     found = spec(edit.variant)
     options = complete_options(found, edit.options)
-    options.pop("fused", None)
     return Inserted(
         Slot("insert", edit.position, edit.variant, edit.field),
         Layer(insert_layer),

@@ -12,7 +12,7 @@ from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site, grafted_site
 from regraft.find.walk import Named, inner_model, named_modules
 from regraft.graft.calls import BOUNDARY
-from regraft.graft.graph_nodes import all_or_nothing, placed_grafts
+from regraft.graft.graph_nodes import all_or_nothing, compiled_once, placed_grafts
 from regraft.planning.resolve import acts_in_eval
 from regraft.record import Graft, Slot, grafts_of
 from regraft.variants.spec import Variant
@@ -54,9 +54,10 @@ def revert(model: nn.Module, selector: Any = None) -> nn.Module:
         if not chosen:
             raise _nothing(modules, wanted)
         chosen += _idle_boundaries(modules, {(id(module), slot) for module, slot in chosen})
-    with all_or_nothing() as change:
-        for module, slot in chosen:
-            change(module, slot, None)
+    with all_or_nothing() as changes:
+        with compiled_once():
+            for module, slot in chosen:
+                changes.set(module, slot, None)
         return model
 
 

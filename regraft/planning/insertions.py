@@ -80,8 +80,7 @@ def _check_fits(variant: Variant, where: str) -> None:
             where=where,
             remedy="insert a variant of dropout or drop-path, for example 'dropout(p=0.2)'",
         )
-    options = {key: value for key, value in variant.options.items() if key != "fused"}
-    if spec(variant.name).adds_state(complete_options(spec(variant.name), options)):
+    if spec(variant.name).adds_state(complete_options(spec(variant.name), variant.options)):
         raise WrongKindError(
             f"{variant.name!r} brings state of its own, and an insertion has no keys in the state dict",
             where=where,

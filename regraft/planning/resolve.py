@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from torch import nn
 
 from regraft.errors import RateError
 from regraft.find.balance import is_whole_class
@@ -43,7 +44,8 @@ def decide(site: Site, index: int, selector: str, variant: Variant, fused: str) 
         RateError: the rule gives the site a rate outside [0, 1).
     """
     found = spec(variant.name)
-    why_not = _why_not(site, found, variant, str(variant.options.get("fused", fused)))
+    why_not = _why_not_matrix(site, selector, found, variant)
+    why_not = why_not or _why_not(site, found, variant, str(variant.options.get("fused", fused)))
     if why_not is not None:
         return Decision(site, index, reason=why_not[0], remedy=why_not[1])
     p = _rate(site, found, variant, f"rule {index}: {selector!r}, at {site.path!r}")
@@ -66,7 +68,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
     if found.attention and site.op not in ATTENTIONS:
         return (
             f"{found.name!r} acts on attention weights, and {site.op} is not known to be given them",
-            f"it fits {', '.join(sorted(ATTENTIONS))}; Hugging Face models attend so with "
+            f"it fits {', '.join(sorted(ATTENTIONS))}, as Hugging Face models attend with "
             "attn_implementation='sdpa'",
         )
     if site.obstacle is not None:
@@ -93,7 +95,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
             f"name one: '{found.name}(p=0.1)', or give inputs= that run it",
         )
     inside = "call" if site.op in HIDDEN.values() else site.kind
-    if inside in ("call", "node") and found.adds_state(_complete(found, variant)):
+    if inside in ("call", "node") and found.adds_state(complete_options(found, variant.options)):
         return (
             f"{found.name!r} brings state of its own, and a {inside} has no module to keep it",
             "choose a variant without state, or write the call as an nn.Dropout",
@@ -103,7 +105,33 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
 
 def _keeps_kernel(found: Spec, variant: Variant) -> bool:
     """Can fused attention take the variant as a mask?"""
-    return found.name == "dropkey" and _complete(found, variant)["keys"] == "column"
+    return found.name == "dropkey" and complete_options(found, variant.options)["keys"] == "column"
+
+
+def _why_not_matrix(site: Site, selector: str, found: Spec, variant: Variant) -> tuple[str, str] | None:
+    """Why a matrix that multiplies is left: a router, or a form that the variant cannot act on."""
+    if site.role == "router" and selector.partition("@")[0] != "router" and site.family in found.families:
+        return (
+            "it is a router: its result chooses what runs, and noise would change the choice",
+            f"a rule of its own takes it: 'router@{site.path}'",
+        )
+    if site.kind != "weight" or site.family not in found.families:
+        return None
+    if found.weight_function is None:
+        return (
+            f"{found.name!r} acts in a linear layer's own forward, and here {type(site.module).__name__} "
+            "multiplies by the weight",
+            "choose 'dropconnect' or 'mixout'",
+        )
+    unfit = found.weight_unfit(complete_options(found, variant.options)) if found.weight_unfit else None
+    if unfit is not None:
+        return unfit, "leave that option out"
+    if isinstance(site.owner, nn.RNNCellBase) and (site.calls or 0) > 1:
+        return (
+            "its cell runs once a step, and each step would draw anew",
+            "use the whole network (nn.LSTM, nn.GRU), whose forward runs once a sequence",
+        )
+    return None
 
 
 def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:
@@ -157,12 +185,7 @@ def _sets_rate(variant: Variant) -> bool:
 
 
 def _needs_rate(found: Spec, variant: Variant) -> bool:
-    return found.needs_rate is None or found.needs_rate(_complete(found, variant))
-
-
-def _complete(found: Spec, variant: Variant) -> dict[str, Any]:
-    options = {key: value for key, value in variant.options.items() if key != "fused"}
-    return complete_options(found, options)
+    return found.needs_rate is None or found.needs_rate(complete_options(found, variant.options))
 
 
 def acts_in_eval(variant: Variant) -> bool:

@@ -131,8 +131,14 @@ def _matched(inspection: Inspection, selector: Selector, variant: Variant | None
         raise _no_match(inspection, selector, where)
     if variant is None:
         return found
-    families = spec(variant.name).families
-    fitting = [position for position in found if sites[position].family in families]
+    found_variant = spec(variant.name)
+    families = found_variant.families
+    fitting = [
+        position
+        for position in found
+        if sites[position].family in families
+        and (sites[position].kind != "weight" or found_variant.weight_function is not None)
+    ]
     if not fitting:
         kinds = sorted({sites[position].op for position in found})
         raise WrongKindError(

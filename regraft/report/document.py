@@ -247,4 +247,9 @@ def _balance_items(balance: Mapping[str, Any]) -> tuple[str, ...]:
         items.append(f"{draws} seen" + (f": {', '.join(parts)}" if parts else ""))
     if unconfirmed := facts.pop("unconfirmed", 0):
         items.append(f"{counted(unconfirmed, 'site')} unconfirmed: no forward has shown what runs")
+    if "matrices" in facts:
+        matrices = facts.pop("matrices")
+        left = ", ".join(f"{count:,} {kind}" for kind, count in matrices["left"].items())
+        what = counted(matrices["multiply"], "matrix that multiplies", "matrices that multiply")
+        items.append(f"{what}: {matrices['reached']:,} reached{f'; left: {left}' if left else ''}")
     return (*items, *(f"{name}: {value}" for name, value in facts.items()))

@@ -81,8 +81,9 @@ def variant(name: str, /, **options: Any) -> Variant:
 
 
 def complete_options(chosen: Spec, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options given, over the variant's defaults, without the rate."""
-    return {**chosen.defaults, **{key: value for key, value in options.items() if key != "p"}}
+    """The options given, over the variant's defaults, without the rate and what a rule says of kernels."""
+    own = {key: value for key, value in options.items() if key not in ("p", "fused")}
+    return {**chosen.defaults, **own}
 
 
 def check_options(chosen: Spec, options: Mapping[str, Any]) -> None:
