@@ -8,6 +8,7 @@ looks again at what stock dropout is left.
     python benchmarks/coverage.py --library timm --limit 10
     python benchmarks/coverage.py --walk-only              # the module-walk column alone, without regraft
     python benchmarks/coverage.py --json coverage.json     # a row per model, to study what is missed
+    python benchmarks/coverage.py --linear                 # the weights that multiply, instead
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import linear
 from zoo.check import Row, graft_row, quiet, walk_row
 from zoo.entries import LIBRARIES, entries, entry
 
@@ -53,13 +55,18 @@ def main() -> None:
     start = time.perf_counter()
     for row in _rows(names, options):
         rows.append(row)
-        if options.verbose or row.error or row.silent or row.eval_differs or row.revert_differs or row.lost:
-            print(_line(row), file=sys.stderr, flush=True)
+        wrong = row.error or row.silent or row.eval_differs or row.revert_differs
+        if options.verbose or wrong or (row.bypassed if options.linear else row.lost):
+            print(linear.line(row) if options.linear else _line(row), file=sys.stderr, flush=True)
         if options.seconds and time.perf_counter() - start > options.seconds:
             print(f"stopped after {len(rows)} of {len(names)} models: --seconds", file=sys.stderr)
             break
-    print(table(rows, walk_only=options.walk_only))
-    print(reasons(rows))
+    if options.linear:
+        print(linear.table(rows, walk_only=options.walk_only))
+        print(counted(rows))
+    else:
+        print(table(rows, walk_only=options.walk_only))
+        print(reasons(rows))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
@@ -74,6 +81,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seconds", type=float, help="stop after so long")
     parser.add_argument("--walk-only", action="store_true")
+    parser.add_argument("--linear", action="store_true", help="weights that multiply, instead of dropouts")
+    parser.add_argument("--every", type=int, default=1, help="take only each n-th model")
     parser.add_argument("--given", action="store_true", help="hand the zoo's inputs to the probe everywhere")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--verbose", action="store_true", help="a line for every model")
@@ -85,19 +94,20 @@ def _chosen(options: argparse.Namespace) -> Iterator:
         found = entries(library)
         if options.only:
             found = [one for one in found if any(part in one.name for part in options.only)]
-        yield from found[: options.limit]
+        yield from found[:: options.every][: options.limit]
 
 
 def _rows(names: list[str], options: argparse.Namespace) -> Iterable[Row]:
+    kind = (options.walk_only, options.given, options.linear)
     if options.jobs == 1:
-        return (_row(name, options.walk_only, options.given) for name in names)
+        return (_row(name, *kind) for name in names)
     pool = ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), initializer=quiet)
-    count = len(names)
-    return pool.map(_row, names, [options.walk_only] * count, [options.given] * count)
+    return pool.map(_row, names, *([one] * len(names) for one in kind))
 
 
-def _row(name: str, walk_only: bool, given: bool) -> Row:
-    return walk_row(entry(name)) if walk_only else graft_row(entry(name), True if given else None)
+def _row(name: str, walk_only: bool, given: bool, weights: bool) -> Row:
+    walk, graft = (linear.walk_row, linear.linear_row) if weights else (walk_row, graft_row)
+    return walk(entry(name)) if walk_only else graft(entry(name), True if given else None)
 
 
 def table(rows: list[Row], walk_only: bool = False) -> str:
@@ -131,12 +141,17 @@ def _share(part: int, whole: int) -> str:
     return f"{part} ({part / whole:.1%})" if whole else "-"
 
 
+def counted(rows: list[Row]) -> str:
+    """Why sites were skipped, most frequent first."""
+    skipped: Counter[str] = Counter()
+    for row in rows:
+        skipped.update(row.skipped)
+    return "\n".join(f"{count:6d}  {reason}" for reason, count in skipped.most_common())
+
+
 def reasons(rows: list[Row]) -> str:
     """Why calls were skipped, most frequent first; and the median of the module walk."""
-    counted: Counter[str] = Counter()
-    for row in rows:
-        counted.update(row.skipped)
-    lines = [f"{count:6d}  {reason}" for reason, count in counted.most_common()]
+    lines = counted(rows).splitlines()
     shares = sorted(row.walked / row.plain for row in rows if row.plain)
     if shares:
         lines.append(f"median architecture, module walk: {shares[len(shares) // 2]:.0%}")

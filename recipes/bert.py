@@ -175,11 +175,11 @@ def measures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     return {"accuracy": accuracy, "nll": float(cross_entropy(logits, labels)), "ece": ece}
 
 
-def difference(ours: list[dict], theirs: list[dict], name: str) -> tuple[float, float]:
-    """Of the same seeds: the mean, and half its 95 % t interval."""
+def difference(ours: list[dict], theirs: list[dict], name: str) -> tuple[float, float | None]:
+    """Of the same seeds: the mean, and half its 95 % t interval; 1 seed has none."""
     values = np.array([a[name] - b[name] for a, b in zip(ours, theirs, strict=True)])
     if len(values) < 2:
-        return float(values.mean()), float("inf")
+        return float(values.mean()), None
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return float(values.mean()), float(half)
 
@@ -195,15 +195,17 @@ def save_table(runs: dict[str, list[dict]]) -> None:
         row = {name: float(value.mean()) for name, value in values.items()}
         spread = float(values["accuracy"].std(ddof=1)) if len(own) > 1 else 0.0
         rows.append({"method": method, **row, "sd": spread, "difference": mean, "half": half, "runs": own})
-        change = (
-            ("", "") if method == "baseline" else (f"{mean:+.3f} ± {half:.3f}", f"{better} of {len(own)}")
-        )
+        change = ("", "")
+        if method != "baseline":
+            interval = "" if half is None else f" ± {half:.3f}"
+            change = (f"{mean:+.3f}{interval}", f"{better} of {len(own)}")
         numbers = (f"{row['nll']:.3f}", f"{row['ece']:.3f}", f"{row['seconds']:.0f}")
         table.add_row(method, f"{row['accuracy']:.3f}", f"{spread:.3f}", *change, *numbers)
     console.print(table)
     for row in rows[1:]:
         word = "better" if row["difference"] > 0 else "worse"
-        verdict = f"{word} than" if abs(row["difference"]) > row["half"] else "not separable from"
+        separable = row["half"] is not None and abs(row["difference"]) > row["half"]
+        verdict = f"{word} than" if separable else "not separable from"
         console.print(f"{row['method']}: with {options.seeds} seeds {verdict} the baseline in accuracy")
     console.print("recipes/compare.py compares with more seeds; docs/results.md has what came out")
     (options.output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")

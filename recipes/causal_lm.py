@@ -52,7 +52,7 @@ def main() -> None:
     encode, pad, create = byte_model() if options.model is None else hub_model()
     few = [encode(text) for text in reviews("rotten_tomatoes")]
     random.Random(0).shuffle(few)
-    test, train = few[:HELD_OUT], few[HELD_OUT : HELD_OUT + options.train]
+    test, train = few[: options.test], few[options.test : options.test + options.train]
     arms = {"no dropout": {}, "LoRA's own dropout": {}, "inserted": dict(options.rules)}
     rows = []
     for name, rules in arms.items():
@@ -137,8 +137,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="a causal model of the hub; default: a small Llama, trained here")
     parser.add_argument("--rules", nargs="+", help=f"what is inserted; default: {RULES}")
     for name, kind, value in (
-        ("train", int, SENTENCES), ("steps", int, STEPS), ("pretrain", int, PRETRAIN),
-        ("lr", float, LEARNING_RATE), ("output", Path, Path("output/causal_lm")),
+        ("train", int, SENTENCES), ("test", int, HELD_OUT), ("steps", int, STEPS),
+        ("pretrain", int, PRETRAIN), ("lr", float, LEARNING_RATE), ("output", Path, Path("output/causal_lm")),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")
     options = parser.parse_args()

@@ -73,6 +73,7 @@ class Arm:
         rules: what `regraft.apply` grafts, selectors and variants.
         alpha: weight of R-Drop's KL, beside the mean of the passes' cross-entropies; None is one pass.
         steps: how many times the steps of the others.
+        fork: of R-Drop's passes: the part of the layers that they share, draws and all.
         everywhere: the frozen layers keep their dropout. Then nothing of them can be computed once.
         whole: the frozen layers run in each step, although they could be computed once: for the cost.
     """
@@ -80,11 +81,12 @@ class Arm:
     rules: dict[str, str] = field(default_factory=dict)
     alpha: float | None = None
     steps: float = 1
+    fork: float | None = None
     everywhere: bool = False
     whole: bool = False
 
 
-OWN = ("alpha", "steps", "everywhere", "whole")  # what --arm takes beside rules
+OWN = ("alpha", "steps", "fork", "everywhere", "whole")  # what --arm takes beside rules
 
 
 def dropout(p: float) -> dict[str, str]:
@@ -110,6 +112,8 @@ ARMS = {
     "dropconnect": Arm(dropout(0.1) | {TOP: "dropconnect(p=0.1)"}),
     "weak noise": Arm({"Dropout": "multisample(p='x2')", "Linear@classifier": "dropconnect(p=0.2)"}),
     "p=0.3 everywhere": Arm(dropout(0.3), everywhere=True),
+    "R-Drop, p=0.3 everywhere": Arm(dropout(0.3), alpha=2, everywhere=True),
+    "R-Drop, p=0.3 everywhere, fork": Arm(dropout(0.3), alpha=2, fork=2 / 3, everywhere=True),
     "p=0.3, whole model": Arm(dropout(0.3), whole=True),
     "R-Drop, p=0.3, whole model": Arm(dropout(0.3), alpha=2, whole=True),
 }
@@ -222,7 +226,7 @@ class Worker:
         report = regraft.apply(model, {**arm.rules, **off})
         computed = not arm.whole and self.is_computed(model)
         if arm.alpha is not None:
-            regraft.rdrop(model, alpha=arm.alpha, ce="mean")
+            regraft.rdrop(model, alpha=arm.alpha, ce="mean", **({"fork": arm.fork} if arm.fork else {}))
         if computed:
             cut(model, options.frozen)
         torch.manual_seed(1000 + seed)
@@ -458,32 +462,16 @@ def words(name: str, other: str, runs: dict[str, list[dict]]) -> str:
 
 def table(rows: list[dict], title: str) -> tuple[Table, str]:
     """For the terminal and, the same, as Markdown."""
-    names = [
-        "arm",
-        "accuracy",
-        "sd",
-        "paired difference, 95 %",
-        "better",
-        "NLL",
-        "ECE",
-        "NLL, scaled",
-        "CPU s",
-    ]
+    cost = "seconds" if GPU else "CPU s"
+    names = ["arm", "accuracy", "sd", "paired difference, 95 %", "better", "NLL", "ECE", "NLL, scaled", cost]
     lines = []
     for row in rows:
         change, better = "", ""
         if "accuracy_difference" in row:
             made = Difference(**row["accuracy_difference"])
             change, better = str(made), f"{made.wins} of {made.seeds}"
-        numbers = (
-            f"{row['nll']:.3f}",
-            f"{row['ece']:.3f}",
-            f"{row['nll_scaled']:.3f}",
-            f"{row[COST]:.1f}",
-        )
-        lines.append(
-            [row["arm"], f"{row['accuracy']:.3f}", f"{row['accuracy_sd']:.3f}", change, better, *numbers]
-        )
+        means = [f"{row[name]:.3f}" for name in ("accuracy", "accuracy_sd", "nll", "ece", "nll_scaled")]
+        lines.append([row["arm"], *means[:2], change, better, *means[2:], f"{row[COST]:.1f}"])
     made = Table(*names, title=title)
     for line in lines:
         made.add_row(*line)
@@ -686,7 +674,7 @@ def parse() -> tuple[argparse.Namespace, dict[str, Arm], list[str]]:
     parser.add_argument("--arms", nargs="+", default=DEFAULT, help="the first is the baseline")
     parser.add_argument("--also", nargs="+", default=[], help="beside the default arms")
     parser.add_argument("--arm", nargs="+", action="append", default=[], metavar=("NAME", "RULE"),
-                        help="an arm of your own: rules; alpha=, steps=, everywhere=1, whole=1")  # fmt: skip
+                        help="rules, and alpha=, steps=, fork=, everywhere=1, whole=1")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="the arms there are")
     parser.add_argument("--model", help="a hub name or a folder; default: the packaged MiniLM")
     parser.add_argument("--dataset", help="a hub dataset or a .csv of text,label; default: packaged reviews")
@@ -713,6 +701,8 @@ def parse() -> tuple[argparse.Namespace, dict[str, Arm], list[str]]:
     names = list(dict.fromkeys([*options.arms, *options.also]))
     if unknown := [name for name in names if name not in arms]:
         parser.error(f"no arm is called {', '.join(unknown)}; --list names them")
+    if options.seeds < 2 and len(names) > 1:
+        parser.error("1 seed has no interval: --seeds 2 or more")
     if options.fresh and options.output == Path("output/compare"):
         options.output = Path("output/compare-fresh")
     return options, arms, names

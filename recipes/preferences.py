@@ -53,7 +53,7 @@ def main() -> None:
     random.Random(0).shuffle(good)
     random.Random(1).shuffle(bad)
     pairs = list(zip(good, bad, strict=False))
-    test, train = pairs[:HELD_OUT], pairs[HELD_OUT : HELD_OUT + options.pairs]
+    test, train = pairs[: options.test], pairs[options.test : options.test + options.pairs]
     rows = []
     for name, rules in (("dropout on", {}), ("dropout off", {"Dropout": "off"})):
         transformers.set_seed(0)
@@ -163,7 +163,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a causal model of the hub; default: a small GPT-2, trained here")
     for name, kind, value in (
-        ("pairs", int, PAIRS), ("steps", int, STEPS), ("pretrain", int, PRETRAIN),
+        ("pairs", int, PAIRS), ("test", int, HELD_OUT), ("steps", int, STEPS), ("pretrain", int, PRETRAIN),
         ("lr", float, LEARNING_RATE), ("output", Path, Path("output/preferences")),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")

@@ -46,9 +46,9 @@ console = Console(width=None if sys.stdout.isatty() else 100)
 
 def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
-    texts = sentences()[: HELD_OUT + options.train]
+    texts = sentences()[: options.test + options.train]
     rows = [{"input_ids": encode(re.sub("[aeiou]", "", text)), "labels": encode(text)} for text in texts]
-    test, train = rows[:HELD_OUT], rows[HELD_OUT:]
+    test, train = rows[: options.test], rows[options.test :]
     results = []
     for name in ("baseline", "R-Drop"):
         transformers.set_seed(0)
@@ -72,9 +72,9 @@ def main() -> None:
 
 def fit(model, train, test) -> float:
     arguments = TrainingArguments(
-        output_dir=str(options.output / "trainer"), max_steps=options.steps,
-        per_device_train_batch_size=BATCH, per_device_eval_batch_size=50, learning_rate=options.lr, save_strategy="no", report_to="none",
-        seed=0, use_cpu=not torch.accelerator.is_available(),
+        output_dir=str(options.output / "trainer"), max_steps=options.steps, learning_rate=options.lr,
+        per_device_train_batch_size=BATCH, per_device_eval_batch_size=50, save_strategy="no",
+        report_to="none", seed=0, use_cpu=not torch.accelerator.is_available(),
     )  # fmt: skip
     trainer = Trainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=test, data_collator=collate
@@ -121,8 +121,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a byte-level T5 of the hub; default: a small one from nothing")
     for name, kind, value in (
-        ("train", int, SENTENCES), ("steps", int, STEPS), ("lr", float, LEARNING_RATE),
-        ("output", Path, Path("output/seq2seq")),
+        ("train", int, SENTENCES), ("test", int, HELD_OUT), ("steps", int, STEPS),
+        ("lr", float, LEARNING_RATE), ("output", Path, Path("output/seq2seq")),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")
     return parser.parse_args()

@@ -48,8 +48,8 @@ console = Console(width=None if sys.stdout.isatty() else 100)
 def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    rows = [labelled(text, tokenizer) for text in reviews()[: HELD_OUT + options.train]]
-    test, train = rows[:HELD_OUT], rows[HELD_OUT:]
+    rows = [labelled(text, tokenizer) for text in reviews()[: options.test + options.train]]
+    test, train = rows[: options.test], rows[options.test :]
     results = []
     for name in ("baseline", "R-Drop"):
         transformers.set_seed(0)
@@ -76,9 +76,9 @@ def main() -> None:
 
 def fit(model, tokenizer, train, test) -> dict[str, float]:
     arguments = TrainingArguments(
-        output_dir=str(options.output / "trainer"), max_steps=options.steps,
-        per_device_train_batch_size=BATCH, per_device_eval_batch_size=50, learning_rate=LEARNING_RATE, save_strategy="no", report_to="none",
-        seed=0, use_cpu=not torch.accelerator.is_available(),
+        output_dir=str(options.output / "trainer"), max_steps=options.steps, learning_rate=LEARNING_RATE,
+        per_device_train_batch_size=BATCH, per_device_eval_batch_size=50, save_strategy="no",
+        report_to="none", seed=0, use_cpu=not torch.accelerator.is_available(),
     )  # fmt: skip
     trainer = Trainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=test,
@@ -132,7 +132,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="a hub name or a folder; default: the packaged MiniLM")
     for name, kind, value in (
-        ("train", int, REVIEWS), ("steps", int, STEPS), ("frozen", int, FROZEN),
+        ("train", int, REVIEWS), ("test", int, HELD_OUT), ("steps", int, STEPS), ("frozen", int, FROZEN),
         ("output", Path, Path("output/token_classification")),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from regraft.graft.apply import apply as apply
     from regraft.graft.apply import grafted as grafted
     from regraft.graft.revert import revert as revert
-    from regraft.graft.save import load_plan as load_plan
-    from regraft.graft.save import save_plan as save_plan
     from regraft.graft.verify import Verification as Verification
     from regraft.graft.verify import verify as verify
     from regraft.planning.plan import Plan as Plan
@@ -32,9 +30,12 @@ if TYPE_CHECKING:
     from regraft.training.norm.max_norm import max_norm as max_norm
     from regraft.training.passes.api import stochastic_passes as stochastic_passes
     from regraft.training.penalty import penalty as penalty
-    from regraft.training.rdrop.objective import RDropOutput as RDropOutput
+    from regraft.training.rdrop.criterion import rdrop_criterion as rdrop_criterion
+    from regraft.training.rdrop.rdrop import RDropOutput as RDropOutput
     from regraft.training.rdrop.rdrop import rdrop as rdrop
     from regraft.training.rdrop.rdrop_loss import rdrop_loss as rdrop_loss
+    from regraft.training.saved import load_plan as load_plan
+    from regraft.training.saved import save_plan as save_plan
     from regraft.training.schedule import Schedule as Schedule
     from regraft.training.schedule import schedule as schedule
     from regraft.training.suggest import Advice as Advice
@@ -60,8 +61,8 @@ _HOMES = {
     "apply": "graft.apply",
     "grafted": "graft.apply",
     "revert": "graft.revert",
-    "load_plan": "graft.save",
-    "save_plan": "graft.save",
+    "load_plan": "training.saved",
+    "save_plan": "training.saved",
     "Verification": "graft.verify",
     "verify": "graft.verify",
     "Plan": "planning.plan",
@@ -72,9 +73,10 @@ _HOMES = {
     "MCPrediction": "training.mc",
     "mc_predict": "training.mc",
     "multisample_loss": "training.multisample",
-    "RDropOutput": "training.rdrop.objective",
+    "RDropOutput": "training.rdrop.rdrop",
     "stochastic_passes": "training.passes.api",
     "rdrop": "training.rdrop.rdrop",
+    "rdrop_criterion": "training.rdrop.criterion",
     "rdrop_loss": "training.rdrop.rdrop_loss",
     "Schedule": "training.schedule",
     "schedule": "training.schedule",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from regraft.find.recognize import op_of
 from regraft.find.site import Site
+from regraft.find.ungraftable import own_parameter
 from regraft.find.walk import Named
 from regraft.record import original_class
 
@@ -18,8 +19,7 @@ def places(modules: list[Named]) -> list[Site]:
 
 def _place(named: Named) -> Site:
     module, name = named.module, original_class(named.module).__name__
-    # Not `.get`: what TorchScript keeps its parameters in has none.
-    weight = module._parameters["weight"] if "weight" in module._parameters else None  # noqa: SIM401
+    weight = own_parameter(module, "weight")
     return Site(
         path=named.paths[0],
         paths=tuple(named.paths),

@@ -9,6 +9,7 @@ from typing import Any
 from regraft.find.probe.ledger import Draw
 from regraft.find.probe.run import Probe
 from regraft.find.site import Site
+from regraft.find.ungraftable import foreign
 from regraft.find.walk import Named
 from regraft.ops import FAMILIES, KINDS
 from regraft.record import original_class
@@ -81,18 +82,15 @@ def balance_of_grafts(sites: list[Site], probe: Probe, grafted: list[Site]) -> d
 def _taken(sites: list[Site], grafted: list[Site]) -> list[Site]:
     """The sites whose draws are a variant's: their own, or that of the whole class around a call."""
     keys = {_key(site) for site in grafted}
-    whole = {id(site.module): site for site in grafted if not is_known(site)}
+    whole = {id(site.module) for site in grafted if is_whole_class(site)}
     return [
-        site
-        for site in sites
-        if _key(site) in keys or (id(site.module) in whole and replaces(whole[id(site.module)], site))
+        site for site in sites if _key(site) in keys or (site.kind == "call" and id(site.module) in whole)
     ]
 
 
-def replaces(grafted: Site, site: Site) -> bool:
-    """Whether a graft on a class with a law of its own takes the place of the forward that makes a call."""
-    own = grafted.kind == "module" and grafted.family in NOISE and not is_known(grafted)
-    return own and site.kind == "call" and site.module is grafted.module
+def is_whole_class(site: Site) -> bool:
+    """Whether a graft there takes the place of the forward of a class with a law of its own."""
+    return site.kind == "module" and site.family in NOISE and not is_known(site)
 
 
 def left(
@@ -116,7 +114,7 @@ def left(
             remedy = "set its rate in the model's config"
             row = rows.setdefault(draw.kind, _row(draw.kind, draw.source, remedy))
             _add(row, paths[id(draw.module)])
-    taken = {id(site.module) for site in grafted or [] if not is_known(site)}
+    taken = {id(site.module) for site in grafted or [] if is_whole_class(site)}
     unknown = unrecognized_draws(sites, modules, probe, taken)
     return [*rows.values(), *({k: v for k, v in row.items() if k != "finding"} for row in unknown)]
 
@@ -162,6 +160,8 @@ def _said(draw: Draw) -> str:
 
 
 def _remedy(draw: Draw, site: Site | None) -> str:
+    if (outside := foreign(draw.module)) is not None:
+        return outside[1]
     if site is not None:
         return f"a rule on the class, {{'{site.type}': 'dropout(p=0.1)'}}, replaces its whole forward"
     if draw.to_weight:

@@ -12,6 +12,7 @@ from regraft.find.balance import unrecognized_draws
 from regraft.find.graph_nodes import nodes_fixed_by_tracing
 from regraft.find.probe.run import Probe
 from regraft.find.site import Site
+from regraft.find.ungraftable import foreign
 from regraft.find.walk import Named
 from regraft.ops import ATTENTION, PLAIN
 
@@ -39,6 +40,7 @@ def diagnose(sites: list[Site], modules: list[Named], probe: Probe) -> list[Find
         *_frozen(noise, modules),
         *_every_rate_zero(noise),
         *_vanished_drop_paths(modules),
+        *_foreign(modules),
         *_out_of_reach(modules, probe),
         *_unrecognized(sites, modules, probe),
     ]
@@ -129,7 +131,7 @@ def _frozen(noise: list[Site], modules: list[Named]) -> Iterator[Finding]:
 
 
 def _every_rate_zero(noise: list[Site]) -> Iterator[Finding]:
-    if noise and not any(site.p for site in noise):
+    if noise and all(site.p == 0 for site in noise):
         yield Finding(
             "",
             f"every rate is 0: all {len(noise)} dropout sites do nothing, and R-Drop's KL would be 0",
@@ -149,6 +151,17 @@ def _vanished_drop_paths(modules: list[Named]) -> Iterator[Finding]:
                 f"'after:Identity@**.{name.rstrip('0123456789')}*': 'droppath(p=0.1)' brings it back, or a "
                 "model built with a rate above 0",
             )
+
+
+def _foreign(modules: list[Named]) -> Iterator[Finding]:
+    """Modules whose inside is not torch's own layers; of nested ones the outermost."""
+    told: list[str] = []
+    for named in modules:
+        path = named.paths[0]
+        found = foreign(named.module)
+        if found is not None and not any(path.startswith(f"{above}.") for above in told):
+            told.append(path)
+            yield Finding(path, found[0], None, found[1])
 
 
 def _out_of_reach(modules: list[Named], probe: Probe) -> Iterator[Finding]:

@@ -14,10 +14,12 @@ from regraft.find.insertion_points import inserted_sites
 from regraft.find.merge_probe import probed_sites
 from regraft.find.modules import module_sites
 from regraft.find.probe.example_inputs import given_inputs, made_inputs
+from regraft.find.probe.products import ProductRecorder
 from regraft.find.probe.run import Probe, run_probe
 from regraft.find.probe.submodels import probe_parts
 from regraft.find.site import Site
 from regraft.find.walk import Named, inner_model, named_modules
+from regraft.find.weights import Weight, weight_sites, weights_of
 from regraft.report.inspection_page import summary
 from regraft.report.view import SCHEMA, View
 
@@ -32,6 +34,7 @@ class Inspection(View):
         notes: what a reader should know first.
         probe: how the sites were probed.
         root: the model (inside any wrappers).
+        weights: every matrix that multiplied in the probe.
     """
 
     root: nn.Module
@@ -40,6 +43,7 @@ class Inspection(View):
     notes: list[str] = field(default_factory=list)
     probe: Probe = field(default_factory=Probe)
     modules: list[Named] = field(default_factory=list)
+    weights: list[Weight] = field(default_factory=list)
 
     @property
     def balance(self) -> dict[str, Any]:
@@ -88,10 +92,12 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
         ['Linear(4, 8)', 'Dropout(p=0.1)']
     """
     seen = inspect_static(model)
-    probe = _probed(seen.root, seen.modules, inputs, {id(site.module) for site in seen.sites})
-    sites = probed_sites(seen.sites, seen.modules, probe)
+    products = ProductRecorder(name for name, _ in seen.root.named_parameters())
+    probe = _probed(seen.root, seen.modules, inputs, {id(site.module) for site in seen.sites}, products)
+    weights = weights_of(products, seen.modules)
+    sites = weight_sites(probed_sites(seen.sites, seen.modules, probe), weights, seen.modules)
     findings = diagnose(sites, seen.modules, probe)
-    return replace(seen, sites=sites, findings=findings, probe=probe)
+    return replace(seen, sites=sites, findings=findings, probe=probe, weights=weights)
 
 
 def inspect_static(model: nn.Module) -> Inspection:
@@ -108,13 +114,17 @@ def inspect_static(model: nn.Module) -> Inspection:
 look = inspect_static
 
 
-def _probed(root: nn.Module, modules: list[Named], inputs: Any, sites: set[int]) -> Probe:
+def _probed(
+    root: nn.Module, modules: list[Named], inputs: Any, sites: set[int], products: ProductRecorder
+) -> Probe:
     every = [named.module for named in modules]
     if inputs is not None:
-        return run_probe(root, every, [given_inputs(root, inputs)], sites, given=True)
+        return run_probe(root, every, [given_inputs(root, inputs)], sites, [products], given=True)
     try:
-        probe = run_probe(root, every, made_inputs(root), sites)
+        probe = run_probe(root, every, made_inputs(root), sites, [products])
     except Exception as error:
         probe = Probe(reason=f"no inputs could be made from the model's config: {error}; give inputs=")
-    probe_parts(probe, every, sites)
+    if not probe.ran:
+        products.start({})  # what a forward did before it broke off
+    probe_parts(probe, every, sites, products)
     return probe

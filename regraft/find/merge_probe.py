@@ -65,7 +65,7 @@ def _unnamed_sites(sites: list[Site], names: dict[int, Named], probe: Probe) -> 
         if key in known or module._modules or module._parameters or given is None or given != returned:
             continue
         cls, named = original_class(module), names[key]
-        if cls.__module__.startswith("torch.nn."):
+        if cls.__module__.startswith(("torch.nn.", "torch.jit")):
             continue
         graft = grafts_of(module).get("variant")
         yield Site(

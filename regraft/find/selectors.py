@@ -68,12 +68,14 @@ class Selector:
         return self.type in ("*", site.family, site.op) and self.path_matches(site.paths)
 
     def _type_matches(self, site: Site) -> bool:
-        if self.type in ("*", site.op):
+        if self.type in ("*", site.op, site.role):
             return True
+        if self.type == "Linear":
+            return site.family == "Linear"  # every matrix that multiplies
         if self.type == KINDS.get(site.op):
             return True  # "Dropout2d" is the kind, made as a module or called
         # A class name of the user's own; a private class that has the name of an operation is none.
-        return site.kind == "module" and self.type == site.type and self.type not in FAMILIES
+        return _has_class(site) and self.type == site.type and self.type not in FAMILIES
 
 
 def read_selector(key: Any) -> Selector:
@@ -102,10 +104,17 @@ def _is_a(cls: type[nn.Module]) -> Callable[[Site], bool]:
     # A functional dropout inside a module is no instance of the module's class, but a call that uses the
     # rate of such an instance is what that instance stands for.
     def test(site: Site) -> bool:
-        modules = [site.module] if site.kind == "module" else site.rate_from
+        modules = [site.owner] if _has_class(site) else site.rate_from
         return any(issubclass(original_class(module), cls) for module in modules)
 
     return test
+
+
+def _has_class(site: Site) -> bool:
+    """Does the name of a class mean the site? `nn.LSTM` means its dropout, and not its weights."""
+    if site.kind == "weight":
+        return not isinstance(site.owner, (nn.RNNBase, nn.MultiheadAttention))
+    return site.kind == "module"
 
 
 def _read_text(text: str) -> Selector:

@@ -20,7 +20,8 @@ class Site:
     Attributes:
         path: dotted name of the module that owns it ("" for the model itself).
         paths: all names of that module; several if it is shared, or if a dead twin holds the rate.
-        kind: "module", "call" (functional, inside the module's forward), "node" or "inserted".
+        kind: "module", "call" (functional, inside the module's forward), "weight" (lent to its reader),
+            "node" or "inserted".
         op: what is done there: "Dropout", "Linear", "scaled_dot_product_attention", "DropPath", ...; of an
             insertion "after:Linear#field".
         type: the name of the owner's class.
@@ -34,6 +35,9 @@ class Site:
         position: of an insertion, "before" or "after".
         place: of an insertion, what it is put before or after: "Linear".
         field: of an insertion, the argument or the part of the output that it is on; "" for the first tensor.
+        role: "router" where what the product gives chooses between experts.
+        reader: of a weight that another module multiplies by, the path of that module, which `module` is;
+            `holder` leads from there to the module that has the weight, as its `attribute`.
     """
 
     path: str
@@ -58,6 +62,10 @@ class Site:
     position: str = ""
     place: str = ""
     field: str = ""
+    role: str = ""
+    reader: str = ""
+    holder: str = ""
+    attribute: str = ""
     draws_in_eval: bool = False
     baked: bool | None = dataclasses.field(default=None, repr=False)
     """Of a node: the training flag, where tracing fixed it."""
@@ -67,6 +75,11 @@ class Site:
     """Of a call site: the modules whose rate it uses."""
     obstacle: tuple[str, str] | None = dataclasses.field(default=None, repr=False)
     """Why a graft here would be lost, and the remedy, where that is known from the module alone."""
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that a class selects the site by: of a weight the one that has it."""
+        return self.module.get_submodule(self.holder) if self.kind == "weight" else self.module
 
     @property
     def written(self) -> str:
@@ -92,12 +105,18 @@ def grafted_site(module: nn.Module, paths: Iterable[str], edit: Mapping[str, Any
 
     Args:
         module: the module at the site; of a node, the module whose graph it is in.
-        paths: the names that it has now.
+        paths: the names that it has now; of a weight, those of its reader.
         edit: the edit as plain values.
     """
     paths = tuple(paths)
     inserted = edit["kind"] == "inserted"
-    names = ("kind", "op", "type", "calls", "source", "family", "node", "position", "place", "field")
+    if edit["kind"] == "weight":
+        last = "" if edit["attribute"] == "weight" else edit["attribute"]
+        paths = tuple(".".join(filter(None, (path, edit["holder"], last))) for path in paths)
+    names = [
+        *("kind", "op", "type", "calls", "source", "family", "node", "position", "place", "field"),
+        *("role", "reader", "holder", "attribute"),
+    ]
     return Site(
         path=paths[0],
         paths=paths,

@@ -21,7 +21,7 @@ def obstacle(module: nn.Module, op: str) -> tuple[str, str] | None:
     found = owner_obstacle(module)
     if found is not None:
         return found
-    weight = module._parameters.get("weight")
+    weight = own_parameter(module, "weight")
     if weight is not None and type(weight).__name__ not in _PLAIN_TENSORS:
         return f"its weight is a {type(weight).__name__}, not plain numbers", "graft before quantizing"
     return None
@@ -40,5 +40,26 @@ def owner_obstacle(module: nn.Module) -> tuple[str, str] | None:
 
 def weight_of(module: nn.Module) -> Tensor | None:
     """The weight, also where a parametrization or weight norm computes it."""
-    weight = module._parameters.get("weight")
+    weight = own_parameter(module, "weight")
     return weight if weight is not None else getattr(module, "weight", None)
+
+
+def own_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter that the module itself holds; what TorchScript keeps its parameters in has no `get`."""
+    return module._parameters[name] if name in module._parameters else None  # noqa: SIM401
+
+
+def foreign(module: nn.Module) -> tuple[str, str] | None:
+    """What a module is that is not grafted, since its inside is not torch's own layers; and the remedy."""
+    homes = {base.__module__ for base in original_class(module).__mro__}
+    name = original_class(module).__name__
+    if any(".quantized" in home for home in homes) or any(home.startswith(_QUANTIZED) for home in homes):
+        return f"{name} is quantized: quantized layers cannot be grafted", "graft before quantizing"
+    if any(home.startswith(("keras.", "tf_keras.")) for home in homes):
+        return f"{name} is a Keras layer, whose own classes draw", "write it with torch's layers to graft it"
+    if any(home.startswith("torch.jit") for home in homes):
+        return "it is compiled TorchScript: what it draws is not grafted", "graft before scripting"
+    return None
+
+
+_QUANTIZED = ("torch.ao.nn.qat", "bitsandbytes.", "auto_gptq.", "gptqmodel.", "awq.", "hqq.")

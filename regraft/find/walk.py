@@ -90,5 +90,8 @@ def _no_module(model: object) -> ModelError:
     elif isinstance(model, type) and issubclass(model, nn.Module):
         what, remedy = f"{model.__name__} is a class, not a model", f"make one: {model.__name__}(...)"
     elif isinstance(model, str):
-        remedy = f"load it first; on the command line: regraft inspect {model}"
+        remedy = (
+            "build it first, by timm.create_model or AutoModel.from_pretrained; on the command line: "
+            f"regraft inspect timm:{model}, or hf:{model}"
+        )
     return ModelError(what, where=repr(model)[:60], remedy=remedy)

@@ -29,6 +29,7 @@ from regraft.graft.insertions import insert_graft
 from regraft.graft.modules import VARIANT, module_graft, rate_graft
 from regraft.graft.proof import prove
 from regraft.graft.slots import conflicting_slot, is_applied
+from regraft.graft.weights import lend_graft
 from regraft.interrupts import HeldInterrupts
 from regraft.ops import HIDDEN, KEEPS_LAW
 from regraft.planning.plan import Edit, Plan, Rules, Skip, plain, plan_of
@@ -228,7 +229,7 @@ def _steps(inspection: Inspection, plan: Plan) -> list[Step]:
     for edit in plan.grafted:
         assert edit.site is not None
         graft = _graft_of(edit)
-        _move_state(graft, edit.path, by_path)
+        _move_state(graft, edit.reader if edit.kind == "weight" else edit.path, by_path)
         steps.append((edit.site.module, replace(graft.slot, node=edit.node), graft))
     owners = {id(module) for module, slot, _ in steps if slot.kind == "calls" and not slot.node}
     steps += [
@@ -244,6 +245,8 @@ def _graft_of(edit: Edit) -> Graft:
         return insert_graft(edit)
     if edit.kind == "node":
         return node_graft(edit)
+    if edit.kind == "weight":
+        return lend_graft(edit)
     opaque = edit.op in HIDDEN.values()
     if edit.kind == "call" or (opaque and edit.variant not in ("dropout", "off")):
         return call_graft(edit)
@@ -339,7 +342,7 @@ def _covering(grafts: Iterable[Graft], graft: Graft) -> Iterator[Graft]:
 def _state_keys(steps: list[Step]) -> list[str]:
     """Keys of the state dict that the grafts have brought, also those that stood already."""
     return [
-        f"{graft.edit['path']}.{name}".lstrip(".")
+        f"{graft.edit['reader' if graft.edit['kind'] == 'weight' else 'path']}.{name}".lstrip(".")
         for _, _, graft in steps
         for name in graft.state
         if name not in graft.transient

@@ -156,9 +156,9 @@ class CallMode(CallGrafts, TorchFunctionMode):
 
     def refuse_recompute(self, op: str) -> None:
         if self.module.training and torch.is_grad_enabled() and self.entered != checkpoint_marks():
-            raise _inside_checkpoint(self.module, op)
+            raise inside_checkpoint(self.module, op)
         if self.entered[0] and not torch.is_grad_enabled() and self.module.training:
-            raise _inside_checkpoint(self.module, op)
+            raise inside_checkpoint(self.module, op)
 
 
 class _CompiledMode(CallMode):
@@ -203,7 +203,7 @@ def _hooks_now() -> Any:
     return sum(frame.f_code.co_filename == checkpoint.__file__ for frame, _ in frames)
 
 
-def _inside_checkpoint(module: nn.Module, op: str) -> ModelError:
+def inside_checkpoint(module: nn.Module, op: str) -> ModelError:
     return ModelError(
         f"{type(module).__name__} checkpoints a function of its own that calls {op}: the recomputation "
         "would run without the graft, and the gradients would be wrong",

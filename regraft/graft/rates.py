@@ -142,7 +142,9 @@ def rates_of(root: nn.Module, sites: dict[Key, Site]) -> tuple[list[Rate], dict[
     """The rates of the grafts at `sites`, and of those that have none to set, by path, the reason."""
     rates, without = [], {}
     for named, slot, graft in placed_grafts(named_modules(root)):
-        keys = [(path, graft.edit.get("kind", ""), graft.edit.get("op", "")) for path in named.paths]
+        kind, op = graft.edit.get("kind", ""), graft.edit.get("op", "")
+        paths = graft.edit["paths"] if kind == "weight" else named.paths  # its reader has other names
+        keys = [(path, kind, op) for path in paths]
         site = next((sites[key] for key in keys if key in sites), None)
         if site is None:
             continue

@@ -21,51 +21,15 @@ FILE_NAME = "regraft.json"
 
 
 def save_plan(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write the grafts that a model has as a plan; returns the file.
-
-    Args:
-        model: a grafted model (one without grafts gives an empty plan).
-        path: a file, or a folder, which then holds `regraft.json`.
-
-    Example:
-        >>> import regraft, tempfile
-        >>> from torch import nn
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1))
-        >>> report = regraft.apply(net, {"Dropout": "gaussian"})
-        >>> folder = tempfile.mkdtemp()
-        >>> regraft.save_plan(net, folder).name
-        'regraft.json'
-        >>> again = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1))
-        >>> report = regraft.load_plan(again, folder)
-        >>> again[1]
-        GaussianDropout(p=0.1)
-    """
-    file = _file(path)
+    """Write the grafts that a model has as a plan; returns the file. See `regraft.save_plan`."""
+    file = file_of(path)
     file.write_text(plan_of_grafts(model).to_json() + "\n", encoding="utf-8")
     return file
 
 
 def load_plan(model: nn.Module, path: str | os.PathLike[str]) -> Report:
-    """Give a model the grafts that `save_plan` wrote; returns the report.
-
-    Args:
-        model: of the architecture that the plan was made for.
-        path: the file, or the folder that holds `regraft.json`.
-
-    Example:
-        >>> import regraft, tempfile
-        >>> from torch import nn
-        >>> net = nn.Sequential(nn.Dropout(0.1))
-        >>> report = regraft.apply(net, {"Dropout": "gaussian"})
-        >>> file = regraft.save_plan(net, tempfile.mkdtemp())
-        >>> len(regraft.load_plan(nn.Sequential(nn.Dropout(0.1)), file).grafted)
-        1
-
-    Raises:
-        FileError: no such file, or no plan (also an OSError).
-        MisfitError: the plan was made for another model (also a ValueError).
-    """
-    file = _file(path)
+    """Give a model the grafts that `save_plan` wrote; returns the report. See `regraft.load_plan`."""
+    file = file_of(path)
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
@@ -109,6 +73,7 @@ def _selector(edit: Edit) -> str:
     return (f"{op}@{edit.path}" if edit.path else op) + (f"#{edit.field}" if edit.field else "")
 
 
-def _file(path: str | os.PathLike[str]) -> Path:
+def file_of(path: str | os.PathLike[str]) -> Path:
+    """The file that a path means: a folder holds `regraft.json`."""
     file = Path(path)
     return file / FILE_NAME if file.is_dir() else file

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from regraft.training.rdrop.rdrop import RDropLog, rdrop, without_rdrop
+from regraft.training.rdrop.layer import disarm
+from regraft.training.rdrop.rdrop import RDropLog, rdrop
 from regraft.training.schedule import Schedule, schedule
 
 
@@ -49,7 +50,7 @@ class _RDrop:
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """A plain model again."""
         del trainer
-        without_rdrop(getattr(pl_module, self.attribute))
+        disarm(getattr(pl_module, self.attribute))
 
 
 class _Scheduled:

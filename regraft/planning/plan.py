@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from regraft.errors import FileError, MisfitError, OptionError, RegraftError, WrongKindError, raise_all
 from regraft.find.balance import balance_of_grafts, left
@@ -53,6 +54,9 @@ class Edit:
         residual: of an insertion, is what the module adds to its input dropped, and not its whole output?
         fixes_eval: did the call drop in eval too, and does the graft end that?
         cost: what the graft costs beyond the variant itself.
+        role: "router" of a product whose result chooses.
+        reader: of a weight that is lent, the path of the module that multiplies by it; `holder` leads from
+            there to the module that has it, as its `attribute`.
         site: where in a model it is; None of a plan that was read, until it is applied.
     """
 
@@ -79,6 +83,10 @@ class Edit:
     residual: bool = False
     fixes_eval: bool = False
     cost: str | None = None
+    role: str = ""
+    reader: str = ""
+    holder: str = ""
+    attribute: str = ""
     site: Site | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,6 +137,10 @@ def _edit_of(decision: Decision) -> Edit:
         residual=decision.residual,
         fixes_eval=(site.draws_in_eval or site.baked is not None) and not acts_in_eval(variant),
         cost=decision.cost,
+        role=site.role,
+        reader=site.reader,
+        holder=site.holder,
+        attribute=site.attribute,
         site=site,
     )
     return replace(edit, after=rendered(edit))
@@ -166,6 +178,10 @@ def _noise(edit: Edit) -> str:
     if found.name == "off":
         return "nothing"
     called = edit.kind in ("call", "node")
+    if edit.kind == "weight":
+        options = {key: value for key, value in edit.options.items() if key != "p"}
+        inside = written_options(p, {**found.defaults, **options})
+        return f"{edit.op}({', '.join(map(str, edit.shape or ()))}) under {found.name}({inside})"
     if found.name == "dropout" and (called or edit.op in FUSED | KEEPS_LAW):
         return edit.op if p is None else f"{edit.op}(p={p:g})"
     title = found.function_for(edit.family) if called else found.module_for(edit.family)
@@ -268,10 +284,12 @@ class Plan(View):
         edits = []
         for edit in self.grafted:
             owner = edit.path.removesuffix(edit.node).removesuffix(".") if edit.node else edit.path
+            owner = edit.reader if edit.kind == "weight" else owner
             site = known.get((edit.path, edit.kind, edit.op))
             seen_by_probe = edit.kind != "module" or edit.op not in FAMILIES
             if site is None and seen_by_probe and owner in by_path:
-                site = grafted_site(by_path[owner].module, edit.paths, edit.to_dict())
+                paths = [edit.reader] if edit.kind == "weight" else edit.paths
+                site = grafted_site(by_path[owner].module, paths, edit.to_dict())
             if site is not None:
                 edits.append(replace(edit, site=site))
             elif actual.get(edit.path) == self.fingerprint.get(edit.path):
@@ -340,8 +358,8 @@ def _check_edit(edit: Edit) -> None:
         text = f"{edit.position}:{edit.place}" + (f"#{edit.field}" if edit.field else "")
         if edit.position not in ("before", "after") or edit.op != text:
             raise FileError(f"op is {edit.op!r}", remedy=f"its position, place and field say {text!r}")
-    elif edit.kind not in ("module", "call", "node"):
-        raise FileError(f"kind is {edit.kind!r}", remedy="'module', 'call', 'node' or 'inserted'")
+    elif edit.kind not in ("module", "call", "node", "weight"):
+        raise FileError(f"kind is {edit.kind!r}", remedy="'module', 'call', 'node', 'weight' or 'inserted'")
     elif edit.kind == "call" and FAMILIES.get(edit.op) != edit.family:
         raise FileError(f"no call is of op {edit.op!r} and family {edit.family!r}")
     if edit.family not in families:
@@ -380,6 +398,11 @@ def _check_rule(edit: Edit, text: str | None, variant: str | None) -> None:
             raise FileError(f"{says}, and the edit {name}={edit.options.get(name)!r}", remedy=remedy)
 
 
+def _marked(site: Site) -> str:
+    """What a plan has to find again: the site's module, or the weight that is lent."""
+    return f"{site.path}.weight" if site.kind == "weight" and site.attribute == "weight" else site.path
+
+
 def fingerprint(inspection: Inspection, paths: Iterable[str]) -> dict[str, str]:
     """Of each path, what a plan needs to find there again: class, operation and shape.
 
@@ -388,10 +411,17 @@ def fingerprint(inspection: Inspection, paths: Iterable[str]) -> dict[str, str]:
     ops = {site.path: site for site in inspection.sites if site.kind == "module"}
     types = {path: original_class(named.module) for named in inspection.modules for path in named.paths}
     nodes = node_marks(inspection.modules)
+    weights = {
+        f"{path}.{name}".removeprefix("."): f"{types[path].__name__}.{name}{list(weight.shape)}"
+        for named in inspection.modules
+        for path in named.paths
+        for name, weight in named.module._parameters.items()
+        if weight is not None and not is_lazy(weight)
+    }
     marks = {}
     for path in paths:
-        if path in nodes:
-            marks[path] = nodes[path]
+        if path in nodes or (path in weights and path not in types):
+            marks[path] = nodes.get(path) or weights[path]
             continue
         if path not in types:
             continue
@@ -434,8 +464,8 @@ def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> P
     raise_all(problems)
     edits = [_edit_of(decision) for decision in decisions if decision.reason is None]
     skips = [_skip_of(decision) for decision in decisions if decision.reason is not None]
+    selected = [_marked(decision.site) for decision in sorted(decisions, key=lambda one: one.variant is None)]
     grafted = [decision.site for decision in decisions if decision.reason is None]
-    selected = [*(edit.path for edit in edits), *(skip.path for skip in skips)]
     return Plan(
         model=type(inspection.root).__name__,
         rules=[
@@ -446,10 +476,13 @@ def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> P
         grafted=edits,
         skipped=skips,
         fingerprint=fingerprint(inspection, selected),
-        notes=[*inspection.notes, *_notes(edits, skips, decisions)],
+        notes=[*inspection.notes, *_notes(edits, skips, decisions), *_unseen(inspection, decisions)],
         probe=inspection.probe.to_dict(),
         boundaries=_boundaries(inspection, edits),
-        balance=balance_of_grafts(inspection.sites, inspection.probe, grafted),
+        balance={
+            **balance_of_grafts(inspection.sites, inspection.probe, grafted),
+            **_matrices(inspection, decisions),
+        },
         left=left(inspection.sites, inspection.modules, inspection.probe, grafted),
     )
 
@@ -477,3 +510,30 @@ def _notes(edits: list[Edit], skips: list[Skip], decisions: list[Decision]) -> l
             "or build the model with rates above 0"
         ]
     return []
+
+
+def _unseen(inspection: Inspection, decisions: list[Decision]) -> list[str]:
+    """A note where no forward has shown which matrices multiply."""
+    about = any(decision.site.family == "Linear" for decision in decisions)
+    if not about or inspection.probe.ran:
+        return []
+    reason = inspection.probe.reason
+    return [
+        "weights that other modules multiply by (attention projections, experts, recurrent layers) are seen "
+        f"only by the probe, which did not run: {reason}"
+    ]
+
+
+def _matrices(inspection: Inspection, decisions: list[Decision]) -> dict[str, Any]:
+    """How many matrices multiply and how many the rules reach, if they are about matrices at all."""
+    about = [one for one in decisions if one.site.family == "Linear"]
+    if not about or not inspection.weights:
+        return {}
+    reached = {path for one in about if one.variant is not None for path in one.site.paths}
+    left: dict[str, int] = {}
+    for weight in inspection.weights:
+        owners = {name.rpartition(".")[0] for name in weight.names if name.endswith("weight")}
+        if reached.isdisjoint({*weight.names, *owners}):
+            left[weight.kind] = left.get(weight.kind, 0) + 1
+    count = len(inspection.weights)
+    return {"matrices": {"multiply": count, "reached": count - sum(left.values()), "left": left}}

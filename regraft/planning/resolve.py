@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from regraft.errors import RateError
-from regraft.find.balance import NOISE, is_known
+from regraft.find.balance import is_whole_class
 from regraft.find.site import Site
 from regraft.ops import ATTENTION, ATTENTIONS, DROP_PATH, HIDDEN, RECURRENT_OPS
 from regraft.variants.module import check_rate
@@ -42,7 +44,8 @@ def decide(site: Site, index: int, selector: str, variant: Variant, fused: str) 
         RateError: the rule gives the site a rate outside [0, 1).
     """
     found = spec(variant.name)
-    why_not = _why_not(site, found, variant, str(variant.options.get("fused", fused)))
+    why_not = _why_not_matrix(site, selector, found, variant)
+    why_not = why_not or _why_not(site, found, variant, str(variant.options.get("fused", fused)))
     if why_not is not None:
         return Decision(site, index, reason=why_not[0], remedy=why_not[1])
     p = _rate(site, found, variant, f"rule {index}: {selector!r}, at {site.path!r}")
@@ -105,6 +108,32 @@ def _keeps_kernel(found: Spec, variant: Variant) -> bool:
     return found.name == "dropkey" and complete_options(found, variant.options)["keys"] == "column"
 
 
+def _why_not_matrix(site: Site, selector: str, found: Spec, variant: Variant) -> tuple[str, str] | None:
+    """Why a matrix that multiplies is left: a router, or a form that the variant cannot act on."""
+    if site.role == "router" and selector.partition("@")[0] != "router" and site.family in found.families:
+        return (
+            "it is a router: its result chooses what runs, and noise would change the choice",
+            f"a rule of its own takes it: 'router@{site.path}'",
+        )
+    if site.kind != "weight" or site.family not in found.families:
+        return None
+    if found.weight_function is None:
+        return (
+            f"{found.name!r} acts in a linear layer's own forward, and here {type(site.module).__name__} "
+            "multiplies by the weight",
+            "choose 'dropconnect' or 'mixout'",
+        )
+    unfit = found.weight_unfit(complete_options(found, variant.options)) if found.weight_unfit else None
+    if unfit is not None:
+        return unfit, "leave that option out"
+    if isinstance(site.owner, nn.RNNCellBase) and (site.calls or 0) > 1:
+        return (
+            "its cell runs once a step, and each step would draw anew",
+            "use the whole network (nn.LSTM, nn.GRU), whose forward runs once a sequence",
+        )
+    return None
+
+
 def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:
     if site.op != ATTENTION:
         return None
@@ -123,7 +152,7 @@ def _why_not_attention(site: Site, fused: str) -> tuple[str, str] | None:
 
 
 def _cost(site: Site, found: Spec, variant: Variant) -> str | None:
-    if site.kind == "module" and site.family in NOISE and not is_known(site):
+    if is_whole_class(site):
         return f"the whole forward of {site.type} is replaced"
     if variant.name in _RATE_ONLY:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,13 @@ from regraft.errors import (
     WrongKindError,
     nearest,
 )
-from regraft.find.balance import replaces
+from regraft.find.balance import is_whole_class
 from regraft.find.inspect import Inspection
 from regraft.find.selectors import Selector, read_selector
+from regraft.find.site import Site
 from regraft.planning.insertions import insertions
 from regraft.planning.resolve import Decision, decide
+from regraft.report.document import counted
 from regraft.variants.parse import parse_variant
 from regraft.variants.registry import spec
 from regraft.variants.spec import Variant
@@ -66,11 +69,11 @@ def _read_variant(key: Any, value: Any) -> Variant | None:
         return parse_variant(value)
     if value is None or isinstance(value, Variant):
         return value
-    raise RuleSyntaxError(
-        f"{value!r} is no variant",
-        where=f"rule for {key!r}",
-        remedy="a string such as 'gaussian(p=0.2)', regraft.variant(...), or None to leave alone",
-    )
+    remedy = "a string such as 'gaussian(p=0.2)', regraft.variant(...), or None to leave alone"
+    p = value if isinstance(value, float) else getattr(value, "p", None)
+    if isinstance(p, float):
+        remedy = f"write 'dropout(p={p:g})', or the name of another variant"
+    raise RuleSyntaxError(f"{value!r} is no variant", where=f"rule for {key!r}", remedy=remedy)
 
 
 def resolve(
@@ -108,9 +111,10 @@ def resolve(
 def _whole_classes(inspection: Inspection, decided: dict[int, tuple[int, Selector, Variant | None]]) -> None:
     """A variant in the place of a class's whole forward leaves no call inside it to decide on."""
     sites = inspection.sites
-    whole = [sites[position] for position, (_, _, variant) in decided.items() if variant is not None]
+    chosen = [sites[position] for position, (_, _, variant) in decided.items() if variant is not None]
+    whole = {id(site.module): site for site in chosen if is_whole_class(site)}
     for position in list(decided):
-        if any(replaces(site, sites[position]) for site in whole):
+        if sites[position].kind == "call" and id(sites[position].module) in whole:
             del decided[position]
 
 
@@ -127,8 +131,14 @@ def _matched(inspection: Inspection, selector: Selector, variant: Variant | None
         raise _no_match(inspection, selector, where)
     if variant is None:
         return found
-    families = spec(variant.name).families
-    fitting = [position for position in found if sites[position].family in families]
+    found_variant = spec(variant.name)
+    families = found_variant.families
+    fitting = [
+        position
+        for position in found
+        if sites[position].family in families
+        and (sites[position].kind != "weight" or found_variant.weight_function is not None)
+    ]
     if not fitting:
         kinds = sorted({sites[position].op for position in found})
         raise WrongKindError(
@@ -139,6 +149,31 @@ def _matched(inspection: Inspection, selector: Selector, variant: Variant | None
         )
     # "*@encoder.**" means what the variant fits there; a class or a predicate named each site itself.
     return fitting if selector.any_type else found
+
+
+def _wider(sites: list[Site], selector: Selector) -> list[str]:
+    """`*` is one part of a path: the same with `**`, if that matches."""
+    kind, at, path = selector.text.rpartition("@")
+    wider = f"{kind}{at}{re.sub(r'[*]+', '**', path)}"
+    if selector.paths is None or selector.text.startswith("re:") or wider == selector.text:
+        return []
+    matching = sum(read_selector(wider).matches(site) for site in sites)
+    return [f"`*` is one part of a path: {wider!r} matches {counted(matching, 'site')}"] if matching else []
+
+
+def _absent(inspection: Inspection, selector: Selector) -> list[str]:
+    """What puts a dropout in where the model has none, or why those that it has are not matched."""
+    hints = [finding.finding for finding in inspection.findings if "quantized" in finding.finding][:1]
+    kinds = {"Dropout": "dropout", "DropPath": "droppath"}
+    if selector.type not in kinds or any(site.family == selector.type for site in inspection.sites):
+        return hints
+    vanished = [one for one in inspection.findings if "became nn.Identity" in one.finding]
+    if selector.type == "DropPath" and vanished:
+        return [f"they became nn.Identity at rate 0: {vanished[0].remedy}"]
+    layers = [site for site in inspection.sites if site.family == "Linear" and site.calls != 0]
+    place = f"after:Linear@{layers[-1].path}" if layers and layers[-1].path else "after:Linear"
+    rule = f"{{'{place}': '{kinds[selector.type]}(p=0.1)'}}"
+    return [*hints, f"this model has no {selector.type}: {rule} puts one in"]
 
 
 def _no_match(inspection: Inspection, selector: Selector, where: str) -> NoMatchError:
@@ -154,6 +189,7 @@ def _no_match(inspection: Inspection, selector: Selector, where: str) -> NoMatch
         hints = [f"there are {selector.type} sites, but none at that path", close]
     elif any(selector.type == path for path in paths):
         hints = [f"{selector.type!r} is a path: write '*@{selector.type}'"]
+    hints = [*_wider(sites, selector), *_absent(inspection, selector), *hints]
     hints.append(f"this model has {', '.join(kinds)}" if kinds else "this model has no sites")
     if not inspection.probe.ran:
         hints.append(

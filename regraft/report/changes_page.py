@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from regraft.report.document import (
@@ -33,7 +33,8 @@ def changes_page(view: Facts) -> Document:
     if view["view"] == "report" and grafted and not keys:
         facts.append("no new state-dict keys")
     parts = [f"{counted(len(grafted), 'site')} {_VERBS[view['view']]}", f"{len(skipped)} skipped"]
-    unconfirmed = (view.get("balance") or {}).get("unconfirmed", 0)
+    balance = view.get("balance")
+    unconfirmed = balance.get("unconfirmed", 0) if isinstance(balance, Mapping) else 0
     parts[1:1] = [f"{unconfirmed} of them unconfirmed (give inputs=)"] if unconfirmed else []
     parts += [f"{len(mended)} mended"] if mended else []
     rules, probed = view.get("rules", []), bool((view.get("probe") or {}).get("ran"))

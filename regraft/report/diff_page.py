@@ -24,10 +24,10 @@ def diff_page(view: Facts) -> Document:
     weights = view["weights"]
     parts = [f"{len(view[word])} {word}" for word in ("changed", "added", "removed")]
     nothing = not (view["changed"] or view["added"] or view["removed"] or weights["differ"])
-    if nothing and view.get("same") is None and "same" in view:
-        headline = "no difference in what was compared"
-    else:
-        headline = "no difference" if nothing else ", ".join(parts)
+    uncompared = view.get("uncompared", [])
+    headline = "no difference" if nothing else ", ".join(parts)
+    if nothing and uncompared:
+        headline += f" in what was compared, {len(uncompared)} not compared"
     return Document(
         view="diff",
         model=view["model"] if view["model"] == view["other"] else f"{view['model']} and {view['other']}",
@@ -38,7 +38,8 @@ def diff_page(view: Facts) -> Document:
             *change_sections(view["changed"]),
             *_one_sided(view["removed"], "removed", "before"),
             *_one_sided(view["added"], "added", "after"),
-            *_weight_sections(weights["differ"]),
+            *_key_sections(weights["differ"], "tensor", "not the same"),
+            *_key_sections(uncompared, "setting", "not compared"),
         ],
     )
 
@@ -59,10 +60,9 @@ def _one_sided(rows: Sequence[Facts], word: str, column: str) -> list[Section]:
     ]
 
 
-def _weight_sections(keys: Sequence[str]) -> list[Section]:
-    if not keys:
-        return []
-    return [Section("keys", f"{counted(len(keys), 'tensor')} not the same", len(keys), folded_keys(keys))]
+def _key_sections(keys: Sequence[str], noun: str, word: str) -> list[Section]:
+    title = f"{counted(len(keys), noun)} {word}"
+    return [Section("keys", title, len(keys), folded_keys(keys))] if keys else []
 
 
 _VERDICTS = {True: "pass", False: "FAIL", None: "not checked"}

@@ -221,29 +221,35 @@ def balance_sections(view: Facts) -> list[Section]:
         table = folded([{**row, "paths": ()} for row in group])
         title = f"left as it is: {counted(len(group), 'place')}"
         sections.append(Section("skipped", title, len(group), table, text=what, remedy=remedy))
-    balance = _balance_items(view.get("balance") or ())
-    return [*sections, *([Section("balance", "balance", len(balance), items=balance)] if balance else [])]
+    items = _balance_items(view.get("balance") or {})
+    if items:
+        text, items = (items[0], ()) if len(items) == 1 else ("", items)
+        sections.append(Section("balance", "balance", text=text, items=items))
+    return sections
 
 
-_UNRECOGNIZED = ("unrecognized", "unrecognized")
+_BALANCE = {
+    "grafted": "grafted",
+    "sites": "at sites",
+    "untouched": "at sites left alone",
+    "other": "of other known kinds",
+    "unrecognized": "unrecognized",
+}
 
 
-def _balance_items(balance: Mapping[str, Any] | Sequence[str]) -> tuple[str, ...]:
-    if not isinstance(balance, Mapping):
-        return tuple(balance)
+def _balance_items(balance: Mapping[str, Any]) -> tuple[str, ...]:
+    """The balance in sentences: of draws, of unconfirmed sites, and whatever else is counted."""
     facts = dict(balance)
     items = []
-    if "grafted" in facts:
-        draws, grafted = facts.pop("draws"), facts.pop("grafted")
-        rest = ("untouched", "at sites left alone"), ("other", "of other known kinds"), _UNRECOGNIZED
-        parts = [f"{number:,} {words}" for name, words in rest if (number := facts.pop(name, 0))]
-        items.append(f"{counted(draws, 'draw')} seen: {', '.join([f'{grafted:,} grafted', *parts])}")
     if "draws" in facts:
-        draws, sites, other, unknown = (
-            facts.pop(name, 0) for name in ("draws", "sites", "other", "unrecognized")
-        )
-        parts = [f"{sites:,} at sites", *([f"{other:,} of other known kinds"] if other else [])]
-        items.append(f"{counted(draws, 'random draw')}: {', '.join([*parts, f'{unknown:,} unrecognized'])}")
+        draws = counted(facts.pop("draws"), "draw")
+        parts = [f"{number:,} {words}" for name, words in _BALANCE.items() if (number := facts.pop(name, 0))]
+        items.append(f"{draws} seen" + (f": {', '.join(parts)}" if parts else ""))
     if unconfirmed := facts.pop("unconfirmed", 0):
         items.append(f"{counted(unconfirmed, 'site')} unconfirmed: no forward has shown what runs")
+    if "matrices" in facts:
+        matrices = facts.pop("matrices")
+        left = ", ".join(f"{count:,} {kind}" for kind, count in matrices["left"].items())
+        what = counted(matrices["multiply"], "matrix that multiplies", "matrices that multiply")
+        items.append(f"{what}: {matrices['reached']:,} reached{f'; left: {left}' if left else ''}")
     return (*items, *(f"{name}: {value}" for name, value in facts.items()))

@@ -31,7 +31,7 @@ def inspection_page(view: Facts) -> Document:
     noise = [site for site in sites if not is_layer(site)]
     layers = [site for site in sites if is_layer(site)]
     facts, notes = probe_facts(view)
-    said = view.get("summary") or summary(sites, (view.get("balance") or {}).get("draws", 0))
+    said = view.get("summary") or summary(sites)
     probed = bool((view.get("probe") or {}).get("ran"))
     return Document(
         view="inspection",

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from regraft.find.probe.example_inputs import Inputs, given_inputs
 from regraft.find.probe.preserve_state import buffers_kept, random_state_kept
 from regraft.record import grafts_of, original_class
 from regraft.variants.registry import names, spec
-from regraft.variants.spec import Spec
 
 
 def penalty(model: nn.Module, inputs: Any = None) -> Tensor:
@@ -30,7 +28,7 @@ def penalty(model: nn.Module, inputs: Any = None) -> Tensor:
 
     `concrete` has a term of the weights of the layers that read its output as well. They are known
     inside an `nn.Sequential`; elsewhere give one batch as `inputs`, once, at any step: a forward
-    without gradients then shows them, and they are remembered.
+    without gradients then shows them. The graft remembers them, also in a deep copy and in a pickle.
 
     Args:
         model: any module.
@@ -41,7 +39,7 @@ def penalty(model: nn.Module, inputs: Any = None) -> Tensor:
         no variant with a penalty.
 
     Raises:
-        ModelError: `model` is no module.
+        ModelError: `model` is no module, or which layers read a site's output is not known yet.
         InputsError: `inputs` are not what the model takes.
 
     Example:
@@ -60,9 +58,11 @@ def penalty(model: nn.Module, inputs: Any = None) -> Tensor:
         _watch_readers(model, given_inputs(model, inputs))
     beside = _readers_in_sequentials(model)
     terms = []
-    for term, module, options in _terms(model):
-        readers = _readers.get(module) or beside.get(id(module), [])
-        terms.append(term(module, options, [reader.weight for reader in readers]))
+    for term, module, holder, options in _terms(model):
+        readers = holder.__dict__.get(_READERS, beside.get(id(module)))
+        if readers is None and options.get("weight") and module is not model:
+            raise _unknown_readers(model, module)
+        terms.append(term(module, options, [reader.weight for reader in readers or ()]))
     if not terms:
         return torch.zeros(())
     # A model may lie on several devices; the loss is where the first of them is.
@@ -71,8 +71,17 @@ def penalty(model: nn.Module, inputs: Any = None) -> Tensor:
 
 _WEIGHTED = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D")
 """Layers whose weight multiplies what they are given; Conv1D is the linear layer of GPT-2."""
-_readers: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
-"""The layers that read a module's output, as one forward has shown them."""
+_READERS = "readers"
+"""On a graft, or on a module that is a variant itself: the layers that one forward has shown to read it."""
+
+
+def _unknown_readers(model: nn.Module, module: nn.Module) -> ModelError:
+    path = next(name for name, other in model.named_modules() if other is module)
+    return ModelError(
+        "its penalty has a term of the weights that read its output, and which layers do is not known",
+        where=path,
+        remedy="regraft.penalty(model, inputs=batch), once; or graft it with weight=0.0",
+    )
 
 
 def _weighted(module: nn.Module) -> bool:
@@ -92,20 +101,17 @@ def _readers_in_sequentials(model: nn.Module) -> dict[int, list[nn.Module]]:
 
 def _watch_readers(model: nn.Module, inputs: Inputs) -> None:
     """Run the model once, left as it was, and remember which layers were given which module's output."""
-    penalized = {id(module): module for _, module, _ in _terms(model)}
+    readers: dict[int, list[nn.Module]] = {id(module): [] for _, module, _, _ in _terms(model)}
     made: dict[int, tuple[nn.Module, Any]] = {}  # the tensors are held, so that an id stays theirs
-    found: dict[nn.Module, list[nn.Module]] = {}
 
     def left(module: nn.Module, _: Any, returned: Any) -> None:
-        if id(module) in penalized:
+        if id(module) in readers:
             made[id(returned)] = (module, returned)
 
     def entered(module: nn.Module, given: tuple[Any, ...]) -> None:
         source = made.get(id(given[0])) if given else None
-        if source is not None and _weighted(module):
-            readers = found.setdefault(source[0], [])
-            if module not in readers:
-                readers.append(module)
+        if source is not None and _weighted(module) and module not in readers[id(source[0])]:
+            readers[id(source[0])].append(module)
 
     every = list(model.modules())
     with ExitStack() as stack:
@@ -115,24 +121,19 @@ def _watch_readers(model: nn.Module, inputs: Inputs) -> None:
         stack.callback(register_module_forward_pre_hook(entered).remove)
         stack.callback(register_module_forward_hook(left).remove)
         model(*inputs.args, **inputs.kwargs)
-    _readers.update(found)
+    for _, module, holder, _ in _terms(model):
+        holder.__dict__[_READERS] = readers[id(module)]
 
 
-def _terms(model: nn.Module) -> Iterator[tuple[Any, nn.Module, Mapping[str, Any]]]:
+def _terms(model: nn.Module) -> Iterator[tuple[Any, nn.Module, Any, Mapping[str, Any]]]:
+    """The penalties of a model: the function, the module, what remembers its readers, and the options."""
     penalized = [found for found in map(spec, names()) if found.penalty is not None]
     for module in model.modules():
         for found in penalized:
-            options = _options(module, found)
-            if options is not None:
-                yield found.penalty, module, options
-
-
-def _options(module: nn.Module, found: Spec) -> Mapping[str, Any] | None:
-    """The options with which `module` is this variant, grafted or plain; None if it is not."""
-    for graft in grafts_of(module).values():
-        if graft.edit.get("variant") == found.name:
-            return graft.options
-    if isinstance(module, (found.module, found.module_for("Linear"))):
-        options: Mapping[str, Any] = module.options  # type: ignore[assignment]
-        return options
-    return None
+            for graft in grafts_of(module).values():
+                if graft.variant == found.name:
+                    yield found.penalty, module, graft, graft.options
+                    break
+            else:
+                if isinstance(module, (found.module, found.module_for("Linear"))):
+                    yield found.penalty, module, module, module.options  # type: ignore[misc]

@@ -21,7 +21,13 @@ _PIECE = 1 << 19
 _VIEWS_UNDER_VMAP = torch._C._dispatch_has_kernel_for_dispatch_key("aten::view.dtype", "FuncTorchBatched")
 
 
-def keep_mask(x: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype | None = None) -> Tensor:
+def keep_mask(
+    x: Tensor,
+    shape: Sequence[int],
+    p: float,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """1 with probability 1 - p, else 0, in x's dtype or the given: exact, whatever that dtype is."""
     dtype = dtype or x.dtype
     if torch.compiler.is_compiling():
@@ -31,7 +37,7 @@ def keep_mask(x: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype | No
     # On an empty tensor: bernoulli has no derivative, so it must not see an x that requires one.
     whole = tuple(shape) == x.shape
     like = torch.empty_like(x, dtype=dtype) if whole else x.new_empty(tuple(shape), dtype=dtype)
-    return torch.bernoulli(like, 1 - p)
+    return torch.bernoulli(like, 1 - p, generator=generator)
 
 
 def channel_axis_of(x: Tensor, given: int | None = None) -> int:
@@ -76,19 +82,22 @@ def plain(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and type(x) in (Tensor, nn.Parameter)
 
 
-def fast_keep_mask(x: Tensor, p: float, exact: bool = False) -> Tensor:
+def fast_keep_mask(
+    x: Tensor, p: float, exact: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
     """`keep_mask` of x's own shape, at a seventh of the cost: its probability is within 2^-17."""
     if not coarse(x, p, exact):
-        return keep_mask(x, x.shape, p)
-    codes = in_layout(codes16(x, x.numel()), x).to(torch.float32)
+        return keep_mask(x, x.shape, p, generator=generator)
+    codes = in_layout(codes16(x, x.numel(), generator), x).to(torch.float32)
     # 1 where the code is below the threshold, both whole numbers; half the cost of a boolean mask.
     mask = codes.neg_().add_(round((1 - p) * CODES) - CODES // 2).clamp(0, 1)
     return mask.to(x.dtype)
 
 
-def codes16(x: Tensor, count: int) -> Tensor:
+def codes16(x: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
     """`count` uniform 16-bit integers (int16) on x's device, four for each 64-bit draw."""
-    words = torch.randint(-(2**63), 2**63 - 1, ((count + 3) // 4,), dtype=torch.int64, device=x.device)
+    size, kind = ((count + 3) // 4,), torch.int64
+    words = torch.randint(-(2**63), 2**63 - 1, size, dtype=kind, device=x.device, generator=generator)
     return words.view(torch.int16)[:count]
 
 

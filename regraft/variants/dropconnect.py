@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from regraft.variants.checks import check_choice, check_switch
-from regraft.variants.draws import fast_keep_mask, plain, times_mask
+from regraft.variants.draws import plain
 from regraft.variants.module import LinearVariant, check_rate
+from regraft.variants.redraw import Noise, as_autocast_has_them, no_autocast, noisy_linear, noisy_weight
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 # Its root is a float too, and no variance that counts is below it.
@@ -28,6 +28,8 @@ def dropconnect(
     training: bool = True,
     *,
     mask: str = "batch",
+    noise: str = "bernoulli",
+    eval: str = "plain",
     exact: bool = False,
 ) -> Tensor:
     """A linear layer whose weights are each dropped with probability p, and divided by 1 - p if kept.
@@ -44,6 +46,8 @@ def dropconnect(
         p: probability to drop a weight.
         training: False is the plain linear layer.
         mask: "batch" or "example".
+        noise: "bernoulli", or "gaussian": each weight times N(1, p / (1 - p)), as `gaussian` has it.
+        eval: "plain", or "sample": it draws in eval too, for Monte Carlo estimates of uncertainty.
         exact: draw the weight mask exactly. Otherwise its probability is within 2^-17 of 1 - p;
             below p or 1 - p of 2^-10 the draw is exact in any case.
 
@@ -66,50 +70,43 @@ def dropconnect(
         torch.Size([4, 2])
     """
     p = check_rate(p)
-    if not training or p == 0:
+    if p == 0 or not (training or eval == "sample"):
         return linear(x, weight, bias)
     if mask == "example":
         return _per_example(x, weight, bias, p)
-    kept = fast_keep_mask(weight, p, exact)
-    return linear(x, times_mask(weight, kept, 1 / (1 - p)), bias)
+    return noisy_linear(x, weight, bias, Noise(p, noise, exact))
+
+
+def dropconnect_weight(
+    weight: Tensor, p: float = DEFAULT_RATE, *, noise: str = "bernoulli", exact: bool = False, **_: Any
+) -> Tensor:
+    """The weight that multiplies under `dropconnect(mask="batch")`, of any shape."""
+    return noisy_weight(weight, Noise(check_rate(p), noise, exact)) if p else weight
+
+
+def _unfit(options: Mapping[str, Any]) -> str | None:
+    if options["mask"] == "example":
+        return "a mask for each example acts in a linear layer's own forward, and something else multiplies"
+    return None
 
 
 def _per_example(x: Tensor, weight: Tensor, bias: Tensor | None, p: float) -> Tensor:
-    x, weight, bias = _as_autocast_has_them(x, weight, bias)
+    x, weight, bias = as_autocast_has_them(x, weight, bias)
     scale = (p / (1 - p)) ** 0.5
     if plain(x) and x.dtype is not torch.float16 and not torch._C._are_functorch_transforms_active():
-        noise = torch.randn(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device).mul_(scale)
-        noisy: Tensor = _Noisy.apply(x, weight, bias, noise)[0]
-        return noisy
+        rows = x.reshape(
+            -1, x.shape[-1]
+        )  # or the result would be a view, which nothing could change in place
+        noise = torch.randn(len(rows), len(weight), dtype=x.dtype, device=x.device).mul_(scale)
+        noisy: Tensor = _Noisy.apply(rows, weight, bias, noise)[0]
+        return noisy.view(*x.shape[:-1], len(weight))
     mean = linear(x, weight, bias)
     noise = torch.randn_like(mean, requires_grad=False).mul_(scale)
     # In float16 squares overflow from 256 on, and autocast would take them back there.
     wide = torch.float32 if x.dtype is torch.float16 else x.dtype
-    with _no_autocast(x):
+    with no_autocast(x):
         deviation = _deviation(x.to(wide), weight.to(wide).square()) - _TINY_ROOT
     return mean + (deviation * noise).to(mean.dtype)
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if _autocast_on(x) else nullcontext()
-
-
-def _autocast_on(x: Tensor) -> bool:
-    device = x.device.type
-    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
-        return False  # such as meta; an older compiler does not know the question
-    return torch.is_autocast_enabled(device)
-
-
-def _as_autocast_has_them(
-    x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """In the dtype that autocast runs a linear layer in; float64 it leaves alone."""
-    if not _autocast_on(x) or x.dtype is torch.float64:
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _deviation(x: Tensor, squares: Tensor) -> Tensor:
@@ -150,25 +147,22 @@ class _Noisy(torch.autograd.Function):
             squares = weight.square()
             deviation = _deviation(x, squares)
         # Half the slope of the root; the squares' give the other 2.
-        upstream = _rows(grad * noise / deviation)
-        grad, rows = _rows(grad), _rows(x)
+        upstream = grad * noise / deviation
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
         slopes: list[Tensor | None] = [None] * 4
         if for_x:
-            slopes[0] = (upstream @ squares).mul_(rows).addmm_(grad, weight).view(x.shape)
+            slopes[0] = (upstream @ squares).mul_(x).addmm_(grad, weight)
         if for_weight:
-            slopes[1] = (upstream.T @ rows.square()).mul_(weight).addmm_(grad.T, rows)
+            slopes[1] = (upstream.T @ x.square()).mul_(weight).addmm_(grad.T, x)
         if for_bias:
             slopes[2] = grad.sum(0)
         return tuple(slopes)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
 def _check(options: Mapping[str, Any]) -> None:
     check_choice("mask", options["mask"], ("batch", "example"))
+    check_choice("noise", options["noise"], ("bernoulli", "gaussian"))
+    check_choice("eval", options["eval"], ("plain", "sample"))
     check_switch("exact", options["exact"])
 
 
@@ -191,13 +185,14 @@ class DropConnectLinear(LinearVariant):
         p: float = DEFAULT_RATE,
         *,
         mask: str = "batch",
+        noise: str = "bernoulli",
+        eval: str = "plain",
         exact: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            in_features, out_features, bias, p, device=device, dtype=dtype, mask=mask, exact=exact
-        )
+        options = {"mask": mask, "noise": noise, "eval": eval, "exact": exact}
+        super().__init__(in_features, out_features, bias, p, device=device, dtype=dtype, **options)
 
 
 SPECS = (
@@ -206,7 +201,10 @@ SPECS = (
         dropconnect,
         ("Linear",),
         DropConnectLinear,
-        {"mask": "batch", "exact": False},
+        {"mask": "batch", "noise": "bernoulli", "eval": "plain", "exact": False},
         check=_check,
+        changes_eval=lambda options: options["eval"] == "sample",
+        weight_function=dropconnect_weight,
+        weight_unfit=_unfit,
     ),
 )

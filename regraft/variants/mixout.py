@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from regraft.variants.checks import check_switch
-from regraft.variants.draws import fast_keep_mask, times_mask
 from regraft.variants.module import LinearVariant, check_rate, linear_weight
+from regraft.variants.redraw import Noise, noisy_linear, noisy_weight
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -59,11 +59,19 @@ def mixout(
     p = check_rate(p)
     if not training or p == 0:
         return linear(x, weight, bias)
-    kept = fast_keep_mask(weight, p, exact)
-    if mixout_weight is None:
-        return linear(x, times_mask(weight, kept, 1 / (1 - p)), bias)
-    moved = times_mask(weight - mixout_weight, kept, 1 / (1 - p))
-    return linear(x, mixout_weight + moved, bias)
+    return noisy_linear(x, weight, bias, Noise(p, exact=exact), mixout_weight)
+
+
+def mixout_of_weight(
+    weight: Tensor,
+    p: float = DEFAULT_RATE,
+    *,
+    exact: bool = False,
+    mixout_weight: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """The weight that multiplies under `mixout`, of any shape."""
+    return noisy_weight(weight, Noise(check_rate(p), exact=exact), mixout_weight) if p else weight
 
 
 def _check(options: Mapping[str, Any]) -> None:
@@ -122,5 +130,7 @@ SPECS = (
         {"exact": False},
         check=_check,
         state=_state,
+        weight_function=mixout_of_weight,
+        weight_state=lambda weight: {"mixout_weight": weight.detach().clone()},
     ),
 )

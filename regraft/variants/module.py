@@ -93,14 +93,12 @@ def linear_weight(module: nn.Module) -> Tensor:
     return weight.T if any(base.__name__ == "Conv1D" for base in type(module).__mro__) else weight
 
 
-_QUIET = ("exact", "couple_channels")
-"""Switches that are off by default, and are printed where they are on."""
+_QUIET = {"exact": False, "couple_channels": False, "noise": "bernoulli", "eval": "plain"}
+"""What is printed only where it is something else."""
 
 
 def written_options(p: float | None, options: dict[str, Any]) -> str:
-    """`p=0.1, num_samples=8`, as a module's repr shows it, without options at None and switches at rest."""
+    """`p=0.1, num_samples=8`, as a module's repr shows it, without options at None and at rest."""
     shown = {} if p is None else {"p": p}
-    shown |= {
-        key: value for key, value in options.items() if value is not None and (value or key not in _QUIET)
-    }
+    shown |= {key: value for key, value in options.items() if value is not None and _QUIET.get(key) != value}
     return ", ".join(f"{key}={written_value(value)}" for key, value in shown.items())

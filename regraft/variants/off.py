@@ -84,5 +84,6 @@ SPECS = (
         needs_rate=lambda options: False,  # noqa: ARG005
         linear_function=off_linear,
         rated=False,
+        weight_function=lambda weight: weight,
     ),
 )

@@ -9,6 +9,8 @@ from regraft.errors import RuleSyntaxError
 from regraft.variants.registry import variant
 from regraft.variants.spec import Variant
 
+_EXAMPLES = "for example 'gaussian', 'multisample(p=0.2, num_samples=4)', 'off'"
+
 
 def parse_variant(text: str) -> Variant:
     """The variant that `name` or `name(option=value, ...)` stands for; values are Python literals."""
@@ -21,7 +23,9 @@ def parse_variant(text: str) -> Variant:
     if not (isinstance(body, ast.Call) and isinstance(body.func, ast.Name)):
         raise _unreadable(text, "it is not `name` or `name(option=value)`")
     if body.args or any(keyword.arg is None for keyword in body.keywords):
-        raise _unreadable(text, "options are written option=value")
+        number = len(body.args) == 1 and isinstance(body.args[0], ast.Constant)
+        said = f"{body.func.id}(p={ast.unparse(body.args[0])})" if number else ""
+        raise _unreadable(text, "options are written option=value", said)
     return variant(body.func.id, **_literals(text, body))
 
 
@@ -35,8 +39,8 @@ def _literals(text: str, call: ast.Call) -> dict[str, Any]:
     return options
 
 
-def _unreadable(text: str, why: str) -> RuleSyntaxError:
+def _unreadable(text: str, why: str, meant: str = "") -> RuleSyntaxError:
     return RuleSyntaxError(
         f"the variant {text!r} cannot be read: {why}",
-        remedy="for example 'gaussian', 'multisample(p=0.2, num_samples=4)', 'off'",
+        remedy=f"write {meant!r}" if meant else _EXAMPLES,
     )

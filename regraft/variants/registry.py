@@ -15,6 +15,11 @@ from regraft.variants.spec import DEFAULT_RATE, Spec, Variant
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _FAMILIES = ("Dropout", "DropPath", "Linear", "Embedding")
+_RATES = ("rate", "prob", "probability", "drop_prob", "drop_rate", "dropout", "dropout_rate")
+_NO_VARIANTS = {
+    "rdrop": "R-Drop is two passes and no variant: regraft.rdrop(model, alpha=1.0);",
+    "maxnorm": "max-norm is no variant: regraft.max_norm(model, {'Linear': 3.0}, optimizer);",
+}
 _RELATIVE = re.compile(r"x\d+(\.\d+)?")
 _specs: dict[str, Spec] = {}
 _builtin: set[str] = set()
@@ -46,6 +51,7 @@ def spec(name: str) -> Spec:
     except KeyError:
         hint = nearest(name, _specs)
         known = "the variants are " + ", ".join(sorted(_specs))
+        hint = _NO_VARIANTS.get(name.replace("_", "").casefold()) or hint
         raise UnknownVariantError(
             f"no variant is called {name!r}", remedy=f"{hint} {known}".strip()
         ) from None
@@ -88,6 +94,8 @@ def check_options(found: Spec, options: Mapping[str, Any]) -> None:
     for key in options:
         if key not in known:
             hint = nearest(key, known)
+            if key in _RATES and "p" in known:
+                hint = f"the rate is p: '{found.name}(p=...)';"
             listed = "its options are " + ", ".join(known) if known else "it has no options"
             raise OptionError(
                 f"{found.name!r} has no option {key!r}", where=where, remedy=f"{hint} {listed}".strip()

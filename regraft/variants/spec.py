@@ -60,6 +60,13 @@ class Spec:
     linear_function: Callable[..., Any] | None = None
     """Of a variant that takes the place of dropouts and of linears: the function for linears."""
     linear_module: type[nn.Module] | None = None
+    weight_function: Callable[..., Any] | None = None
+    """Of a variant that can act on a weight by itself: `function(weight, p, **options)` is the weight that
+    multiplies in its place, whoever multiplies by it. Called only where the variant acts."""
+    weight_unfit: Callable[[Mapping[str, Any]], str | None] | None = None
+    """Of the complete options: why they cannot act on a weight by itself."""
+    weight_state: Callable[[Tensor], dict[str, Any]] | None = None
+    """Of a weight: the tensors that `weight_function` takes as further keyword arguments, by name."""
 
     def function_for(self, family: str) -> Callable[..., Any]:
         """The function that runs at a site of `family`."""

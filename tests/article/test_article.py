@@ -172,5 +172,5 @@ def test_its_cross_entropies_are_averaged_where_the_paper_adds_them():
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 4, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
     paper = sum(F.cross_entropy(one, labels) for one in logits)
-    assert regraft.rdrop_loss(logits, labels, 0.0).item() == pytest.approx(paper.item())
+    assert regraft.rdrop_loss(logits, labels, 0.0, ce="sum").item() == pytest.approx(paper.item())
     assert rdrop_as_written(*logits, labels, 0.0).item() == pytest.approx(paper.item() / 2)

@@ -216,11 +216,10 @@ class ReadsTheWeight(nn.Module):
         return self.head(F.linear(x, self.qkv.weight))
 
 
-def test_trap_7_a_linear_whose_weight_is_read_by_its_parent_is_skipped():
+def test_trap_7_a_linear_whose_weight_is_read_by_its_parent_is_a_weight_lent_to_it():
     report = regraft.apply(ReadsTheWeight(), {"Linear": "dropconnect(p=0.1)"}, torch.ones(2, 4))
-    assert [edit.path for edit in report.grafted] == ["head"]
-    assert [(skip.path, skip.calls) for skip in report.skipped] == [("qkv", 0)]
-    assert "its parent reads its weight" in report.skipped[0].reason
+    assert [(edit.path, edit.kind) for edit in report.grafted] == [("qkv", "weight"), ("head", "module")]
+    assert report.skipped == []
 
 
 class Layers(nn.Module):

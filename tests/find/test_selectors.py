@@ -96,6 +96,10 @@ def kinds():
 
 
 DROPOUTS = {"plain", "mine", "lstm", "gru", "mha", ":dropout", ":scaled_dot_product_attention"}
+RECURRENT = {
+    f"{rnn}.weight_{side}_l{layer}" for rnn in ("lstm", "gru") for side in ("ih", "hh") for layer in (0, 1)
+}
+MATRICES = {"linear", "subclass", "other", "mha.in_proj_weight", "mha.out_proj", *RECURRENT}
 SELECTED = [
     # a type name is that exact kind, made as a module or called
     ("Dropout", DROPOUTS),
@@ -114,17 +118,20 @@ SELECTED = [
     ("scaled_dot_product_attention", {":scaled_dot_product_attention"}),
     ("dropout", {":dropout"}),
     ("dropout2d", {":dropout2d"}),
-    # a subclass counts while its forward is Linear's own; attention's out_proj is one too
-    ("Linear", {"linear", "subclass", "mha.out_proj"}),
+    # every matrix that multiplies; each form by itself
+    ("Linear", MATRICES),
+    ("recurrent", RECURRENT),
+    ("in_proj", {"mha.in_proj_weight"}),
+    ("out_proj@mha.**", {"mha.out_proj"}),
     ("Embedding", {"table"}),
     # TYPE@PATH, *@PATH, a path
     ("Dropout@plain", {"plain"}),
     ("Dropout@{plain,mine,one}", {"plain", "mine"}),
     ("*@{plain,one}", {"plain", "one"}),
-    ("Linear@**", {"linear", "subclass", "mha.out_proj"}),
-    ("Linear@*", {"linear", "subclass"}),
+    ("Linear@**", MATRICES),
+    ("Linear@*", {"linear", "subclass", "other"}),
     ("mha.out_proj", {"mha.out_proj"}),
-    ("mha.**", {"mha", "mha.out_proj"}),
+    ("mha.**", {"mha", "mha.in_proj_weight", "mha.out_proj"}),
     # a regular expression over the whole path
     ("re:.*_proj", {"mha.out_proj"}),
     ("re:(lstm|gru)", {"lstm", "gru"}),
@@ -132,7 +139,7 @@ SELECTED = [
     ("re:(?i)LSTM", {"lstm"}),
     # a class is isinstance, and means modules alone
     (nn.Dropout, {"plain", "mine", "own"}),
-    (nn.Linear, {"linear", "subclass", "mha.out_proj"}),
+    (nn.Linear, {"linear", "subclass", "other", "mha.out_proj"}),
     (nn.modules.dropout._DropoutNd, {"plain", "one", "two", "three", "alpha", "feature", "mine", "own"}),
     (DropPath, {"path", "depth"}),
     # a predicate
@@ -149,7 +156,7 @@ SELECTED = [
 
 
 def name(site):
-    return site.path if site.kind == "module" else f"{site.path}:{site.op}"
+    return site.path if site.kind in ("module", "weight") else f"{site.path}:{site.op}"
 
 
 @pytest.mark.parametrize(("key", "expected"), SELECTED, ids=[str(row[0])[:40] for row in SELECTED])

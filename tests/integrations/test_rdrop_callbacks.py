@@ -6,7 +6,7 @@ from torch import nn
 
 import regraft
 from regraft.errors import ModelError
-from regraft.training.rdrop.rdrop import objective_of
+from regraft.training.rdrop.rdrop import state_of
 from tests.training.models import bert, tokens, vit
 
 Y = torch.tensor([0, 1, 0, 1])
@@ -46,11 +46,9 @@ def test_trainers_callback_logs_both_terms(tmp_path, options):
         assert len(entries) == 3
         for entry in entries:
             whole = entry["task_loss"] + 0.5 * entry["kl"]
-            # With accumulation the terms are of single steps, and the loss is logged as their sum.
             assert entry["kl"] > 0
-            parts = options.get("gradient_accumulation_steps", 1)
-            assert entry["loss"] == pytest.approx(parts * whole, rel=2e-2)
-        assert objective_of(model) is None
+            assert entry["loss"] == pytest.approx(whole, rel=2e-2 if "bf16" in options else 1e-3)
+        assert state_of(model) is None
         assert type(model).forward is type(bert()).forward
 
 
@@ -63,9 +61,10 @@ def test_a_forward_on_the_instance_is_refused(tmp_path):
         regraft.rdrop(model)
     assert type(model) is cls
     grafted = Accelerator(mixed_precision="bf16", cpu=True).prepare(regraft.rdrop(bert()).train())
-    assert grafted(input_ids=tokens(), labels=Y).loss > 1.2
+    grafted(input_ids=tokens(), labels=Y)
+    assert state_of(grafted).terms.kl > 0
     regraft.rdrop(grafted, alpha=2.0)
-    assert objective_of(grafted).alpha == 2.0
+    assert state_of(grafted).options.alpha == 2.0
     regraft.revert(grafted)
     assert grafted(input_ids=tokens(), labels=Y).loss < 1.0
 
@@ -101,4 +100,4 @@ def test_lightnings_callback(tmp_path):
     trainer.fit(module, torch.utils.data.DataLoader(data, 4))
     assert trainer.callback_metrics["kl"] > 0
     assert trainer.callback_metrics["task_loss"] > 1
-    assert objective_of(module.model) is None
+    assert state_of(module.model) is None

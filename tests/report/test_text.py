@@ -92,7 +92,7 @@ def test_the_strength_stands_below_what_has_it():
 def test_the_page_ends_with_what_is_left_and_the_balance():
     left = [{"path": f"rope.{i}", "what": "an unrecognized draw", "source": "a.py:3", "remedy": "name it"}
             for i in range(3)]  # fmt: skip
-    view = report(grafted=[edit("a")], left=left, balance=["6 of 7 draws taken over", "1 left"])
+    view = report(grafted=[edit("a")], left=left, balance={"draws": 7, "grafted": 6, "unconfirmed": 1})
     assert to_text(view).splitlines()[-9:] == [
         "",
         "left as it is: 3 places: an unrecognized draw",
@@ -101,13 +101,15 @@ def test_the_page_ends_with_what_is_left_and_the_balance():
         "    rope.{0..2}     x3  a.py:3",
         "",
         "balance",
-        "  - 6 of 7 draws taken over",
-        "  - 1 left",
+        "  - 7 draws seen: 6 grafted",
+        "  - 1 site unconfirmed: no forward has shown what runs",
     ]
-    assert to_markdown(view).endswith("**balance**\n\n- 6 of 7 draws taken over\n- 1 left\n")
+    assert to_markdown(view).endswith(
+        "**balance**\n\n- 7 draws seen: 6 grafted\n- 1 site unconfirmed: no forward has shown what runs\n"
+    )
     page = to_html(view)
-    assert page.index("an unrecognized draw") < page.index("<li>1 left</li>")
-    assert page.index('class="tree"') < page.index("<li>1 left</li>")
+    assert page.index("an unrecognized draw") < page.index("<li>1 site unconfirmed")
+    assert page.index('class="tree"') < page.index("<li>1 site unconfirmed")
 
 
 def test_a_balance_in_numbers_is_a_sentence():
@@ -122,7 +124,7 @@ def test_a_balance_in_numbers_is_a_sentence():
         "    b.{0..1}     x2  a.py:3",
         "",
         "balance",
-        "  - 3 random draws: 1 at sites, 2 unrecognized",
+        "  - 3 draws seen: 1 at sites, 2 unrecognized",
         "  - products: 4 of 4",
     ]
 

@@ -587,16 +587,6 @@ def test_autocast(strategy):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_a_compiled_model_is_repeated():
-    model = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5), nn.Linear(4, 3))
-    compiled = torch.compile(model, backend="aot_eager")
-    passes = regraft.stochastic_passes(compiled, 2, torch.randn(4, 6))
-    assert passes.shape == (2, 4, 3)
-    assert not torch.equal(passes[0], passes[1])
-    with pytest.raises(ModelError, match="is wrapped or compiled"):
-        regraft.stochastic_passes(compiled, 2, torch.randn(4, 6), strategy="shared")
-
-
 def test_it_is_compiled_whole():
     model = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5), nn.Linear(4, 3))
     step = torch.compile(lambda x: regraft.stochastic_passes(model, 2, x), backend="aot_eager")

@@ -10,11 +10,16 @@ from torch.nn import functional as F
 
 import regraft
 from regraft.errors import LossError, RateError
+from regraft.training.rdrop.options import RDropOptions
 from regraft.training.rdrop.rdrop_loss import rdrop_terms
 
 P = [[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
 Q = [[0.0, 2.0, 0.0], [0.0, 0.0, 1.0]]
 Y = [0, 1]
+
+
+def terms(logits, labels, alpha=1.0, **options):
+    return rdrop_terms(logits, labels, RDropOptions(alpha=alpha, **options))
 
 
 def softmax(row):
@@ -42,7 +47,7 @@ def logits(dtype=torch.float64):
 def test_the_papers_loss_by_hand():
     first, second, apart = hand_parts()
     expected = sum(first) / 2 + sum(second) / 2 + 0.7 * sum(apart) / 2
-    loss = regraft.rdrop_loss(logits(), torch.tensor(Y), alpha=0.7)
+    loss = regraft.rdrop_loss(logits(), torch.tensor(Y), alpha=0.7, ce="sum")
     assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx(expected, rel=1e-14)
     # And in closed form, so that a slip in the code above cannot hide one in the library: the label's
@@ -50,20 +55,20 @@ def test_the_papers_loss_by_hand():
     e = math.e
     ce = (math.log((e**2 + 2) / e**2) + math.log((e + 2) / e) + math.log(e**2 + 2) + math.log(e + 2)) / 2
     kl = (2 * (e**2 - 1) / (e**2 + 2) + (e - 1) / (e + 2)) / 2
-    assert regraft.rdrop_loss(logits(), torch.tensor(Y)).item() == pytest.approx(ce + kl, rel=1e-14)
+    assert regraft.rdrop_loss(logits(), torch.tensor(Y), ce="sum").item() == pytest.approx(ce + kl, rel=1e-14)
 
 
 def test_the_authors_convention_by_hand():
     first, second, apart = hand_parts()
     expected = 0.5 * (sum(first) / 2 + sum(second) / 2) + 4.0 * sum(apart)
-    loss = regraft.rdrop_loss(logits(), torch.tensor(Y), alpha=4.0, ce="mean", reduction="sum")
+    loss = regraft.rdrop_loss(logits(), torch.tensor(Y), alpha=4.0, reduction="sum")
     assert loss.item() == pytest.approx(expected, rel=1e-14)
 
 
 def test_the_terms_add_up_to_the_loss():
-    task, kl = rdrop_terms(logits(), torch.tensor(Y), 0.3)
+    task, kl = terms(logits(), torch.tensor(Y), 0.3)
     first, second, apart = hand_parts()
-    assert task.item() == pytest.approx((sum(first) + sum(second)) / 2)
+    assert task.item() == pytest.approx((sum(first) + sum(second)) / 4)
     assert kl.item() == pytest.approx(sum(apart) / 2)
     torch.testing.assert_close(task + 0.3 * kl, regraft.rdrop_loss(logits(), torch.tensor(Y), 0.3))
 
@@ -86,7 +91,7 @@ def test_n_passes_by_definition(passes, shape):
     x = torch.randn(passes, *shape, 7, dtype=torch.float64)
     labels = torch.randint(0, 7, shape)
     ce = torch.stack([F.cross_entropy(one.reshape(-1, 7), labels.flatten()) for one in x])
-    expected = 2 * ce.mean() + 0.8 * pairs_by_definition(x).mean()
+    expected = ce.mean() + 0.8 * pairs_by_definition(x).mean()
     torch.testing.assert_close(regraft.rdrop_loss(x, labels, 0.8), expected)
 
 
@@ -96,19 +101,19 @@ def test_properties(passes, batch, classes, seed):
     generator = torch.Generator().manual_seed(seed)
     x = 5 * torch.randn(passes, batch, classes, dtype=torch.float64, generator=generator)
     labels = torch.randint(0, classes, (batch,), generator=generator)
-    task, kl = rdrop_terms(x, labels)
+    task, kl = terms(x, labels)
     assert kl >= 0
-    torch.testing.assert_close(rdrop_terms(x.flip(0), labels).kl, kl)  # no pass is the first
-    torch.testing.assert_close(rdrop_terms(x + 3, labels).kl, kl)  # logits are up to a constant
-    assert rdrop_terms(x[:1].expand(passes, -1, -1), labels).kl == 0  # exactly
+    torch.testing.assert_close(terms(x.flip(0), labels).kl, kl)  # no pass is the first
+    torch.testing.assert_close(terms(x + 3, labels).kl, kl)  # logits are up to a constant
+    assert terms(x[:1].expand(passes, -1, -1), labels).kl == 0  # exactly
     torch.testing.assert_close(regraft.rdrop_loss(x, labels, alpha=0), task)
 
 
 def test_alpha_0_needs_no_second_pass_and_kl_does():
     x, labels = torch.randn(1, 4, 3), torch.tensor([0, 1, 2, 0])
     expected = F.cross_entropy(x[0], labels)
-    torch.testing.assert_close(regraft.rdrop_loss(x, labels, alpha=0, ce="mean"), expected)
-    with pytest.raises(LossError, match="hold no two passes"):
+    torch.testing.assert_close(regraft.rdrop_loss(x, labels, alpha=0), expected)
+    with pytest.raises(LossError, match="do not hold two passes"):
         regraft.rdrop_loss(x, labels)
 
 
@@ -141,9 +146,9 @@ def test_shift_is_what_a_causal_model_computes():
     labels[0, :2] = -100
     ce = [F.cross_entropy(one[:, :-1].reshape(-1, 9), labels[:, 1:].flatten()) for one in x]
     shifted = regraft.rdrop_loss(x, labels, 0, shift=True)
-    torch.testing.assert_close(shifted, ce[0] + ce[1])
+    torch.testing.assert_close(shifted, (ce[0] + ce[1]) / 2)
     kept = labels[:, 1:] != -100
-    kl = rdrop_terms(x, labels, shift=True).kl
+    kl = terms(x, labels, shift=True).kl
     torch.testing.assert_close(kl, pairs_by_definition(x[:, :, :-1])[kept].mean())
 
 
@@ -160,7 +165,7 @@ def test_smoothing_and_class_weights_are_torchs(smoothing, weighted, soft):
         labels[2] = -100
     weight = torch.tensor([0.5, 1.0, 3.0, 2.0], dtype=torch.float64) if weighted else None
     options = {"weight": weight, "label_smoothing": smoothing}
-    expected = sum(F.cross_entropy(one, labels, **options) for one in x)
+    expected = sum(F.cross_entropy(one, labels, **options) for one in x) / 2
     loss = regraft.rdrop_loss(x, labels, 0, task="classification", **options)
     torch.testing.assert_close(loss, expected)
 
@@ -186,7 +191,7 @@ def test_multi_label_is_bernoulli_kl_over_batch_and_labels():
     total = 0.0
     for a, b in ((p, q), (q, p), (1 - p, 1 - q), (1 - q, 1 - p)):
         total = total + (a * (a / b).log()).sum()
-    bce = sum(F.binary_cross_entropy_with_logits(one, labels) for one in x)
+    bce = sum(F.binary_cross_entropy_with_logits(one, labels) for one in x) / 2
     expected = bce + 0.6 * total / 2 / 15
     torch.testing.assert_close(regraft.rdrop_loss(x, labels, 0.6), expected)
     torch.testing.assert_close(regraft.rdrop_loss(x, labels.bool(), 0.6), expected)
@@ -209,13 +214,13 @@ def test_regression_never_broadcasts(outputs, targets):
     x, y = torch.randn(3, *outputs, dtype=torch.float64), torch.randn(*targets, dtype=torch.float64)
     flat = x.reshape(3, 4)
     squares = [((flat[i] - flat[j]) ** 2).mean() for i, j in ((0, 1), (0, 2), (1, 2))]
-    task = 2 * torch.stack([F.mse_loss(one, y.flatten()) for one in flat]).mean()
+    task = torch.stack([F.mse_loss(one, y.flatten()) for one in flat]).mean()
     torch.testing.assert_close(regraft.rdrop_loss(x, y, 0.5), task + 0.5 * sum(squares) / 3)
 
 
 def test_regression_of_several_values_is_asked_for():
     x, y = torch.randn(2, 4, 3), torch.randn(4, 3)
-    expected = F.mse_loss(x[0], y) + F.mse_loss(x[1], y) + F.mse_loss(x[0], x[1])
+    expected = F.mse_loss(x, y.expand_as(x)) + F.mse_loss(x[0], x[1])
     torch.testing.assert_close(regraft.rdrop_loss(x, y, task="regression"), expected)
 
 
@@ -300,23 +305,150 @@ def test_it_compiles_without_a_break():
     torch.testing.assert_close(compiled(x, labels, 0.5), regraft.rdrop_loss(x, labels, 0.5))
 
 
+def authors_kl(p, q):
+    """`compute_kl_loss` of the authors' README, written out: summed over the batch."""
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+    forwards = (log_q.exp() * (log_q - log_p)).sum()
+    return (forwards + (log_p.exp() * (log_p - log_q)).sum()) / 2
+
+
+ALPHAS = {
+    # name: (the published loss, from the logits of both passes, the labels and its alpha;
+    #        the same by us: the factor of the whole loss, and alpha for a batch of N)
+    "paper, translation, summarization, language models, RoBERTa in fairseq": (
+        lambda p, q, y, a: F.cross_entropy(p, y) + F.cross_entropy(q, y) + a * authors_kl(p, q) / len(y),
+        lambda a, n: (2, a / 2),
+    ),
+    "authors' README, RoBERTa in transformers": (
+        lambda p, q, y, a: 0.5 * (F.cross_entropy(p, y) + F.cross_entropy(q, y)) + a * authors_kl(p, q),
+        lambda a, n: (1, a * n),
+    ),
+    "BERT in transformers": (
+        lambda p, q, y, a: F.cross_entropy(p, y) + F.cross_entropy(q, y) + a * authors_kl(p, q),
+        lambda a, n: (2, a * n / 2),
+    ),
+    "ViT": (
+        lambda p, q, y, a: F.cross_entropy(p, y) + F.cross_entropy(q, y) + a * 2 * authors_kl(p, q),
+        lambda a, n: (2, a * n),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALPHAS)
+@pytest.mark.parametrize("alpha", [0.3, 5.0])
+def test_the_table_that_translates_alpha(name, alpha):
+    published, ours = ALPHAS[name]
+    torch.manual_seed(0)
+    x, labels = torch.randn(2, 6, 4, dtype=torch.float64), torch.randint(0, 4, (6,))
+    factor, translated = ours(alpha, 6)
+    expected = published(x[0], x[1], labels, alpha)
+    torch.testing.assert_close(factor * regraft.rdrop_loss(x, labels, translated), expected)
+    if factor == 1:
+        same = regraft.rdrop_loss(x, labels, alpha, reduction="sum")
+        torch.testing.assert_close(same, expected)
+
+
+def test_alpha_0_is_the_loss_of_plain_training():
+    torch.manual_seed(0)
+    x, labels = torch.randn(2, 6, 4, dtype=torch.float64), torch.randint(0, 4, (6,))
+    plain = F.cross_entropy(x[0], labels)
+    torch.testing.assert_close(regraft.rdrop_loss(x[:1].expand(2, -1, -1), labels, 0), plain)
+    torch.testing.assert_close(regraft.rdrop_loss(x[:1].expand(2, -1, -1), labels, 3.0), plain)
+
+
+def test_soft_targets_are_classes():
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 4, dtype=torch.float64)
+    mixed = 0.3 * F.one_hot(torch.randint(0, 4, (6,)), 4) + 0.7 * F.one_hot(torch.randint(0, 4, (6,)), 4)
+    mixed = mixed.double()
+    mixed[0] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    soft = sum(F.cross_entropy(one, mixed) for one in x) / 2
+    torch.testing.assert_close(regraft.rdrop_loss(x, mixed, 0), soft)
+    torch.testing.assert_close(regraft.rdrop_loss(x, mixed, 0, task="classification"), soft)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [F.one_hot(torch.tensor([0, 1, 2]), 3).double(), torch.full((3, 3), 0.5).double()],
+    ids=["one-hot", "neither"],
+)
+def test_what_soft_labels_mean_is_asked_for(labels):
+    x = torch.randn(2, 3, 3, dtype=torch.float64)
+    with pytest.raises(LossError, match="task="):
+        regraft.rdrop_loss(x, labels)
+    values = {
+        task: regraft.rdrop_loss(x, labels, task=task).item() for task in ("classification", "multilabel")
+    }
+    assert len(set(values.values())) == 2
+
+
+def test_positions_without_a_label_can_count_in_the_kl():
+    torch.manual_seed(0)
+    x, labels = torch.randn(2, 6, 4, dtype=torch.float64), torch.tensor([0, -100, 2, -100, -100, 1])
+    kept = labels != -100
+    ce = sum(F.cross_entropy(one[kept], labels[kept]) for one in x) / 2
+    expected = ce + 0.7 * pairs_by_definition(x).mean()
+    torch.testing.assert_close(regraft.rdrop_loss(x, labels, 0.7, consistency="all"), expected)
+    nothing = torch.full((6,), -100)
+    alone = regraft.rdrop_loss(x, nothing, 0.7, consistency="all")
+    torch.testing.assert_close(alone, 0.7 * pairs_by_definition(x).mean())
+
+
+@pytest.mark.parametrize("passes", [2, 3])
+@pytest.mark.parametrize(
+    ("soft", "options"),
+    [
+        (False, {"shift": True}),
+        *((soft, {}) for soft in (False, True)),
+        *((soft, {"consistency": "all"}) for soft in (False, True)),
+        *((soft, {"label_smoothing": 0.1}) for soft in (False, True)),
+    ],
+)
+def test_chunks_change_nothing(monkeypatch, soft, passes, options):
+    torch.manual_seed(0)
+    x = torch.randn(passes, 3, 5, 7, dtype=torch.float64)
+    labels = torch.randint(0, 7, (3, 5))
+    labels[1, 2] = -100
+    if soft:
+        labels = torch.rand(3, 5, 7, dtype=torch.float64).softmax(-1)
+    elif "shift" not in options:
+        options = {**options, "weight": torch.rand(7, dtype=torch.float64)}
+    slopes = []
+    for size in (2**22, 30):
+        monkeypatch.setattr("regraft.training.rdrop.rdrop_loss.CHUNK_ELEMENTS", size)
+        y = x.clone().requires_grad_()
+        loss = regraft.rdrop_loss(y, labels, 0.7, task="classification", **options)
+        loss.backward()
+        slopes.append((loss.detach(), y.grad))
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-12, atol=1e-12)
+
+
+def test_classes_on_another_axis():
+    torch.manual_seed(0)
+    x, labels = torch.randn(2, 3, 7, 5, 5), torch.randint(0, 7, (3, 5, 5))
+    torch.testing.assert_close(
+        regraft.rdrop_loss(x, labels, class_axis=1), regraft.rdrop_loss(x.movedim(2, -1), labels)
+    )
+
+
 X = torch.zeros(2, 4, 3)
 INTS = torch.zeros(4, dtype=torch.long)
 REFUSED = [
     (((X, X), INTS), {}, "tuple of 2, not one tensor"),
-    ((X, INTS.tolist()), {}, "labels is no tensor but a list"),
+    ((X, INTS.tolist()), {}, "labels is a list, not a tensor"),
     ((X.long(), INTS), {}, "not floating point"),
-    ((X[:1], INTS), {}, "hold no two passes"),
-    ((X[0, 0], INTS), {}, "hold no two passes"),
+    ((X[:1], INTS), {}, "do not hold two passes"),
+    ((X[0, 0], INTS), {}, "do not hold two passes"),
     ((X, INTS[:3]), {}, r"labels of shape \(3,\) do not fit logits of shape \(2, 4, 3\)"),
     ((X, torch.zeros(4, 3, dtype=torch.long)), {}, "for several labels at once labels.float()"),
-    ((X.view(2, 2, 2, 3).movedim(-1, 2), INTS.view(2, 2)), {}, "the classes are the last axis"),
+    ((X.view(2, 2, 2, 3).movedim(-1, 2), INTS.view(2, 2)), {}, "the classes are on axis 1: class_axis=1"),
     ((X, INTS + 3), {}, "labels from 3 to 3, for 3 classes"),
     ((X, INTS - 1), {}, "positions to ignore -100"),
     ((X[..., :1], INTS), {}, "there is one class"),
     ((X, torch.zeros(4)), {}, "class indices are integers"),
     ((X, torch.full((4, 3), 2.0)), {}, 'task="regression"'),
     ((X[..., :1], torch.zeros(4, 4)), {}, "a broadcast would compare every sample with every other"),
+    ((X[0], X[1], INTS), {}, r"torch.stack\(\[first, second\]\)"),
     ((X, INTS), {"task": "multi_label"}, "did you mean 'multilabel'?"),
     ((X, INTS), {"ce": "summ"}, "did you mean 'sum'"),
     ((X, INTS), {"reduction": "mean"}, "did you mean 'batchmean'"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-OPTIONS = ["--train", "64", "--test", "32", "--epochs", "1", "--seeds", "1"]
+OPTIONS = ["--train", "64", "--test", "32", "--steps", "2", "--seeds", "1"]
 
 
 LAUNCHERS = {
@@ -63,10 +63,10 @@ def test_the_recipe_in_two_processes(tmp_path):
                 assert ours["weight"] == theirs["weight"], method
             # As many sentences a step as in one process, so the losses are the same up to their masks.
             assert statistics.mean([ours["loss"], theirs["loss"]]) == pytest.approx(one["loss"], rel=0.05)
-            assert 1.2 < first[1]["loss"] < 1.6  # R-Drop's two cross-entropies of two classes
+            assert 0.6 < first[1]["loss"] < 0.8  # the mean of R-Drop's cross-entropies of two classes
         # One process speaks and saves, and what it saved is the whole of the last model.
         assert said.count("plain checkpoint in") == 1
-        assert said.count("on held-out data") == 1
+        assert said.count("32 held-out sentences, 1 seeds") == 1
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / way / "model")
         assert loaded.classifier.weight.flatten()[:4].tolist() == pytest.approx(first[-1]["weight"], abs=1e-7)
     for ours, theirs in zip(made["ddp"], made["fsdp"], strict=True):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import regraft
-from regraft.training.rdrop.rdrop import objective_of
+from regraft.training.rdrop.rdrop import state_of
 from tests.training.models import bert, tokens
 
 WAY, FOLDER = sys.argv[1:3]
@@ -44,7 +44,7 @@ def main():
     with torch.no_grad():
         for _ in range(40):
             losses.append(model(input_ids=tokens(), labels=y).loss.item())
-    kl = objective_of(model).terms.kl.item()
+    kl = state_of(model).terms.kl.item()
     if WAY == "fsdp":
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_the_penalty_is_the_entropy_times_the_features():
 
 
 def test_the_penalty_counts_a_shared_module_once_and_ignores_the_rest():
-    drop = nn.ConcreteDropout(0.2)
+    drop = nn.ConcreteDropout(0.2, weight=0.0)
     drop(torch.ones(2, 5))
     alone = penalty(drop)
     net = torch.nn.ModuleDict({"a": drop, "b": drop, "c": nn.GaussianDropout(0.1)})
@@ -150,13 +151,25 @@ class Reads(torch.nn.Module):
 def test_the_penalty_finds_the_layers_that_read_the_output_from_one_batch():
     model = Reads()
     regraft.apply(model, {"Dropout@drop": "concrete(entropy=0.0, weight=1.0)"})
-    assert penalty(model) == 0
+    with pytest.raises(ModelError, match=r"penalty\(model, inputs=batch\)"):
+        penalty(model)
     state = torch.get_rng_state()
     expected = (model.one.weight.square().sum() + model.two.weight.square().sum()) / 0.8
     torch.testing.assert_close(penalty(model, torch.ones(2, 4)), expected)
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(penalty(model), expected)  # remembered
+    again = copy.deepcopy(model)
+    torch.testing.assert_close(penalty(again), expected)
+    torch.nn.init.zeros_(again.one.weight)  # the copy's own layers
+    torch.testing.assert_close(penalty(again), model.two.weight.square().sum() / 0.8)
+    torch.testing.assert_close(penalty(pickle.loads(pickle.dumps(model))), expected)
     torch.testing.assert_close(penalty(copy.deepcopy(model), {"x": torch.ones(2, 4)}), expected)
+    rebuilt = Reads()
+    rebuilt.load_state_dict(model.state_dict(), strict=False)
+    regraft.apply(rebuilt, {"Dropout@drop": "concrete(entropy=0.0, weight=1.0)"})
+    with pytest.raises(ModelError, match="not known"):  # and no other number
+        penalty(rebuilt)
+    torch.testing.assert_close(penalty(rebuilt, torch.ones(2, 4)), expected)
     regraft.revert(model)
     assert penalty(model) == 0
 

@@ -59,7 +59,7 @@ class Masks:
         keep = None
         binary = name in ("bernoulli_", "bernoulli")
         if binary:
-            p = args[1] if len(args) > 1 else None
+            p = args[1] if len(args) > 1 else 0.5 if name == "bernoulli_" else None  # a default is left out
             keep = float(p) if isinstance(p, (int, float)) else None
         if len(self._labels) < _MOST:
             uniform = name in _UNIFORM and args[1:3] in ((), (0.0, 1.0))

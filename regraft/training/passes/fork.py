@@ -73,7 +73,13 @@ class Fork:
 
     def __init__(self, model: nn.Module, path: str) -> None:
         self.path = path
-        self.module = model.get_submodule(path)
+        self.module = model
+        for name in ("", *path.split(".")):
+            self.module = self.module.get_submodule(name)
+            if getattr(self.module, "_compiled_call_impl", None) is not None:
+                raise self.unfit(
+                    "lies in a compiled part", "fork in front of it, or pass the model uncompiled"
+                )
         self.calls = 0
         self._start: Any = None
         self._end: Any = None

@@ -2,59 +2,40 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from regraft.errors import LossError, RateError, nearest
-
-TASKS = ("classification", "multilabel", "regression")
-REDUCTIONS = ("batchmean", "sum", "none")
-_CE = ("sum", "mean")
+from regraft.errors import LossError
+from regraft.training.rdrop.options import RDropOptions
 
 
-def fitted(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    task: str | None,
-    shift: bool,
-    ignore_index: int,
-    label_smoothing: float,
-    weight: Tensor | None,
+def validate(
+    logits: Tensor, labels: Tensor, options: RDropOptions, weight: Tensor | None = None
 ) -> tuple[str, Tensor, Tensor]:
-    """The task, and logits and labels in the shapes its terms want, or LossError."""
-    if shift:
-        logits, labels = _shifted(logits, labels)
-    task = task_of(task, logits, labels)
-    check = {"classification": _classes, "multilabel": _label_columns, "regression": _values}[task]
-    logits, labels = check(logits, labels, ignore_index)
-    if task != "classification" and label_smoothing:
+    """The task, and logits and labels in the shapes that its terms take.
+
+    Raises:
+        LossError: they fit no task, or the options do not fit theirs.
+    """
+    _check_tensors(logits, labels, options.alpha)
+    logits = _classes_last(logits, labels, options)
+    if options.shift:
+        labels = _shifted(logits, labels, options.ignore_index)
+    task = options.task or infer_task(logits, labels, options.ignore_index)
+    fit = {"classification": _fit_classes, "multilabel": _fit_columns, "regression": _fit_values}[task]
+    logits, labels = fit(logits, labels, options.ignore_index)
+    if task != "classification" and options.label_smoothing:
         raise LossError(f"label_smoothing is for classification, this is {task}", remedy="leave it at 0")
     if task == "regression" and weight is not None:
         raise LossError("weight has no meaning for regression", remedy="leave it out")
     if weight is not None and weight.shape != logits.shape[-1:]:
-        raise LossError(f"weight of shape {tuple(weight.shape)}, for {logits.shape[-1]} {_COLUMNS[task]}")
+        columns = "classes" if task == "classification" else "labels"
+        raise LossError(f"weight of shape {tuple(weight.shape)}, for {logits.shape[-1]} {columns}")
     return task, logits, labels
 
 
-_COLUMNS = {"classification": "classes", "multilabel": "labels"}
-
-
-def check_options(alpha: float, ce: str, reduction: str, label_smoothing: float) -> None:
-    """Raise for what no logits could make right."""
-    if not isinstance(alpha, (int, float)) or not (alpha >= 0 and math.isfinite(alpha)):
-        raise RateError(f"alpha={alpha!r} is not a number of 0 or more")
-    if not 0 <= label_smoothing < 1:
-        raise RateError(f"label_smoothing={label_smoothing!r} is not in [0, 1)")
-    for name, value, known in (("ce", ce, _CE), ("reduction", reduction, REDUCTIONS)):
-        if value not in known:
-            listed = " or ".join(map(repr, known))
-            raise LossError(f"{name}={value!r} is not {listed}", remedy=nearest(str(value), known))
-
-
-def check_passes(logits: Tensor, labels: Tensor, alpha: float) -> None:
+def _check_tensors(logits: Tensor, labels: Tensor, alpha: float) -> None:
     if isinstance(logits, (tuple, list)):
         raise LossError(
             f"logits is a {type(logits).__name__} of {len(logits)}, not one tensor",
@@ -64,39 +45,75 @@ def check_passes(logits: Tensor, labels: Tensor, alpha: float) -> None:
     for name, value in (("logits", logits), ("labels", labels)):
         if not isinstance(value, Tensor):
             remedy = "give its .logits" if hasattr(value, "logits") else "give a tensor"
-            raise LossError(f"{name} is no tensor but a {type(value).__name__}", remedy=remedy)
+            raise LossError(f"{name} is a {type(value).__name__}, not a tensor", remedy=remedy)
     if not logits.is_floating_point():
         raise LossError(f"logits are {logits.dtype}, not floating point")
     if logits.dim() < 2 or len(logits) < (2 if alpha else 1):
         raise LossError(
-            f"logits of shape {tuple(logits.shape)} hold no two passes",
+            f"logits of shape {tuple(logits.shape)} do not hold two passes",
             remedy="logits are (passes, batch, ..., classes): regraft.stochastic_passes(model, 2, ...) or "
             "torch.stack([first, second])",
         )
 
 
-def _shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    if logits.dim() < 4 or labels.dim() < 2:
+def _classes_last(logits: Tensor, labels: Tensor, options: RDropOptions) -> Tensor:
+    """`class_axis` is of one pass: axis 1 is (batch, classes, ...), as in torch's own losses."""
+    if options.class_axis is None or options.task in ("multilabel", "regression"):
+        return logits
+    if not -logits.dim() < options.class_axis < logits.dim() - 1:
+        raise LossError(f"class_axis={options.class_axis}, and a pass has {logits.dim() - 1} axes")
+    axis = options.class_axis
+    return logits.movedim(axis + 1 if axis >= 0 else axis, -1)
+
+
+def _shifted(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    # The labels move and the logits stay, which for a language model are the largest tensor there is.
+    if logits.dim() < 4 or labels.dim() < 2 or labels.is_floating_point():
         raise LossError(
             f"shift=True needs a time axis: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}",
             remedy="logits are (passes, batch, time, classes), labels (batch, time)",
         )
-    return logits[..., :-1, :], labels[..., 1:]
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
-def task_of(task: str | None, logits: Tensor, labels: Tensor) -> str:
-    if task is not None:
-        if task not in TASKS:
-            listed = ", ".join(map(repr, TASKS))
-            raise LossError(f"task={task!r} is not one of {listed}", remedy=nearest(str(task), TASKS))
-        return task
+def infer_task(logits: Tensor, labels: Tensor, ignore_index: int) -> str:
+    """The task that the labels mean.
+
+    Raises:
+        LossError: they can mean several.
+    """
     alike = labels.shape == logits.shape[1:] and logits.dim() > 2 and logits.shape[-1] > 1
-    if labels.is_floating_point() or (labels.dtype == torch.bool and alike):
-        return "multilabel" if alike else "regression"
-    return "classification"
+    if labels.dtype == torch.bool and alike:
+        return "multilabel"
+    if not labels.is_floating_point():
+        return "classification"
+    if not alike:
+        return "regression"
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(labels):
+        raise _ambiguous("floating labels of the logits' shape, which a compiled loss does not look into")
+    # Reading the values waits for the device; `task=` spares that.
+    values = labels.detach().float()
+    whole = ((values == 0) | (values == 1) | (values == ignore_index)).all()
+    in_range = ((values >= 0) & (values <= 1)).all()
+    sums_to_1 = (values.sum(-1) - 1).abs().le(1e-3).all()
+    if whole and not sums_to_1:
+        return "multilabel"
+    if in_range and sums_to_1 and not whole:
+        return "classification"
+    if whole:
+        raise _ambiguous("every row of the labels has a single 1: classes, or one of several labels")
+    raise _ambiguous("the labels are neither 0 and 1 nor rows that sum to 1")
 
 
-def _classes(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _ambiguous(what: str) -> LossError:
+    return LossError(
+        what,
+        where="labels of the logits' shape",
+        remedy='say task="classification" (soft or one-hot classes), task="multilabel" or task="regression"',
+    )
+
+
+def _fit_classes(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     soft = labels.is_floating_point()
     classes = logits.shape[-1]
     wanted = logits.shape[1:] if soft else logits.shape[1:-1]
@@ -111,7 +128,7 @@ def _classes(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor,
             "there is one class, whose loss is always 0",
             remedy='with labels.float(): for regression task="regression", for yes or no task="multilabel"',
         )
-    if not soft and readable(labels):
+    if not soft and _readable(labels):
         labelled = labels[labels != ignore_index]
         if labelled.numel() and not (labelled.min() >= 0 and labelled.max() < classes):
             raise LossError(
@@ -125,13 +142,14 @@ def _reshape_remedy(logits: Tensor, labels: Tensor) -> str:
     if labels.shape == logits.shape[1:]:
         return 'for several labels at once labels.float() (task="multilabel"); for classes labels.argmax(-1)'
     if labels.dim() > 1 and labels.shape == (*logits.shape[1:2], *logits.shape[3:]):
-        return "the classes are the last axis: logits.movedim(2, -1)"
+        return "the classes are on axis 1: class_axis=1"
     return "logits are (passes, batch, ..., classes), labels (batch, ...)"
 
 
-def _label_columns(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _fit_columns(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    logits, labels = _without_last_axis(logits, labels)
     _check_alike(logits, labels, "multilabel")
-    if readable(labels):
+    if _readable(labels):
         given = labels[labels != ignore_index]
         if given.numel() and not (given.min() >= 0 and given.max() <= 1):
             raise LossError(
@@ -141,13 +159,18 @@ def _label_columns(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[T
     return logits, labels
 
 
-def _values(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    del ignore_index  # any number is a value here
-    if logits.shape[-1] == 1 and logits.dim() == labels.dim() + 2:
-        logits = logits.squeeze(-1)
-    elif labels.dim() == logits.dim() and labels.shape[-1] == 1:
-        labels = labels.squeeze(-1)
+def _fit_values(logits: Tensor, labels: Tensor, _: int) -> tuple[Tensor, Tensor]:
+    logits, labels = _without_last_axis(logits, labels)
     _check_alike(logits, labels, "regression")
+    return logits, labels
+
+
+def _without_last_axis(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A single column on one side and none on the other is the same thing."""
+    if logits.shape[-1] == 1 and logits.dim() == labels.dim() + 2:
+        return logits.squeeze(-1), labels
+    if labels.dim() == logits.dim() and labels.shape[-1] == 1:
+        return logits, labels.squeeze(-1)
     return logits, labels
 
 
@@ -161,7 +184,7 @@ def _check_alike(logits: Tensor, labels: Tensor, task: str) -> None:
         )
 
 
-def readable(tensor: Tensor) -> bool:
+def _readable(tensor: Tensor) -> bool:
     """Whether looking at a value costs nothing: no GPU to wait for, no graph being recorded."""
     if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.device.type != "cpu":
         return False

@@ -1,14 +1,23 @@
-"""R-Drop's loss (Liang et al. 2021): the task's loss of every pass, and how far the passes disagree."""
+"""R-Drop's loss (Liang et al. 2021): the task's loss of every pass, and how far the passes disagree.
+
+Everything is written for logits of shape (passes, batch, ...), in single precision or better.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from regraft.training.rdrop.labels import check_options, check_passes, fitted
-from regraft.training.rdrop.terms import Terms, multi_label, regression, single_label
+from regraft.training.rdrop.labels import validate
+from regraft.training.rdrop.options import RDropOptions
+
+CHUNK_ELEMENTS = 2**22
+"""Larger logits are taken so many elements at a time, so that no copy of all of them is made in float32."""
 
 
 class RDropTerms(NamedTuple):
@@ -24,33 +33,39 @@ def rdrop_loss(
     alpha: float = 1.0,
     *,
     task: str | None = None,
-    ce: str = "sum",
+    ce: str = "mean",
     reduction: str = "batchmean",
     shift: bool = False,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    class_axis: int | None = None,
+    consistency: str = "labelled",
     weight: Tensor | None = None,
     num_items_in_batch: Tensor | float | None = None,
 ) -> Tensor:
-    """CE_1 + CE_2 + alpha * (KL(1||2) + KL(2||1)) / 2, and its like for n passes and other tasks.
+    """The mean of the passes' losses + alpha * (KL(1||2) + KL(2||1)) / 2, for two passes or more.
 
-    For n passes it is 2 * mean_i CE_i + alpha * the mean over pairs of (KL_ij + KL_ji) / 2. Computed
-    from the log-softmax in single precision (double stays double), finite for masked classes (-inf).
+    For n passes the KL is the mean over the pairs. At alpha 0 it is the loss of plain training. Computed
+    from the log-softmax in single precision (double stays double), finite for masked classes (-inf); large
+    logits are taken in chunks, without a copy of them in single precision.
 
     Args:
         logits: of all passes, stacked on the first axis; what `stochastic_passes` returns.
-        labels: class indices, or class probabilities with `task="classification"`; for "multilabel"
-            0 and 1 for each label; for "regression" the values.
+        labels: class indices, or class probabilities; for "multilabel" 0 and 1 for each label; for
+            "regression" the values.
         alpha: weight of the KL. With 0 it is not computed.
         task: "classification", "multilabel" or "regression". By default integer labels mean
-            classification, floating labels multi-label where they have the logits' shape and more than one
-            column, else regression.
-        ce: "sum" adds 2 * the mean over passes of the task's loss, as the paper does; "mean" the mean.
-        reduction: of the KL: "batchmean" divides by the number of labelled positions (multi-label: of
+            classification. Floating labels of the logits' shape are looked into: rows that sum to 1 are
+            probabilities of classes, rows of 0 and 1 several labels; what can be both is asked for. Any
+            other floating labels mean regression.
+        ce: "mean" or "sum" (2 * the mean) of the passes' losses; the paper's formula has the sum.
+        reduction: of the KL: "batchmean" divides by the number of positions that count (multi-label: of
             labels, regression: of values), "sum" does not; "none" leaves the whole loss per position.
         shift: position t predicts label t + 1, as in causal language models, which shift by themselves.
         ignore_index: positions (multi-label: entries) with this label count in neither term.
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
+        class_axis: of one pass; 1 for (batch, classes, height, width). By default the last.
+        consistency: "all" lets positions without a label count in the KL (semi-supervised training).
         weight: of each class (multi-label: of each label), for the task's loss alone.
         num_items_in_batch: divide both terms by this instead of what this batch holds: the count over
             all steps of a gradient accumulation, as Trainer passes it.
@@ -65,81 +80,271 @@ def rdrop_loss(
 
     Source: Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks", equations 2 to 4.
 
-    Differs: the published code averages the two CE and sums the KL over the batch, so that alpha means
-        something else at every batch size; `ce="mean", reduction="sum"` is that.
+    Differs: the paper adds the losses of the passes (`ce="sum"`), so its alpha is twice ours. Some of the
+        authors' code sums the KL over the batch, so that its alpha means something else at every batch
+        size (`reduction="sum"`). docs/rdrop.md translates.
 
     Example:
         >>> import regraft, torch
         >>> logits = torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]])
         >>> regraft.rdrop_loss(logits, torch.tensor([0]), alpha=0.5)
-        tensor(3.0155)
+        tensor(1.8885)
     """
-    terms = rdrop_terms(
-        logits,
-        labels,
-        alpha,
+    options = RDropOptions(
+        alpha=alpha,
         task=task,
         ce=ce,
         reduction=reduction,
         shift=shift,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
-        weight=weight,
-        num_items_in_batch=num_items_in_batch,
+        class_axis=class_axis,
+        consistency=consistency,
     )
-    return terms.task + alpha * terms.kl if alpha else terms.task
+    return options.loss_of(*rdrop_terms(logits, labels, options, weight=weight, items=num_items_in_batch))
 
 
 def rdrop_terms(
     logits: Tensor,
     labels: Tensor,
-    alpha: float = 1.0,
+    options: RDropOptions,
     *,
-    task: str | None = None,
-    ce: str = "sum",
-    reduction: str = "batchmean",
-    shift: bool = False,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
     weight: Tensor | None = None,
-    num_items_in_batch: Tensor | float | None = None,
+    items: Tensor | float | None = None,
 ) -> RDropTerms:
-    """The two terms of `rdrop_loss` apart, for a log; at alpha 0 the KL is 0 and is not computed."""
-    check_options(alpha, ce, reduction, label_smoothing)
-    check_passes(logits, labels, alpha)
-    task, logits, labels = fitted(
-        logits,
-        labels,
-        task=task,
-        shift=shift,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        weight=weight,
-    )
-    options: dict[str, Any] = {"disagreement": alpha != 0}
-    if task == "regression":
-        terms = regression(logits, labels, **options)
-    elif task == "multilabel":
-        terms = multi_label(logits, labels, ignore_index=ignore_index, weight=weight, **options)
-    else:
-        options |= {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "weight": weight}
-        terms = single_label(logits, labels, **options)
-    return _reduced(terms, 2 if ce == "sum" else 1, reduction, num_items_in_batch)
-
-
-def _reduced(terms: Terms, times: int, reduction: str, items: Tensor | float | None) -> RDropTerms:
-    kl = torch.zeros_like(terms.task) if terms.disagreement is None else terms.disagreement
-    if reduction == "none":
-        return RDropTerms(times * terms.task, kl)
+    """The two terms of `rdrop_loss` apart; at alpha 0 the KL is 0 and is not computed."""
+    task, logits, labels = validate(logits, labels, options, weight)
+    target = _target(task, logits, labels, options, weight)
+    losses, divergence = _per_position(logits, target, loss=True, divergence=options.alpha != 0)
+    losses = options.ce_weight * losses
+    if options.reduction == "none":
+        return RDropTerms(losses, divergence)
     # A batch without one label is worth 0, not 0 / 0.
-    count = terms.kept.sum().clamp(min=1) if items is None else _on(items, kl)
-    divisor = count
-    if items is None and terms.weight is not None:
-        total = terms.weight.sum()
-        divisor = total.where(total > 0, 1)
-    task = times * (terms.task.sum() / divisor)
-    return RDropTerms(task, kl.sum() if reduction == "sum" else kl.sum() / count)
+    count: Any = target.kept.sum().clamp(min=1)
+    divisor = count if target.weights is None else target.weights.sum()
+    if items is not None:
+        count = divisor = items.to(losses.device) if isinstance(items, Tensor) else items
+    elif target.weights is not None:
+        divisor = divisor.where(divisor > 0, 1)
+    if options.consistency == "all":
+        count = target.compared.sum().clamp(min=1)
+    kl = divergence.sum()
+    return RDropTerms(losses.sum() / divisor, kl if options.reduction == "sum" else kl / count)
 
 
-def _on(items: Tensor | float, like: Tensor) -> Tensor | float:
-    return items.to(like.device) if isinstance(items, Tensor) else items
+def divergence(
+    logits: Tensor, compared: Tensor, options: RDropOptions, task: str, items: Tensor | float | None = None
+) -> Tensor:
+    """The KL term alone, over the positions that `compared` marks."""
+    target = _Target(task, compared, compared)
+    _, apart = _per_position(logits, target, loss=False, divergence=True)
+    if options.reduction == "sum":
+        return apart.sum()
+    if items is not None and options.consistency != "all":
+        return apart.sum() / (items.to(apart.device) if isinstance(items, Tensor) else items)
+    return apart.sum() / compared.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What the logits are compared with.
+
+    Attributes:
+        task: of the logits.
+        kept: positions that have a label.
+        compared: positions that count in the KL.
+        labels: class indices, class probabilities, 0 and 1, or values; None for the KL alone.
+        weights: of each position's label, which the sum of the losses is divided by.
+        weight: of each class or label.
+        smoothing: of the labels.
+    """
+
+    task: str
+    kept: Tensor
+    compared: Tensor
+    labels: Tensor | None = None
+    weights: Tensor | None = None
+    weight: Tensor | None = None
+    smoothing: float = 0.0
+
+    def rows(self, rows: slice) -> _Target:
+        """The same for some of its positions, which are on one axis."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows]
+
+        return _Target(
+            self.task,
+            self.kept[rows],
+            self.compared[rows],
+            cut(self.labels),
+            cut(self.weights),
+            self.weight,
+            self.smoothing,
+        )
+
+
+def _target(
+    task: str, logits: Tensor, labels: Tensor, options: RDropOptions, weight: Tensor | None
+) -> _Target:
+    every = torch.ones(logits.shape[1:-1] if task == "classification" else logits.shape[1:], dtype=torch.bool)
+    every = every.to(logits.device)
+    indices = not labels.is_floating_point()
+    ignores = task == "multilabel" or (task == "classification" and indices)
+    kept = labels != options.ignore_index if ignores else every
+    if task == "multilabel":
+        kept = kept & ~torch.isneginf(logits).any(0)
+    compared = every if options.consistency == "all" else kept
+    labels = labels.where(kept, 0) if ignores else labels
+    weights = None
+    if weight is not None:
+        weight = weight.to(logits.device)
+        if task == "classification" and indices:
+            weights = weight[labels].where(kept, 0)
+    return _Target(task, kept, compared, labels, weights, weight, options.label_smoothing)
+
+
+Positions = tuple[Tensor, Tensor]
+"""At each position: the mean of the passes' losses, and the mean divergence of the pairs of passes."""
+
+
+def _per_position(logits: Tensor, target: _Target, *, loss: bool, divergence: bool) -> Positions:
+    terms = {"classification": _classes, "multilabel": _columns, "regression": _values}[target.task]
+    large = target.task == "classification" and logits.numel() > 2 * CHUNK_ELEMENTS
+    transformed = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(logits)
+    if not large or transformed:
+        return terms(logits, target, loss, divergence)
+    passes, *places, classes = logits.shape
+    labels = target.labels
+    soft = labels is not None and labels.is_floating_point()
+    flat = _Target(
+        target.task,
+        target.kept.flatten(),
+        target.compared.flatten(),
+        None if labels is None else labels.flatten(0, -2 if soft else -1),
+        None if target.weights is None else target.weights.flatten(),
+        target.weight,
+        target.smoothing,
+    )
+
+    def compute(x: Tensor, rows: slice) -> Positions:
+        return terms(x, flat.rows(rows), loss, divergence)
+
+    size = max(1, CHUNK_ELEMENTS // (passes * classes))
+    both = _InChunks.apply(logits.reshape(passes, -1, classes), compute, size)
+    return both[0].view(places), both[1].view(places)
+
+
+class _InChunks(torch.autograd.Function):
+    """Terms of rows of logits, some rows at a time; the backward computes each chunk again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, compute: Callable[[Tensor, slice], Positions], size: int
+    ) -> Positions:
+        ctx.save_for_backward(logits)
+        ctx.compute, ctx.size = compute, size
+        parts = [compute(logits[:, rows], rows) for rows in _chunks(logits, size)]
+        first, second = zip(*parts, strict=True)
+        return torch.cat(first), torch.cat(second)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        (logits,) = ctx.saved_tensors
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        for rows in _chunks(logits, ctx.size):
+            x = logits[:, rows].detach().requires_grad_()
+            with torch.enable_grad():
+                values = ctx.compute(x, rows)
+            used = [(v, slope[rows]) for v, slope in zip(values, slopes, strict=True) if v.requires_grad]
+            outputs, inside = zip(*used, strict=True)
+            (gradient[:, rows],) = torch.autograd.grad(outputs, x, inside)
+        return gradient, None, None
+
+
+def _chunks(logits: Tensor, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, logits.shape[1], size)]
+
+
+def over_pairs(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over the pairs (i, j) of passes of (a_i - a_j)(b_i - b_j), with one product per pass."""
+    if len(a) == 2:
+        return (a[1] - a[0]) * (b[1] - b[0])
+    # Measured from pass 0 first: passes that are equal then give exactly 0, whatever their mean rounds to.
+    a, b = a - a[:1], b - b[:1]
+    a, b = a - a.mean(0), b - b.mean(0)
+    return (a * b).sum(0) * (2 / (len(a) - 1))
+
+
+def _classes(logits: Tensor, target: _Target, loss: bool, divergence: bool) -> Positions:
+    """Cross-entropy and KL over the last axis; labels are class indices, or probabilities of classes."""
+    # A position that is ignored may hold anything, NaN included, and must not reach the gradient.
+    logits = logits.masked_fill(~(target.kept | target.compared).unsqueeze(-1), 0)
+    log_p = F.log_softmax(wide(logits), dim=-1)
+    # A class at -inf in any pass is masked: (0 - 0) * (-inf + inf) would be NaN, so it counts as equal.
+    seen = log_p.masked_fill(torch.isneginf(log_p).any(0), 0)
+    losses = apart = torch.zeros(logits.shape[1:-1], dtype=log_p.dtype, device=log_p.device)
+    if loss and target.labels is not None:
+        score = _soft_loss if target.labels.is_floating_point() else _index_loss
+        losses = score(log_p, seen, target).where(target.kept, 0)
+    if divergence:
+        # KL(i||j) + KL(j||i) is the sum over the classes of (p_i - p_j)(log p_i - log p_j): no term is
+        # below 0, and there is nothing to cancel.
+        apart = over_pairs(log_p.exp(), seen).sum(-1).div(2).where(target.compared, 0)
+    return losses, apart
+
+
+def _index_loss(log_p: Tensor, seen: Tensor, target: _Target) -> Tensor:
+    assert target.labels is not None
+    index = target.labels.unsqueeze(-1).expand(*log_p.shape[:-1], 1)
+    loss = -log_p.gather(-1, index).squeeze(-1)
+    if target.weights is not None:
+        loss = loss * target.weights.to(loss)
+    if target.smoothing:
+        spread = seen if target.weight is None else seen * target.weight.to(seen)
+        loss = (1 - target.smoothing) * loss - spread.sum(-1) * (target.smoothing / log_p.shape[-1])
+    return loss.mean(0)
+
+
+def _soft_loss(_: Tensor, seen: Tensor, target: _Target) -> Tensor:
+    assert target.labels is not None
+    labels = target.labels.to(seen.dtype)
+    if target.smoothing:
+        labels = labels * (1 - target.smoothing) + target.smoothing / labels.shape[-1]
+    if target.weight is not None:
+        labels = labels * target.weight.to(labels)
+    return -(seen * labels).sum(-1).mean(0)
+
+
+def _columns(logits: Tensor, target: _Target, loss: bool, divergence: bool) -> Positions:
+    """Binary cross-entropy and Bernoulli KL for each label."""
+    masked = torch.isneginf(logits).any(0)
+    x = wide(logits.masked_fill(~(target.kept | target.compared) | masked, 0))
+    losses = apart = torch.zeros(x.shape[1:], dtype=x.dtype, device=x.device)
+    if loss and target.labels is not None:
+        labels = target.labels.to(x.dtype).expand_as(x)
+        losses = F.binary_cross_entropy_with_logits(x, labels, reduction="none").mean(0)
+        if target.weight is not None:
+            losses = losses * target.weight.to(losses)
+        losses = losses.where(target.kept, 0)
+    if divergence:
+        # Both directions of the KL of two Bernoullis sum to the difference of rates times that of logits.
+        apart = over_pairs(x.sigmoid(), x).div(2).where(target.compared, 0)
+    return losses, apart
+
+
+def _values(outputs: Tensor, target: _Target, loss: bool, divergence: bool) -> Positions:
+    """Squared error, and the squared difference of the passes."""
+    x = wide(outputs)
+    losses = apart = torch.zeros(x.shape[1:], dtype=x.dtype, device=x.device)
+    if loss and target.labels is not None:
+        losses = (x - target.labels.to(x.dtype)).square().mean(0)
+    if divergence:
+        apart = over_pairs(x, x).where(target.compared, 0)
+    return losses, apart
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in single precision, unless it is in double precision already."""
+    return x if x.dtype == torch.float64 else x.float()

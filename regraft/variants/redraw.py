@@ -1,0 +1,150 @@
+"""Noise on a weight that is drawn anew in the backward pass, from a saved seed, instead of being kept.
+
+A weight and its mask are as large as the layer: kept for the backward pass they would double its memory.
+The noise is a function of a seed, so the backward pass draws the same again. Under a compiler, which plans
+its own memory, and under `torch.func` the noise is an ordinary tensor.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from regraft.variants.draws import HALVES, fast_keep_mask, plain, times_mask
+
+
+class Noise(NamedTuple):
+    """What multiplies a weight: of mean 1 and variance p / (1 - p)."""
+
+    p: float
+    kind: str = "bernoulli"
+    exact: bool = False
+
+    def times(self, x: Tensor, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """X times the noise of a weight like `like`: the same for the same state of the generator."""
+        if self.kind == "bernoulli":
+            kept = fast_keep_mask(like, self.p, self.exact, generator)
+            return times_mask(x, kept, 1 / (1 - self.p))
+        deviation = (self.p / (1 - self.p)) ** 0.5
+        wide = torch.float32 if like.dtype in HALVES else like.dtype
+        if generator is None:
+            normal = torch.randn_like(like, dtype=wide, requires_grad=False)
+        else:
+            normal = torch.randn(like.shape, dtype=wide, device=like.device, generator=generator)
+        return (x * normal.mul_(deviation).add_(1)).to(x.dtype)
+
+
+def noisy_weight(weight: Tensor, noise: Noise, base: Tensor | None = None) -> Tensor:
+    """`base + (weight - base) * noise`; a base of None is 0."""
+    if _redraws(weight):
+        noisy: Tensor = _NoisyWeight.apply(weight, base, noise, _seed())
+        return noisy
+    if base is None:
+        return noise.times(weight, weight)
+    return base + noise.times(weight - base, weight)
+
+
+def noisy_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, noise: Noise, base: Tensor | None = None
+) -> Tensor:
+    """A linear layer with `noisy_weight`, which keeps x and the weight, as the plain layer does."""
+    if not (plain(x) and _redraws(weight)):
+        return linear(x, noisy_weight(weight, noise, base), bias)
+    x, weight, bias = as_autocast_has_them(x, weight, bias)
+    base = None if base is None else base.to(weight.dtype)
+    # As rows: what a function of autograd returns must be no view, or nothing can change it in place.
+    product: Tensor = _NoisyLinear.apply(_rows(x), weight, bias, base, noise, _seed())
+    return product.view(*x.shape[:-1], len(weight))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _redraws(weight: Tensor) -> bool:
+    # Whether gradients are on must not matter: a checkpoint runs with and without, and draws the same.
+    return plain(weight) and not weight.is_meta and not torch._C._are_functorch_transforms_active()
+
+
+def _seed() -> int:
+    # From the CPU's generator, on any device: reading a number from another would wait for it.
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
+def _generator(weight: Tensor, seed: int) -> torch.Generator:
+    return torch.Generator(device=weight.device).manual_seed(seed)
+
+
+def _drawn(weight: Tensor, base: Tensor | None, noise: Noise, seed: int) -> Tensor:
+    generator = _generator(weight, seed)
+    if base is None:
+        return noise.times(weight, weight, generator)
+    return noise.times(weight - base, weight, generator).add_(base)
+
+
+class _NoisyWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, base: Tensor | None, noise: Noise, seed: int) -> Tensor:
+        ctx.save_for_backward(weight)  # its shape and its order in memory: nothing is copied
+        ctx.noise, ctx.seed = noise, seed
+        return _drawn(weight, base, noise, seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (weight,) = ctx.saved_tensors
+        return ctx.noise.times(grad, weight, _generator(weight, ctx.seed)), None, None, None
+
+
+class _NoisyLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor | None, noise: Noise, seed: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, base)
+        ctx.noise, ctx.seed = noise, seed
+        return linear(x, _drawn(weight, base, noise, seed), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight, base = ctx.saved_tensors
+        noise, seed = ctx.noise, ctx.seed
+        for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
+        slopes: list[Tensor | None] = [None] * 6
+        if for_x:
+            # A function of its own where slopes of slopes are wanted; else the noise drawn again.
+            if torch.is_grad_enabled():
+                noisy = _NoisyWeight.apply(weight, base, noise, seed)
+            else:
+                noisy = _drawn(weight, base, noise, seed)
+            slopes[0] = grad @ noisy
+        if for_weight:
+            slopes[1] = noise.times(grad.T @ x, weight, _generator(weight, seed))
+        if for_bias:
+            slopes[2] = grad.sum(0)
+        return tuple(slopes)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if _autocast_on(x) else nullcontext()
+
+
+def _autocast_on(x: Tensor) -> bool:
+    device = x.device.type
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
+        return False  # such as meta; an older compiler does not know the question
+    return torch.is_autocast_enabled(device)
+
+
+def as_autocast_has_them(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In the dtype that autocast runs a linear layer in; float64 it leaves alone."""
+    if not _autocast_on(x) or x.dtype is torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
