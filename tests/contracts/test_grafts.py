@@ -39,7 +39,10 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x[:, :1], self.drop_prob, self.training) * 0 + x
+        rows = (
+            torch.ones_like(x[:, :1, :1]) if x.dim() == 3 else torch.ones(len(x), *[1] * (x.dim() - 1)).to(x)
+        )
+        return x * F.dropout(rows, self.drop_prob, self.training)
 
 
 class Host(nn.Module):
