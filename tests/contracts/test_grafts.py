@@ -39,10 +39,10 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = (
-            torch.ones_like(x[:, :1, :1]) if x.dim() == 3 else torch.ones(len(x), *[1] * (x.dim() - 1)).to(x)
-        )
-        return x * F.dropout(rows, self.drop_prob, self.training)
+        if not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        return x * x.new_empty((len(x), *[1] * (x.dim() - 1))).bernoulli_(keep) / keep
 
 
 class Host(nn.Module):
