@@ -37,7 +37,8 @@ class Site:
         field: of an insertion, the argument or the part of the output that it is on; "" for the first tensor.
         role: "router" where what the product gives chooses between experts.
         reader: of a weight that another module multiplies by, the path of that module, which `module` is;
-            `holder` leads from there to the module that has the weight, as its `attribute`.
+            `holder` leads from there to the module that has the weight, as its `attribute`, and `contracted`
+            is the axis of it that the product sums over.
     """
 
     path: str
@@ -66,6 +67,7 @@ class Site:
     reader: str = ""
     holder: str = ""
     attribute: str = ""
+    contracted: int | None = None
     draws_in_eval: bool = False
     baked: bool | None = dataclasses.field(default=None, repr=False)
     """Of a node: the training flag, where tracing fixed it."""

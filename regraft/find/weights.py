@@ -44,6 +44,7 @@ class Weight:
         reader_path: the first path of the reader.
         holder_path: from the reader to the holder.
         calls: how often it multiplied.
+        contracted: the axis of it that the products sum over; None where they differ or it is not known.
         direct: whether only the own forward of a linear layer multiplies by it.
         obstacle: why lending it would be wrong, and the remedy.
     """
@@ -58,6 +59,7 @@ class Weight:
     holder_path: str
     calls: int
     direct: bool
+    contracted: int | None = None
     obstacle: tuple[str, str] | None = None
 
 
@@ -120,6 +122,7 @@ def _site(weight: Weight, paths: dict[int, tuple[str, ...]]) -> Site:
         reader=weight.reader_path,
         holder=weight.holder_path,
         attribute=weight.attribute,
+        contracted=weight.contracted,
         obstacle=weight.obstacle,
     )
 
@@ -232,6 +235,7 @@ def _weight(
         holder_path=inside,
         calls=sum(one.calls for one in products),
         direct=direct,
+        contracted=axes.pop() if len(axes := {one.contracted for one in products}) == 1 else None,
         obstacle=_obstacle(tree, recorder, root, holder, place[1], reader_path, kind),
     )
 

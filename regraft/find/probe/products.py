@@ -39,6 +39,8 @@ _OPERANDS: dict[str, tuple[str, tuple[int, ...]]] = {
     "aten::convolution": ("convolution", (0, 1)),
     "aten::_convolution": ("convolution", (0, 1)),
 }
+_AS_STORED = ("aten::linear", "aten::mkldnn_linear")
+"""Operators that take a weight as `nn.Linear` stores it, (out, in)."""
 _RECURRENT = ("aten::mkldnn_rnn_layer", "aten::_cudnn_rnn", "aten::miopen_rnn")
 _SELECT = ("aten::topk", "aten::argmax", "aten::argmin")
 _INDEX = ("aten::index", "aten::index_select", "aten::gather", "aten::embedding")
@@ -63,6 +65,8 @@ class Product:
         module: the innermost module whose forward ran it.
         form: "matrix", "batched", "grouped", "recurrent", "bilinear" or "convolution".
         weight: the shape of the weight as it multiplied: of one expert, where each is multiplied alone.
+        contracted: the axis of the parameter that the product sums over, where it is known: the others are
+            those of output units.
         calls: how often it ran.
         shapes: the shapes of the other operand, each once.
         selects: whether its result reaches, with no other product between, a top-k or an argmax whose
@@ -73,6 +77,7 @@ class Product:
     module: nn.Module | None
     form: str
     weight: tuple[int, ...]
+    contracted: int | None = None
     calls: int = 0
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     selects: bool = False
@@ -171,11 +176,11 @@ class ProductRecorder:
 
     def _weights(
         self, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-        """The form of a product, the tensor that is its weight, and the other operand."""
+    ) -> Iterator[tuple[str, Tensor, Tensor | None, int | None]]:
+        """The form of a product, its weight, the other operand, and the axis of the weight summed over."""
         if name in _RECURRENT:
             tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            yield from (("recurrent", one, tensors[0]) for one in tensors[1:] if one.dim() > 1)
+            yield from (("recurrent", one, tensors[0], 1) for one in tensors[1:] if one.dim() > 1)
             return
         if name in _OPERANDS:
             form, places = _OPERANDS[name]
@@ -185,15 +190,15 @@ class ProductRecorder:
             ]
             x, weight = (bound[place] for place in places)
             if form == "bilinear" and name == "aten::_trilinear":
-                yield form, args[1], args[0]
+                yield form, args[1], args[0], None
             elif self._roots(weight) and weight.dim() > 1:
-                yield form, weight, x
+                yield form, weight, x, None if form == "bilinear" else -1 if name in _AS_STORED else -2
                 # Both made of parameters: either an input that is learned (a layer's latents), or, of two
                 # whole parameters, factors of a weight.
                 if form != "convolution" and self._is_whole(x) and self._is_whole(weight):
-                    yield form, x, weight
+                    yield form, x, weight, -1
             elif self._roots(x) and x.dim() > 1 and form != "convolution":
-                yield form, x, weight
+                yield form, x, weight, -1
             return
         if not name.startswith("aten::") and not name.startswith("prims::"):
             # An operator of somebody's own: a stack of experts beside what it multiplies.
@@ -201,22 +206,30 @@ class ProductRecorder:
             stacks = [one for one in tensors if one.dim() >= 3 and self._roots(one)]
             others = [one for one in tensors if not self._roots(one) and one.is_floating_point()]
             if others:
-                yield from (("grouped", one, others[0]) for one in stacks)
+                yield from (("grouped", one, others[0], -2) for one in stacks)
 
     def _note(
-        self, form: str, weight: Tensor, other: Tensor | None, module: nn.Module | None
+        self, form: str, weight: Tensor, other: Tensor | None, summed: int | None, module: nn.Module | None
     ) -> Product | None:
         roots = tuple(sorted(self._roots(weight)))
         if not roots:
             return None
         shape = tuple(weight.shape)
-        product = self._products.setdefault(
-            (roots, id(module), form, shape), Product(roots, module, form, shape)
-        )
+        fresh = Product(roots, module, form, shape, self._axis(roots, weight, summed))
+        product = self._products.setdefault((roots, id(module), form, shape), fresh)
         product.calls += 1
         if other is not None and tuple(other.shape) not in product.shapes:
             product.shapes.append(tuple(other.shape))
         return product
+
+    def _axis(self, roots: tuple[str, ...], weight: Tensor, summed: int | None) -> int | None:
+        """The axis of the parameter that the axis `summed` of a view of it is; None of a copy."""
+        if summed is None or len(roots) > 1 or _storage(weight) not in self._parameters:
+            return None
+        shape, stride = self._shapes[roots[0]]
+        wanted = (weight.shape[summed], weight.stride()[summed])
+        axes = [axis for axis, one in enumerate(zip(shape, stride, strict=True)) if one == wanted]
+        return axes[0] if len(axes) == 1 else None
 
     def _start(self, returned: list[Tensor], given: list[Tensor], run: list[Product | None]) -> None:
         """What a product returns depends on inputs if one of its operands does, and is made of no weight."""

@@ -10,9 +10,11 @@ from torch import nn
 
 from regraft.errors import NoMatchError, OptionError, RateError, RuleSyntaxError, WrongKindError
 from regraft.find.all_modules import places
+from regraft.find.inspect import inspect
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
 from regraft.find.walk import named_modules
+from regraft.find.weights import KINDS
 from regraft.training.norm.rows import unit_axis
 
 Bound = float | str
@@ -58,23 +60,25 @@ def _bound(bound: Any, where: str) -> Bound | None:
     return float(bound)
 
 
-def limited_sites(root: nn.Module, rules: list[tuple[Selector, Bound | None]]) -> list[tuple[Site, Bound]]:
-    """The layers to hold, each with the bound of the last limit that selects it.
+def limited_sites(
+    root: nn.Module, rules: list[tuple[Selector, Bound | None]], inputs: Any = None
+) -> list[tuple[Site, Bound]]:
+    """The weights to hold, each with the bound of the last limit that selects it.
 
     Raises:
         NoMatchError: a limit that matches nothing.
         WrongKindError: one that matches only what has no rows.
     """
-    sites = places(named_modules(root))
+    sites = _limitable(root, rules, inputs)
     decided: dict[int, Bound | None] = {}
     for selector, bound in rules:
         where = f"limit for {selector.text!r}"
         found = [index for index, site in enumerate(sites) if selector.matches(site)]
         if not found:
-            layers = sorted({site.op for site in sites if unit_axis(site.module) is not None})
+            layers = sorted({site.op for site in sites if _has_rows(site)})
             has = f"this model's layers with rows are {', '.join(layers) or 'none'}"
             raise NoMatchError("the limit matches nothing", where=where, remedy=has)
-        fitting = [index for index in found if unit_axis(sites[index].module) is not None]
+        fitting = [index for index in found if _has_rows(sites[index])]
         if not fitting and bound is not None:
             kinds = ", ".join(sorted({sites[index].op for index in found}))
             raise WrongKindError(
@@ -84,3 +88,17 @@ def limited_sites(root: nn.Module, rules: list[tuple[Selector, Bound | None]]) -
             )
         decided |= dict.fromkeys(fitting, bound)
     return [(sites[index], bound) for index, bound in sorted(decided.items()) if bound is not None]
+
+
+def _limitable(root: nn.Module, rules: list[tuple[Selector, Bound | None]], inputs: Any) -> list[Site]:
+    """Every module, and the weights that others multiply by, if a limit asks for matrices."""
+    every = places(named_modules(root))
+    if not any(selector.type in KINDS for selector, _ in rules):
+        return every
+    lent = [site for site in inspect(root, inputs).sites if site.kind == "weight"]
+    held = {id(site.owner) for site in lent if site.attribute == "weight"}
+    return [*(site for site in every if id(site.module) not in held), *lent]
+
+
+def _has_rows(site: Site) -> bool:
+    return site.kind == "weight" or unit_axis(site.module) is not None

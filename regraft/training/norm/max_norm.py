@@ -14,7 +14,7 @@ from regraft.find.site import Site
 from regraft.find.walk import inner_model
 from regraft.report.view import SCHEMA, View
 from regraft.training.norm.bounds import Bound, limited_sites, read_limits
-from regraft.training.norm.rows import Rows, bounds_of, local_part, row_norms, scale_back, unit_axis, why_not
+from regraft.training.norm.rows import Rows, across_of, bounds_of, local_part, row_norms, scale_back, why_not
 
 _MOST = 0.5
 _TOO_TIGHT = (
@@ -23,6 +23,7 @@ _TOO_TIGHT = (
 )
 _TOO_FAST = "One step took them beyond their bounds: the learning rate is high for a pretrained model"
 _FROZEN = ("it is frozen", "nothing: it is held as soon as it trains")
+_NO_ROWS = ("which of its axes are rows is not known: what multiplies is a copy", "leave it alone")
 _NOT_HELD = ("the optimizer does not hold it", "nothing: it is held once it is in a param group")
 
 
@@ -57,7 +58,7 @@ class MaxNorm(View):
     @torch.no_grad()
     def norms(self) -> dict[str, Tensor]:
         """The norms of all rows as they are now, by the path of their layer."""
-        return {path: row_norms(rows.weight, rows.axis) for path, rows in self._rows.items()}
+        return {path: row_norms(rows.weight, rows.across) for path, rows in self._rows.items()}
 
     def remove(self) -> None:
         """End it: weights stay as they are, and are limited no more."""
@@ -96,7 +97,7 @@ class MaxNorm(View):
 
     @torch.no_grad()
     def _look_first(self, rows: list[Rows]) -> None:
-        norms = [row_norms(one.weight, one.axis) for one in rows]
+        norms = [row_norms(one.weight, one.across) for one in rows]
         over = sum(
             int((norm > bounds_of([one], [norm])).sum()) for one, norm in zip(rows, norms, strict=True)
         )
@@ -112,7 +113,7 @@ class MaxNorm(View):
             )
 
 
-def max_norm(model: nn.Module, limits: Mapping[Any, Any], optimizer: Any) -> MaxNorm:
+def max_norm(model: nn.Module, limits: Mapping[Any, Any], optimizer: Any, inputs: Any = None) -> MaxNorm:
     """Hold the incoming weight vector of each output unit to a norm, after every step of the optimizer.
 
     Only weights that the optimizer holds and that train are held, each once, however many layers share
@@ -123,8 +124,10 @@ def max_norm(model: nn.Module, limits: Mapping[Any, Any], optimizer: Any) -> Max
         model: any module; DDP and compiled wrappers are looked into.
         limits: selector -> bound, later ones win, `None` leaves alone. A number is the norm itself
             (3 to 4 in the paper, for networks trained from the start); `"1.1x"` is relative to each row's
-            norm now, which is what suits a pretrained model. Linear, Conv1D and convolution layers.
+            norm now, which is what suits a pretrained model. Convolution layers, and matrices that multiply:
+            `"Linear"` means the same as in a rule, and experts are held expert by expert.
         optimizer: of torch, or one that accelerate has wrapped.
+        inputs: for the probe, which shows the weights that other modules multiply by; see `regraft.inspect`.
 
     Returns:
         What is held: print it; `.remove()` ends it, `.norms()` has the norms as they are.
@@ -155,7 +158,7 @@ def max_norm(model: nn.Module, limits: Mapping[Any, Any], optimizer: Any) -> Max
     root, notes = inner_model(model)
     rules = read_limits(limits)
     watched = _watched(optimizer)
-    chosen = limited_sites(root, rules)
+    chosen = limited_sites(root, rules, inputs)
     made = MaxNorm(root, watched, [[selector.text, bound] for selector, bound in rules])
     made.notes += notes
     try:
@@ -188,17 +191,21 @@ def _hold(made: MaxNorm, chosen: list[tuple[Site, Bound]], held: set[int]) -> No
     lines: dict[int, dict[str, Any]] = {}
     for site, bound in chosen:
         line: dict[str, Any] = {"path": site.path, "paths": list(site.paths), "op": site.op}
-        reason = why_not(site.module)
+        name = site.attribute or "weight"
+        reason = why_not(site.owner, name)
+        across = across_of(site)
+        if reason is None and across is None:
+            reason = _NO_ROWS
         if reason is not None:
             made.skipped.append({**line, "reason": reason[0], "remedy": reason[1]})
             continue
-        rows = Rows(site.module, unit_axis(site.module) or 0, 0.0)
+        rows = Rows(site.owner, across or (), 0.0, name)
         weight = rows.weight
         if id(weight) in lines:  # tied: it is held once, to the bound of the layer that comes first
             lines[id(weight)]["paths"] += site.paths
             continue
         lines[id(weight)] = line
-        norms = row_norms(weight, rows.axis)
+        norms = row_norms(weight, rows.across)
         if isinstance(bound, str):
             rows.bound = torch.where(norms > 0, norms * float(bound[:-1]), torch.inf)
         else:

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from regraft.errors import ModelError
 from regraft.find.recognize import op_of
+from regraft.find.site import Site
 from regraft.record import original_class
 
 
@@ -23,17 +24,19 @@ class Rows:
     Attributes:
         module: the layer whose weight it is; the weight is looked up at each step, since sharding and
             loading may put another in its place.
-        axis: along which the output units lie.
+        across: the axes of one row; the output units lie along the others.
         bound: norms are held to it.
+        name: the weight's attribute of the module.
     """
 
     module: nn.Module
-    axis: int
+    across: tuple[int, ...]
     bound: float | Tensor
+    name: str = "weight"
 
     @property
     def weight(self) -> Tensor:
-        found: Tensor = self.module._parameters["weight"]  # type: ignore[assignment]
+        found: Tensor = self.module._parameters[self.name]  # type: ignore[assignment]
         return found
 
 
@@ -47,11 +50,21 @@ def unit_axis(module: nn.Module) -> int | None:
     return 0 if issubclass(cls, _ConvNd) and not getattr(module, "transposed", True) else None
 
 
-def why_not(module: nn.Module) -> tuple[str, str] | None:
+def across_of(site: Site) -> tuple[int, ...] | None:
+    """The axes of one row of a site's weight; None if it has no rows, or none that are known."""
+    if site.kind == "weight":
+        return None if site.contracted is None else (site.contracted,)
+    axis, weight = unit_axis(site.module), site.module._parameters.get("weight")
+    if axis is None:
+        return None
+    return tuple(one for one in range(2 if weight is None else weight.dim()) if one != axis)
+
+
+def why_not(module: nn.Module, name: str = "weight") -> tuple[str, str] | None:
     """Why the rows of a module cannot be limited, and the remedy; None if they can."""
-    if is_parametrized(module, "weight"):
+    if is_parametrized(module, name):
         return "its weight is computed, by a parametrization", "limit it before that, or take that out"
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(name)
     if weight is None:
         return "its weight is computed by a hook, and no parameter", "take that out, for example prune.remove"
     if is_lazy(weight):
@@ -63,17 +76,18 @@ def why_not(module: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def row_norms(weight: Tensor, axis: int) -> Tensor:
+def row_norms(weight: Tensor, across: tuple[int, ...]) -> Tensor:
     """The norm of each row that this process holds, in float32 (float64 for such weights).
 
     Where the rows themselves are spread over processes, it is the norm of the whole row.
     """
     local = local_part(weight)
     wide = torch.float64 if local.dtype is torch.float64 else torch.float32
-    across = [one for one in range(local.dim()) if one != axis]
     placed = getattr(weight, "placements", ())
-    spread = [one for one, where in enumerate(placed) if where.is_shard() and where.dim % local.dim() != axis]
-    norms: Tensor = torch.linalg.vector_norm(local, dim=across, dtype=wide)
+    spread = [
+        one for one, where in enumerate(placed) if where.is_shard() and where.dim % local.dim() in across
+    ]
+    norms: Tensor = torch.linalg.vector_norm(local, dim=across, dtype=wide).flatten()
     if not spread:
         return norms
     squares: Tensor = norms.square_()
@@ -100,7 +114,7 @@ def scale_back(rows: Sequence[Rows], skipped: Tensor | None = None) -> None:
     """
     for group in _alike(rows):
         weights = [one.weight for one in group]
-        norms = [row_norms(weight, one.axis) for weight, one in zip(weights, group, strict=True)]
+        norms = [row_norms(weight, one.across) for weight, one in zip(weights, group, strict=True)]
         # One kernel for all norms: on a GPU each layer would else wait for several launches of its own.
         scale = bounds_of(group, norms).div_(torch.cat(norms)).clamp_(max=1)
         if skipped is not None:
@@ -114,7 +128,9 @@ def scale_back(rows: Sequence[Rows], skipped: Tensor | None = None) -> None:
             if on_cpu and not bool((part < 1).any()):
                 continue
             local = local_part(weight)
-            local.mul_(part.view([-1 if axis == one.axis else 1 for axis in range(local.dim())]))
+            local.mul_(
+                part.view([1 if axis in one.across else size for axis, size in enumerate(local.shape)])
+            )
 
 
 def bounds_of(group: Sequence[Rows], norms: Sequence[Tensor]) -> Tensor:
