@@ -29,6 +29,7 @@ from torch.nn import functional as F
 import regraft
 
 PLACES = ("head", "last third", "last half", "everywhere")
+FORKS = {"fork at two thirds": 2 / 3, "fork at five sixths": 5 / 6}
 RATE = 0.1
 SAMPLES = 32
 
@@ -75,7 +76,27 @@ def put(place, head, blocks):
                 module.p = RATE
 
 
+def forked_vit(place):
+    """6 blocks, so that two thirds and five sixths are whole blocks; dropout everywhere."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    del place
+    rates = {"drop_rate": RATE, "proj_drop_rate": RATE, "pos_drop_rate": RATE}
+    sizes = {"img_size": 96, "embed_dim": 192, "depth": 6, "num_heads": 3, "num_classes": 10}
+    return VisionTransformer(**sizes, **rates), {"x": torch.randn(16, 3, 96, 96)}, torch.randint(0, 10, (16,))
+
+
+def forked_bert(place):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    del place
+    sizes = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 768}
+    model = BertForSequenceClassification(BertConfig(num_labels=10, **sizes))
+    return model, {"input_ids": torch.randint(0, 30_000, (16, 64))}, torch.randint(0, 10, (16,))
+
+
 MODELS = {"ViT-tiny": vit, "BERT-mini": bert}
+FORKED = {"ViT of 6 blocks": forked_vit, "BERT of 6 layers": forked_bert}
 
 
 def logits(outputs):
@@ -135,6 +156,30 @@ def prediction(model, inputs, labels):
     return {name: no_gradient(method) for name, method in methods.items()}
 
 
+def forking(model, inputs, labels):
+    """Passes that part late, of a model with dropout everywhere, beside the doubled batch."""
+    methods = training(model, inputs, labels)
+    for name, fork in FORKS.items():
+
+        def step(fork=fork):
+            passes = regraft.stochastic_passes(model, 2, fork=fork, **inputs)
+            regraft.rdrop_loss(logits(passes), labels).backward()
+            model.zero_grad(set_to_none=True)
+
+        methods[name] = step
+    return methods
+
+
+def forked_prediction(model, inputs, labels):
+    del labels
+    methods = {"single pass": lambda: logits(model(**inputs))}
+    for name, fork in FORKS.items():
+        methods[name] = lambda fork=fork: logits(
+            regraft.stochastic_passes(model, SAMPLES, fork=fork, **inputs)
+        )
+    return {name: no_gradient(method) for name, method in methods.items()}
+
+
 def rivals(model, inputs):
     """Other packages' wrappers, where they are installed."""
     found = {}
@@ -171,15 +216,21 @@ def no_gradient(method):
     return run
 
 
-JOBS = {"R-Drop step": training, f"MC n={SAMPLES}": prediction}
+JOBS = {
+    "R-Drop step": (training, MODELS, PLACES),
+    f"MC n={SAMPLES}": (prediction, MODELS, PLACES),
+    "R-Drop step, fork": (forking, FORKED, ("everywhere",)),
+    f"MC n={SAMPLES}, fork": (forked_prediction, FORKED, ("everywhere",)),
+}
 
 
 def built(job, name, place, device):
     torch.manual_seed(0)
-    model, inputs, labels = MODELS[name](place)
+    methods, models, _ = JOBS[job]
+    model, inputs, labels = models[name](place)
     model.train().to(device)
     inputs = {key: value.to(device) for key, value in inputs.items()}
-    return JOBS[job](model, inputs, labels.to(device))
+    return methods(model, inputs, labels.to(device))
 
 
 def peak(job, name, place, method, device):
@@ -191,7 +242,7 @@ def peak(job, name, place, method, device):
         before = torch.cuda.memory_allocated()
         methods[method]()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    methods[method]()  # the look at the model, which comes once, is no part of a step
+    methods[method]()  # the analysis of the model, which comes once, is no part of a step
     gc.collect()
     Path("/proc/self/clear_refs").write_text(
         "5"
@@ -235,9 +286,9 @@ def main():
         print(peak(*json.loads(arguments.peak), arguments.device))
         return
     lines = []
-    for job in JOBS:
-        for name in MODELS:
-            for place in PLACES:
+    for job, (_, models, places) in JOBS.items():
+        for name in models:
+            for place in places:
                 title = f"{job}, {name}, {place}"
                 if arguments.only not in title:
                     continue

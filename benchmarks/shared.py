@@ -47,7 +47,7 @@ class Row:
     """What part of a pass comes before the first draw."""
     differ: bool = False
     """Whether the passes differ."""
-    apart: tuple[str, ...] = ()
+    per_pass: tuple[str, ...] = ()
     """Classes of modules that vmap cannot run, and that run once for each pass."""
     seconds: float = 0.0
 
@@ -64,7 +64,7 @@ def row_of(entry) -> Row:
             settle(model)
             row.settled = tried(row, "shared", model, inputs)
         analysis = analysis_of(model, Inputs(called(inputs)))
-        row.prefix, row.apart = round(analysis.prefix, 3), tuple(cls.__name__ for cls in analysis.apart)
+        row.prefix, row.per_pass = round(analysis.prefix, 3), tuple(cls.__name__ for cls in analysis.per_pass)
     except Exception as error:
         row.auto = row.shared = row.settled = f"the model itself: {first_line(error)}"
     row.seconds = round(time.perf_counter() - start, 2)
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| library | models | shared | with BatchNorm in eval | auto | modules apart | passes differ |"]
+    lines = ["| library | models | shared | with BatchNorm in eval | auto | once a pass | passes differ |"]
     lines.append("|---|---|---|---|---|---|---|")
     names = [*dict.fromkeys(row.name.split(":")[0] for row in rows), ""]
     for name in names:
@@ -137,7 +137,7 @@ def columns(rows: list[Row]):
 
 
 def traits_in(rows: list[Row]):
-    return [row.apart for row in rows], [row.differ for row in rows]
+    return [row.per_pass for row in rows], [row.differ for row in rows]
 
 
 def parse() -> argparse.Namespace:

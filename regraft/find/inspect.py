@@ -124,5 +124,7 @@ def _probed(
         probe = run_probe(root, every, made_inputs(root), sites, [products])
     except Exception as error:
         probe = Probe(reason=f"no inputs could be made from the model's config: {error}; give inputs=")
-    probe_parts(probe, every, sites)
+    if not probe.ran:
+        products.start({})  # what a forward did before it broke off
+    probe_parts(probe, every, sites, products)
     return probe

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from regraft.training.mc_eval import mc_eval
 from regraft.training.norm.max_norm import MaxNorm, max_norm
 from regraft.training.rdrop.layer import disarm
 from regraft.training.rdrop.rdrop import RDropLog, rdrop, state_of
@@ -63,6 +64,29 @@ class _RDrop:
     def on_train_end(self, *_: Any, model: Any = None, **__: Any) -> None:
         """Leave a plain model."""
         disarm(model)
+
+
+class _MonteCarlo:
+    """Lets `Trainer` evaluate and predict by Monte Carlo dropout: n passes, whose mean is the prediction.
+
+    Training, and what is logged of it, are as without. Metrics are of the mean prediction, and
+    `predictions` of `Trainer.predict` its logarithm; the loss is the mean of the passes' losses.
+
+    Args:
+        n: how many passes.
+        options: of `regraft.training.mc_eval.mc_eval`: task, class_axis, droppath, strategy, chunk.
+
+    Example:
+        >>> from regraft.integrations.transformers import MonteCarloCallback
+        >>> callback = MonteCarloCallback(32)  # Trainer(model, arguments, callbacks=[callback], ...)
+    """
+
+    def __init__(self, n: int, **options: Any) -> None:
+        self.n, self.options = n, options
+
+    def on_init_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+        """Graft the model before anything wraps it."""
+        mc_eval(model, self.n, **self.options)
 
 
 class _Scheduled:
@@ -151,6 +175,9 @@ if TYPE_CHECKING:
     class RDropCallback(_RDrop, TrainerCallback):  # type: ignore[misc, unused-ignore]
         """See `_RDrop`."""
 
+    class MonteCarloCallback(_MonteCarlo, TrainerCallback):  # type: ignore[misc, unused-ignore]
+        """See `_MonteCarlo`."""
+
     class ScheduleCallback(_Scheduled, TrainerCallback):  # type: ignore[misc, unused-ignore]
         """See `_Scheduled`."""
 
@@ -158,7 +185,12 @@ if TYPE_CHECKING:
         """See `_Limited`."""
 
 
-_METHODS = {"RDropCallback": _RDrop, "ScheduleCallback": _Scheduled, "MaxNormCallback": _Limited}
+_METHODS = {
+    "RDropCallback": _RDrop,
+    "MonteCarloCallback": _MonteCarlo,
+    "ScheduleCallback": _Scheduled,
+    "MaxNormCallback": _Limited,
+}
 
 
 def __getattr__(name: str) -> Any:

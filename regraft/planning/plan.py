@@ -476,7 +476,7 @@ def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> P
         grafted=edits,
         skipped=skips,
         fingerprint=fingerprint(inspection, selected),
-        notes=[*inspection.notes, *_notes(edits, skips, decisions)],
+        notes=[*inspection.notes, *_notes(edits, skips, decisions), *_unseen(inspection, decisions)],
         probe=inspection.probe.to_dict(),
         boundaries=_boundaries(inspection, edits),
         balance={
@@ -510,6 +510,18 @@ def _notes(edits: list[Edit], skips: list[Skip], decisions: list[Decision]) -> l
             "or build the model with rates above 0"
         ]
     return []
+
+
+def _unseen(inspection: Inspection, decisions: list[Decision]) -> list[str]:
+    """A note where no forward has shown which matrices multiply."""
+    about = any(decision.site.family == "Linear" for decision in decisions)
+    if not about or inspection.probe.ran:
+        return []
+    reason = inspection.probe.reason
+    return [
+        "weights that other modules multiply by (attention projections, experts, recurrent layers) are seen "
+        f"only by the probe, which did not run: {reason}"
+    ]
 
 
 def _matrices(inspection: Inspection, decisions: list[Decision]) -> dict[str, Any]:

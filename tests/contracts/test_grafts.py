@@ -39,7 +39,10 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x[:, :1], self.drop_prob, self.training) * 0 + x
+        if not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        return x * x.new_empty((len(x), *[1] * (x.dim() - 1))).bernoulli_(keep) / keep
 
 
 class Host(nn.Module):

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 import regraft
 from regraft.errors import ModelError
 from regraft.training.passes.analyze import Inputs, analysis_of
-from regraft.training.passes.per_pass_modules import held_apart
+from regraft.training.passes.per_pass_modules import run_per_pass
 
 WIDTH = 6
 
@@ -85,7 +85,7 @@ def test_only_what_vmap_cannot_run_is_apart():
         return hook
 
     analysis = analysis_of(model, Inputs(((x,), {})))
-    assert analysis.apart == {Experts: False}
+    assert analysis.per_pass == {Experts: False}
     assert not analysis.decides
     model.stem.register_forward_hook(count("stem"))
     model.head.register_forward_hook(count("head"))
@@ -134,7 +134,7 @@ def test_a_graft_inside_them_acts():
     model.head = nn.Identity()
     passes = shared(model, x)["logits"]
     assert passes.ne(0).all()
-    assert analysis_of(model, Inputs(((x,), {}))).apart
+    assert analysis_of(model, Inputs(((x,), {}))).per_pass
 
 
 class Cosine(TorchFunctionMode):
@@ -171,7 +171,7 @@ class Around(nn.Module):
 
 def test_one_that_writes_into_its_argument_is_apart_with_what_is_around_it():
     model, x = Routed(Around(InPlace())).double(), rows()
-    assert analysis_of(model, Inputs(((x,), {}))).apart == {InPlace: False, Around: False}
+    assert analysis_of(model, Inputs(((x,), {}))).per_pass == {InPlace: False, Around: False}
     passes = shared(model, x)
     logits = torch.stack([model.head(model.experts(one)) for one in passes["dropped"]])
     torch.testing.assert_close(passes["logits"], logits, rtol=1e-12, atol=1e-12)
@@ -192,7 +192,7 @@ class Counted(Around):
 
 def test_one_whose_outputs_cannot_be_stacked_is_apart_with_what_is_around_it():
     model, x = Routed(Counted(Counting())).double(), rows(9)
-    assert analysis_of(model, Inputs(((x,), {}))).apart == {Counting: False, Counted: False}
+    assert analysis_of(model, Inputs(((x,), {}))).per_pass == {Counting: False, Counted: False}
     passes = shared(model, x)
     logits = torch.stack([model.head(model.experts(one)) for one in passes["dropped"]])
     torch.testing.assert_close(passes["logits"], logits, rtol=1e-12, atol=1e-12)
@@ -328,7 +328,7 @@ def test_a_layer_that_is_skipped_at_random_is_so_in_each_pass_by_itself(before):
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(before), Skipping(0.25)).double()
     x = rows(2)
     analysis = analysis_of(model, Inputs(((x,), {})))
-    assert analysis.apart == {Skipping: not before}
+    assert analysis.per_pass == {Skipping: not before}
     assert analysis.decides
     with torch.no_grad():
         whole = model.eval()(x)
@@ -346,12 +346,12 @@ def test_other_threads_and_entries_of_their_own_are_left_alone():
     own = module.forward
     module.forward = own
     x, seen = torch.ones(1, 2), []
-    with held_apart({module: lambda *_: "routed"}):
+    with run_per_pass({module: lambda *_: "routed"}):
         assert module(x) == "routed"
         thread = threading.Thread(target=lambda: seen.append(module(x)))
         thread.start()
         thread.join()
-        with held_apart({module: lambda *_: "inner"}):
+        with run_per_pass({module: lambda *_: "inner"}):
             assert module(x) == "inner"
         assert module(x) == "routed"
     assert torch.equal(seen[0], own(x))
@@ -382,7 +382,7 @@ def test_r_drop_of_routed_experts_learns_by_sharing():
     torch.manual_seed(0)
     model, ids = switch(), torch.randint(1, 64, (2, 6))
     names = [
-        cls.__name__ for cls in analysis_of(model, Inputs(((), {"input_ids": ids, "labels": ids}))).apart
+        cls.__name__ for cls in analysis_of(model, Inputs(((), {"input_ids": ids, "labels": ids}))).per_pass
     ]
     assert names == ["SwitchTransformersExperts"]
     regraft.rdrop(model, alpha=1.0, strategy="shared")

@@ -295,3 +295,8 @@ def test_a_traced_model_and_its_eager_twin_have_the_same_balance():
     balances = [regraft.apply(one, RULE, X).balance["matrices"] for one in (eager, traced)]
     assert balances == [{"multiply": 4, "reached": 4, "left": {}}] * 2
     assert len(weights(regraft.revert(traced), X)) == len(weights(regraft.revert(eager), X))
+
+
+def test_without_a_probe_the_report_says_that_weights_may_be_unseen():
+    report = regraft.apply(nn.Sequential(Attends(), nn.Linear(6, 6)), RULE)
+    assert "only by the probe, which did not run" in report.notes[-1]

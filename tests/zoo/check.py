@@ -43,6 +43,10 @@ class Row:
     """Calls left, by the reason that the report gives."""
     silent: list[str] = field(default_factory=list)
     """Calls left that no line of the report explains."""
+    balance: dict[str, int] = field(default_factory=dict)
+    """What the report says of the draws that its probe saw."""
+    unlisted: list[str] = field(default_factory=list)
+    """Lines that draw and are no dropout, which the report does not list."""
     lost: int = 0
     """Calls gone with no draw of a variant in their place."""
     unmatched: list[str] = field(default_factory=list)
@@ -154,6 +158,11 @@ def _apply(row: Row, model: nn.Module, inputs: Inputs | None) -> dict[str, Any] 
 
 
 def _compare(row: Row, before: list[Call], after: Any, report: dict[str, Any]) -> None:
+    row.balance = report["balance"]
+    listed = {str(one["source"]) for one in report["left"]} | {
+        str(one["source"]) for one in report["skipped"]
+    }
+    row.unlisted = [source for source in row.other_draws if source not in listed]
     left_plain, left_path = after.plain, after.drop_path
     row.reached_plain = row.plain - len(left_plain)
     row.reached_drop_path = row.drop_path - len(left_path)

@@ -58,6 +58,15 @@ def test_every_call_gone_has_a_variant_in_its_place(row):
 
 
 @every_model
+def test_every_draw_is_accounted_for(row):
+    if row.probe is None and row.balance:
+        numbers = dict(row.balance)
+        assert numbers.pop("unconfirmed") == 0
+        assert numbers.pop("draws") == sum(numbers.values())
+        assert row.unlisted == []
+
+
+@every_model
 def test_eval_is_the_same_to_the_bit(row):
     assert not row.eval_differs
 

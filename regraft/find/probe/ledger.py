@@ -403,7 +403,9 @@ def _methods(owner: nn.Module, frames: list[FrameType]) -> set[str]:
 
 def _kind_of(op: str, shape: tuple[int, ...], module: nn.Module, frames: list[FrameType]) -> str:
     """What a draw outside the known functions is for, where that can be told from what is seen."""
-    if op in ("rand", "uniform_") and len(shape) <= 1 and math.prod(shape) == 1:
+    if FAMILIES.get(op_of(module) or "") in NOISE:
+        return ""  # a site's own
+    if op == "rand" and len(shape) <= 1 and math.prod(shape) == 1:
         return "LayerDrop"
     if op == "numpy" and getattr(getattr(module, "config", None), "apply_spec_augment", False):
         return "SpecAugment"

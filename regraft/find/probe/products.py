@@ -8,7 +8,7 @@ views, transposes, casts, parametrizations and stacks of weights still name the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -115,6 +115,14 @@ class ProductRecorder:
         for name, tensor in state.items():
             if name not in self._names and (key := _storage(tensor)) is not None:
                 self._derived.setdefault(key, _NO_ROOTS)
+
+    def add(self, part: ProductRecorder, path: str) -> None:
+        """Take over what was recorded of a part of the model, the module at `path`, run by itself."""
+        for key, product in part._products.items():
+            names = tuple(f"{path}.{name}" for name in product.parameters)
+            self._products.setdefault((path, *key), replace(product, parameters=names))
+        for name, modules in part.lookups.items():
+            self.lookups.setdefault(f"{path}.{name}", []).extend(modules)
 
     @property
     def products(self) -> list[Product]:

@@ -30,7 +30,7 @@ from regraft.training.passes.measure import (
     on_real_tensors,
 )
 from regraft.training.passes.nested import emptied, leaves
-from regraft.training.passes.per_pass_modules import Apart, held_next, keepsakes, modules_of
+from regraft.training.passes.per_pass_modules import PerPass, held_next, keepsakes, modules_of
 from regraft.training.passes.repeat import Batch, repeated_forward
 from regraft.training.passes.scalar_draws import LAST, Decided
 from regraft.training.passes.sharded import why_not_shared
@@ -58,7 +58,7 @@ _READ = (
     *("gradient_checkpointing", "grad_checkpointing"),
 )
 """Attributes of modules that an analysis depends on."""
-_known: WeakKeyDictionary[nn.Module, dict[Any, Analysis]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, dict[Any, PassAnalysis]] = WeakKeyDictionary()
 
 Trial = Callable[..., Any]
 
@@ -85,16 +85,16 @@ class Inputs:
 
 
 @dataclass
-class Analysis:
+class PassAnalysis:
     """What is known of a model's passes over inputs of one kind.
 
     Attributes:
         no_sharing: why "shared" cannot be, or None.
         prefix: the part of one pass that all passes have in common under "shared", in [0, 1].
         draws: whether "shared" has to take draws over.
-        apart: classes of modules that "shared" runs once for each pass, see there.
+        per_pass: classes of modules that "shared" runs once for each pass, see there.
         decides: whether such a module draws a number to decide something.
-        no_batch: why "batch" would not be independent passes; empty until it was looked at.
+        no_batch: why "batch" would not be independent passes; empty until it is asked for.
         plain: one pass as it is, measured for inputs of so many `elements`; None where it could not be.
         place: on what tensors that was.
         template: the outputs of one pass, with slots for their tensors.
@@ -103,7 +103,7 @@ class Analysis:
     no_sharing: str | None = None
     prefix: float = 0.0
     draws: bool = True
-    apart: Apart = field(default_factory=dict)
+    per_pass: PerPass = field(default_factory=dict)
     decides: bool = False
     no_batch: list[str | InputsError | None] = field(default_factory=list)
     plain: Measured | None = None
@@ -135,14 +135,14 @@ class Analysis:
         return self.no_batch[0]
 
 
-def analysis_of(model: nn.Module, inputs: Inputs) -> Analysis:
+def analysis_of(model: nn.Module, inputs: Inputs) -> PassAnalysis:
     """What is known of `model`'s passes over inputs like these, in the state it is in.
 
     Raises:
         ForkError: passes cannot part at `inputs.fork`.
     """
     if torch.compiler.is_compiling():
-        return Analysis(no_sharing=_COMPILING, no_batch=[_COMPILING])
+        return PassAnalysis(no_sharing=_COMPILING, no_batch=[_COMPILING])
     known = _known.setdefault(model, {})
     key = _state(model, inputs)
     if key not in known:
@@ -192,9 +192,9 @@ def _number(value: Any) -> Any:
     return value if isinstance(value, (int, float)) else None
 
 
-def _analyzed(model: nn.Module, inputs: Inputs) -> Analysis:
+def _analyzed(model: nn.Module, inputs: Inputs) -> PassAnalysis:
     inner = inner_model(model)[0]
-    analysis = Analysis(no_sharing=_opaque(model))
+    analysis = PassAnalysis(no_sharing=_opaque(model))
     try:
         analysis.plain = _tried(on_fake_tensors, inner, inputs, _plain)
     except ForkError:
@@ -207,7 +207,7 @@ def _analyzed(model: nn.Module, inputs: Inputs) -> Analysis:
             raise
         except Exception as error:
             # The forward that was asked for will say so better.
-            return Analysis(no_sharing=why(error), no_batch=[why(error)])
+            return PassAnalysis(no_sharing=why(error), no_batch=[why(error)])
     plain = analysis.plain
     drawn, common = plain.draws + plain.scalars, plain.common.draws + plain.common.scalars
     if inputs.fork is not None and drawn and drawn == common and not plain.elsewhere:
@@ -232,12 +232,10 @@ def _opaque(model: nn.Module) -> str | None:
     return why_not_shared(inner)
 
 
-def _not_compiled(analysis: Analysis) -> str | None:
+def _not_compiled(analysis: PassAnalysis) -> str | None:
     """Why passes that share a forward cannot be compiled with it."""
-    if analysis.apart or analysis.draws:
-        return (
-            "a compiler cannot follow how its draws, or modules that each pass runs by itself, are taken over"
-        )
+    if analysis.per_pass or analysis.draws:
+        return "a compiler cannot follow how its draws, or modules run once for each pass, are taken over"
     return None
 
 
@@ -249,36 +247,36 @@ def _plain(forward: Trial, call: Call, meter: Meter, fork: Fork | None) -> Any:
         return forward(*args, **kwargs)
 
 
-def _try_sharing(analysis: Analysis, model: nn.Module, inputs: Inputs) -> None:
+def _try_sharing(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> None:
     assert analysis.plain is not None
     # Without taking draws over it is faster, and fails on what there is to take over; a kernel that vmap
     # runs pass by pass, as fused attention, is better taken over too, and autocast and decisions need it.
     draws = _autocasts(model) or analysis.plain.scalars > 0
-    apart: Apart = {}
+    per_pass: PerPass = {}
     while True:
         more = None
         try:
-            both = _tried(analysis.place, model, inputs, _sharing(analysis, model, draws, apart))
+            both = _tried(analysis.place, model, inputs, _sharing(analysis, model, draws, per_pass))
             each = _each(analysis, model, inputs)
             reason = _flaw(both, each)
             if reason is None:
-                analysis.no_sharing, analysis.draws, analysis.apart = None, draws, apart
+                analysis.no_sharing, analysis.draws, analysis.per_pass = None, draws, per_pass
                 analysis.prefix, analysis.decides = _prefix(both, each), both.decides
                 return
         except Exception as error:
             reason = why(error)
-            more = held_next(error, model, apart) if draws else None
+            more = held_next(error, model, per_pass) if draws else None
         if draws and analysis.no_sharing is None:
-            # What is wrong with modules held apart would say nothing to anyone.
+            # What is wrong with modules that run once for each pass would say nothing to anyone.
             analysis.no_sharing = reason
         if draws and more is None:
             return
-        draws, apart = True, more or apart
+        draws, per_pass = True, more or per_pass
 
 
-def _sharing(analysis: Analysis, model: nn.Module, draws: bool, apart: Apart) -> Trial:
+def _sharing(analysis: PassAnalysis, model: nn.Module, draws: bool, per_pass: PerPass) -> Trial:
     def trial(forward: Trial, call: Call, meter: Meter, fork: Fork | None) -> Any:
-        modules = modules_of(model, apart)
+        modules = modules_of(model, per_pass)
         kept = keepsakes(modules)
         with warnings.catch_warnings():
             if not draws:
@@ -288,9 +286,9 @@ def _sharing(analysis: Analysis, model: nn.Module, draws: bool, apart: Apart) ->
                 _PROBED,
                 call,
                 draws=draws,
-                apart=modules,
+                per_pass=modules,
                 parting=None if fork is None else fork.watched,
-                look=meter,
+                observer=meter,
                 quiet=draws,
             )
         if (name := kept()) is not None:
@@ -301,7 +299,7 @@ def _sharing(analysis: Analysis, model: nn.Module, draws: bool, apart: Apart) ->
     return trial
 
 
-def _each(analysis: Analysis, model: nn.Module, inputs: Inputs) -> list[Measured]:
+def _each(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> list[Measured]:
     """The same passes one after the other, with decisions at the ends of what they can be."""
     assert analysis.plain is not None
     if not analysis.plain.scalars:
@@ -335,7 +333,7 @@ def _prefix(both: Measured, each: list[Measured]) -> float:
     return min(max(1 - suffix / (_PROBED - 1), 0.0), 1.0)
 
 
-def _batch_draws(analysis: Analysis, model: nn.Module, inputs: Inputs) -> str | None:
+def _batch_draws(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> str | None:
     """Why the draws of a repeated batch would not be those of so many passes.
 
     Raises:

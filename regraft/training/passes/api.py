@@ -13,7 +13,7 @@ from torch import nn
 
 from regraft.errors import InputsError, ModelError, RateError, nearest
 from regraft.find.walk import inner_model
-from regraft.training.passes.analyze import Analysis, Inputs, analysis_of, log, why
+from regraft.training.passes.analyze import Inputs, PassAnalysis, analysis_of, log, why
 from regraft.training.passes.caches import Call
 from regraft.training.passes.compiled import compiled_forward, is_compiled
 from regraft.training.passes.fork import Fork, ForkError, Parting, fork_path
@@ -139,7 +139,7 @@ class _Passes:
     inputs: Inputs
 
     @property
-    def analysis(self) -> Analysis:
+    def analysis(self) -> PassAnalysis:
         return analysis_of(self.model, self.inputs)
 
     def auto(self) -> Any:
@@ -186,14 +186,16 @@ class _Passes:
         return self._in_parts(1, lambda _, parting: single_forward(self.forward, self.inputs.call, parting))
 
     def _by_sharing(self) -> Any:
-        draws, apart = self.analysis.draws, modules_of(self.model, self.analysis.apart)
+        call, draws = self.inputs.call, self.analysis.draws
+        per_pass = modules_of(self.model, self.analysis.per_pass)
 
         def run(size: int, parting: Parting | None) -> Any:
-            call = self.inputs.call
             if is_compiled(self.model):
                 return compiled_forward(self.model, size, call, self.analysis.template)
             with gathered_as_ever(self.model):
-                return shared_forward(self.forward, size, call, draws=draws, apart=apart, parting=parting)
+                return shared_forward(
+                    self.forward, size, call, draws=draws, per_pass=per_pass, parting=parting
+                )
 
         return self._in_parts(self.chunk, run)
 

@@ -16,7 +16,7 @@ from regraft.ops import RECURRENT
 from regraft.training.passes.caches import stateless
 from regraft.training.passes.intercept import Interception, RecomputeError, Run
 from regraft.training.passes.nested import leaves
-from regraft.training.passes.scalar_draws import LAST, Decided, Look, sizes_of_decision
+from regraft.training.passes.scalar_draws import LAST, Decided, Observer, sizes_of_decision
 from regraft.training.passes.vmap_escape import attention, ends, linear, pass_by_pass
 
 _UNINITIALIZED: tuple[Any, ...] = (torch.empty, torch.empty_like, Tensor.new_empty)
@@ -48,7 +48,7 @@ class DrawsPerPass(TorchFunctionMode):
     dropout inside fused attention draw; and RNNs draw between their layers behind its back.
 
     Args:
-        look: told what only a look has to know, and decisions are given both ends of what they can be.
+        observer: the analysis; scalar draws then get both ends of their range.
         cached: whether the forward was given a cache of keys and values.
 
     Attributes:
@@ -57,10 +57,10 @@ class DrawsPerPass(TorchFunctionMode):
 
     axis: Any = None
 
-    def __init__(self, look: Look | None = None, *, cached: bool = False) -> None:
+    def __init__(self, observer: Observer | None = None, *, cached: bool = False) -> None:
         super().__init__()
         self.cached = cached
-        self.look = look
+        self.observer = observer
         self.interception = Interception(self.run_function)
         self._in_a_pass = False
         self._handlers: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -109,8 +109,8 @@ class DrawsPerPass(TorchFunctionMode):
 
         def one_pass(*args: Any, **kwargs: Any) -> Any:
             # On the way out of vmap torch takes all modes off, with those of the user and of grafts.
-            looking = [Decided(next(numbers), self.look)] if self.look is not None else []
-            with _only([*modes, *looking, *watch]):
+            decided = [Decided(next(numbers), self.observer)] if self.observer is not None else []
+            with _only([*modes, *decided, *watch]):
                 self._in_a_pass = True
                 try:
                     return func(*args, **kwargs)
@@ -125,10 +125,10 @@ class DrawsPerPass(TorchFunctionMode):
         def run(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self.axis is None:
                 return func(*args, **kwargs)
-            apart = always or _holds_forked((args, kwargs))
-            if apart and not self._in_a_pass:
+            per_pass = always or _holds_forked((args, kwargs))
+            if per_pass and not self._in_a_pass:
                 self._check_recomputed((args, kwargs))
-            if self._in_a_pass or not apart:
+            if self._in_a_pass or not per_pass:
                 return func(*args, **kwargs)
             return self.pass_by_pass(func, *stateless((args, kwargs), given=self.cached))
 
@@ -175,10 +175,10 @@ class DrawsPerPass(TorchFunctionMode):
         raise RuntimeError("it branches on a value that differs between the passes")
 
     def _decisive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # A number drawn to decide whether a layer runs. A look gives the passes both ends of its range: if
+        # A number drawn to decide whether a layer runs. The analysis gives both ends of its range: if
         # they then take the same branches, they always do.
         sizes = sizes_of_decision(args, kwargs)
-        return func(*args, **kwargs) if sizes is None or self.look is None else ends(self.axis, sizes)
+        return func(*args, **kwargs) if sizes is None or self.observer is None else ends(self.axis, sizes)
 
     def _recurrent(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return pass_by_pass(self.axis, func, args, kwargs, draws=_draws(args))
@@ -212,8 +212,8 @@ class DrawsPerPass(TorchFunctionMode):
         x = args[0] if args else kwargs["input"]
         rest = {name: value for name, value in kwargs.items() if name != "inplace"}
         result = func(*args[:at], *args[at + 1 :], **rest)
-        if result is not x and self.look is not None:
-            self.look.replaced(x)
+        if result is not x and self.observer is not None:
+            self.observer.replaced(x)
         return result
 
     def _augmented(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -222,8 +222,8 @@ class DrawsPerPass(TorchFunctionMode):
             return func(*args, **kwargs)
         # There is no room for the passes in `x`; the name on the left gets what this returns.
         result = _AUGMENTED[func](*args, **kwargs)
-        if self.look is not None:
-            self.look.replaced(x)
+        if self.observer is not None:
+            self.observer.replaced(x)
         return result
 
 

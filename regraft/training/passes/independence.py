@@ -8,6 +8,7 @@ Random numbers are replaced by their centre, so that the same rows give the same
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -96,8 +97,8 @@ def _outputs(
     with ExitStack() as stack:
         for context in (silent(), real_forwards(model), random_state_kept()):
             stack.enter_context(context)
-        # Compiled code would be compiled once more for so few rows.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # compiled code would be compiled once more for so few rows
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
         if all(x.dtype not in (torch.float16, torch.bfloat16) for x in (*model.parameters(), *batch.tensors)):
             for device in {x.device.type for x in batch.tensors}:

@@ -16,24 +16,24 @@ from regraft.training.passes.intercept import RecomputeError, Run
 from regraft.training.passes.nested import leaves
 from regraft.training.passes.vmap_escape import pass_by_pass
 
-Apart = Mapping[type[nn.Module], bool]
-"""Classes -> whether their modules are apart even where nothing tells their arguments apart."""
+PerPass = Mapping[type[nn.Module], bool]
+"""Classes -> whether their modules run once for each pass even where nothing tells their arguments apart."""
 _lock = threading.Lock()
 _here = threading.local()
 _original: dict[int, tuple[int, dict[str, Any]]] = {}
-"""Of a module by its id: how many threads hold it apart, and its own entry `forward`, if it has one."""
+"""Of a module by its id: how many threads run it once for each pass, and its own entry `forward`, if any."""
 
 
-def modules_of(model: nn.Module, apart: Apart) -> dict[nn.Module, bool]:
+def modules_of(model: nn.Module, per_pass: PerPass) -> dict[nn.Module, bool]:
     """The modules of `model` that are of these classes, itself left out."""
-    if not apart:
+    if not per_pass:
         return {}
     every = (module for module in model.modules() if module is not model)
-    return {module: apart[type(module)] for module in every if type(module) in apart}
+    return {module: per_pass[type(module)] for module in every if type(module) in per_pass}
 
 
-def held_next(error: Exception, model: nn.Module, apart: Apart) -> Apart | None:
-    """`apart` with the class of the innermost module that `error` came through and that was not apart.
+def held_next(error: Exception, model: nn.Module, per_pass: PerPass) -> PerPass | None:
+    """`per_pass` with the class of the innermost module that `error` came through and that is not in it.
 
     None where there is none, where the error is of a part that is recomputed in the backward, or where the
     module has a BatchNorm in training: its running statistics are of one forward, not of one for each pass.
@@ -45,16 +45,16 @@ def held_next(error: Exception, model: nn.Module, apart: Apart) -> Apart | None:
     for frame in reversed(list(_frames(error.__traceback__))):
         in_a_pass |= frame.f_code is pass_by_pass.__code__
         module = frame.f_locals.get("self")
-        if id(module) not in inside or (type(module) in apart and (in_a_pass or apart[type(module)])):
+        if id(module) not in inside or (type(module) in per_pass and (in_a_pass or per_pass[type(module)])):
             continue
-        # One that is apart, and failed outside a pass, had nothing yet that told its arguments apart.
-        held = {type(module): type(module) in apart}
-        return None if any(map(_moves_statistics, modules_of(model, held))) else {**apart, **held}
+        # One that is among them, and failed outside a pass, had nothing yet that told its arguments apart.
+        held = {type(module): type(module) in per_pass}
+        return None if any(map(_moves_statistics, modules_of(model, held))) else {**per_pass, **held}
     return None
 
 
 @contextmanager
-def held_apart(runs: Mapping[nn.Module, Run]) -> Iterator[None]:
+def run_per_pass(runs: Mapping[nn.Module, Run]) -> Iterator[None]:
     """While a vmapped forward runs, these call the forwards of their modules."""
     outer = getattr(_here, "runs", {})
     _here.runs = runs

@@ -1,4 +1,4 @@
-"""Numbers drawn to decide what runs, as LayerDrop's: a look gives them both ends of what they can be."""
+"""Scalar random draws used for control flow (LayerDrop). The analysis replays each at its two ends."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ LAST = 1 - 2**-24
 """The greatest number that `torch.rand` gives; the smallest is 0."""
 
 
-class Look(Protocol):
-    """What a look at the passes of a model has to know."""
+class Observer(Protocol):
+    """What the analysis is told while passes run."""
 
     def forked(self) -> None:
         """The passes part here."""
@@ -27,12 +27,12 @@ class Look(Protocol):
 
 
 class Decided(TorchFunctionMode):
-    """Gives every number that is drawn to decide something this value, and tells the look of it."""
+    """Gives every scalar drawn for control flow this value, and tells the observer."""
 
-    def __init__(self, number: float, look: Look) -> None:
+    def __init__(self, number: float, observer: Observer) -> None:
         super().__init__()
         self.number = number
-        self.look = look
+        self.observer = observer
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -41,7 +41,7 @@ class Decided(TorchFunctionMode):
         sizes = sizes_of_decision(args, kwargs) if func is torch.rand else None
         if sizes is None:
             return func(*args, **kwargs)
-        self.look.decided()
+        self.observer.decided()
         return torch.full(sizes, self.number, dtype=kwargs.get("dtype"), device=kwargs.get("device"))
 
 

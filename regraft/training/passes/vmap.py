@@ -23,8 +23,8 @@ from regraft.training.passes.draws import DrawsPerPass
 from regraft.training.passes.fork import Parting
 from regraft.training.passes.intercept import Interception
 from regraft.training.passes.nested import CONSTANTS, leaves, mapped
-from regraft.training.passes.per_pass_modules import held_apart
-from regraft.training.passes.scalar_draws import Look
+from regraft.training.passes.per_pass_modules import run_per_pass
+from regraft.training.passes.scalar_draws import Observer
 
 SLOWER = "There is a performance drop"
 
@@ -35,9 +35,9 @@ def shared_forward(
     call: Call,
     *,
     draws: bool = True,
-    apart: Mapping[nn.Module, bool] | None = None,
+    per_pass: Mapping[nn.Module, bool] | None = None,
     parting: Parting | None = None,
-    look: Look | None = None,
+    observer: Observer | None = None,
     quiet: bool = True,
 ) -> Any:
     """All passes in one forward.
@@ -48,12 +48,12 @@ def shared_forward(
         call: the arguments of the forward.
         draws: take over the operations whose noise vmap cannot draw for each pass. Without it they
             raise, and every operation is a few microseconds faster.
-        apart: modules that run outside vmap, once for each pass, and whether they do so even where nothing
+        per_pass: modules that run outside vmap, once for each pass, and whether they do so even where nothing
             tells their arguments apart. They need `draws`.
         parting: a context that calls a function where the passes part, see `Fork`; by default they do from
             the
             first random operation on.
-        look: see `DrawsPerPass`.
+        observer: see `DrawsPerPass`.
         quiet: leave out vmap's warnings.
 
     Raises:
@@ -72,16 +72,16 @@ def shared_forward(
             level = stack.enter_context(vmap_increment_nesting(n, "different"))
             if mode is not None:
                 mode.axis = torch._C._functorch._add_batch_dim(torch.zeros(n), 0, level)
-            if look is not None:
-                look.forked()
+            if observer is not None:
+                observer.forked()
 
         # Entered before the forward: modes of its own may be entered before the fork and left behind it.
         mode = None
         if draws:
             cached = any(is_cache(leaf) for _, leaf in leaves("", (args, kwargs)))
-            mode = stack.enter_context(DrawsPerPass(look, cached=cached))
-            runs = {module: mode.run_of(always=always) for module, always in (apart or {}).items()}
-            stack.enter_context(held_apart(runs))
+            mode = stack.enter_context(DrawsPerPass(observer, cached=cached))
+            runs = {module: mode.run_of(always=always) for module, always in (per_pass or {}).items()}
+            stack.enter_context(run_per_pass(runs))
         stack.enter_context((mode.interception if mode is not None else Interception(None)).active())
         if parting is None:
             begin()

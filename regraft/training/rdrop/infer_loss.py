@@ -29,7 +29,7 @@ _PROBLEMS = {
     "single_label_classification": "classification",
     "multi_label_classification": "multilabel",
 }
-_MOST_LOOKS, _MOST_LOOKS_FOR_SMOOTHING = 16, 256
+_MOST_LOOKS, _MOST_LOOKS_FOR_SMOOTHING = 64, 256
 """Forwards without gradients before the first step, so that each class has been the label of a position."""
 _SPREAD = 1.0
 """The standard deviation of what is added to the logits."""
