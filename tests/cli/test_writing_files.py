@@ -48,12 +48,12 @@ def test_a_whole_module(folders):
     done("apply", came / "net.pt", *RULES, "-o", grafted / "net.pt", "--trust")
     loaded = torch.load(grafted / "net.pt", weights_only=False)
     assert [type(module).__name__ for module in loaded] == ["Linear", "GaussianDropout", "DropConnectLinear"]
-    assert len(json.loads((grafted / "regraft.json").read_text())["grafted"]) == 2
+    assert len(json.loads((grafted / "net.regraft.json").read_text())["grafted"]) == 2
     done("revert", grafted / "net.pt", "-o", plain / "net.pt", "--trust")
     back = torch.load(plain / "net.pt", weights_only=False)
     assert [type(module) for module in back] == [nn.Linear, nn.Dropout, nn.Linear]
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), net().parameters(), strict=True))
-    assert not (plain / "regraft.json").exists()
+    assert [path.name for path in plain.iterdir()] == ["net.pt"]
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -68,7 +68,7 @@ def test_weights_in_a_checkpoint(inside, folders):
     assert written.keys() == state.keys()
     assert all(torch.equal(written[key], state[key]) for key in state)
     fresh = net()
-    assert len(regraft.load_plan(fresh, grafted).grafted) == 2
+    assert len(regraft.load_plan(fresh, grafted / "net.regraft.json").grafted) == 2
     done("revert", grafted / "net.pt", "--arch", NET, "-o", plain / "net.pt")
     made = json.loads(done("diff", came / "net.pt", plain / "net.pt", "--arch", NET, "-f", "json").stdout)
     assert (made["changed"], made["added"], made["removed"]) == ([], [], [])

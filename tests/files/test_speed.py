@@ -75,12 +75,12 @@ def test_a_hundred_thousand_modules(tmp_path):
 
 def test_modules_are_read_in_proportion_to_their_number(tmp_path):
     """Twice as many modules take no more than about twice as long: no step looks at all for each."""
-    from regraft.cli.reading.files import read_file
+    from regraft.files.detect import read
 
     spent = []
     for count in (1_000, 4_000):
         torch.save(nn.Sequential(*[nn.Dropout(0.1) for _ in range(count)]), tmp_path / "many.pt")
         began = time.process_time()
-        read_file(tmp_path / "many.pt")
+        read(tmp_path / "many.pt")
         spent.append(time.process_time() - began)
     assert spent[1] < 12 * spent[0]
