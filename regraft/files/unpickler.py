@@ -1,8 +1,8 @@
 """An inert unpickler: the standard library's own, in which names, calls and states become notes.
 
 Python has two unpicklers, one in C and one in Python, and they differ. `torch.load` runs the one in C. This
-one accepts all that either does (frames in frames, octal integers, text after a NUL), and where both would stop
-at a type it goes on: what would run is never behind the point at which it stops.
+one accepts all that either does (frames in frames, octal integers, text after a NUL), and where both would
+stop at a type it goes on: what would run is never behind the point at which it stops.
 """
 
 from __future__ import annotations
