@@ -218,6 +218,7 @@ def _pickles(
         except FileError as error:
             broken = not values or (values[0] == _MAGIC and len(values) < 4)
             _read_nested(budget, verdicts, place, depth)
+            budget.charge(0)  # what is behind the end of the first pickle may be damaged, but not unread
             return values, error if broken else None
         here = file.tell()
         _read_nested(budget, verdicts, place, depth)
@@ -231,15 +232,17 @@ def _pickles(
 def _read_nested(budget: Budget, verdicts: Verdicts, place: str, depth: int) -> None:
     """Read the files that loading would load on its way: `torch.load` of bytes within the pickle."""
     nested, verdicts.nested = verdicts.nested, []
-    for data in nested:
+    for content in nested:
         if depth == _NESTED:
             verdicts.danger(f"files stand within files, more than {_NESTED} deep")
             return
         budget.charge(50)
+        data = content if isinstance(content, bytes) else content.read()
         try:
             _pickles(io.BytesIO(data), len(data), budget, verdicts, f"{place}within it, ", depth + 1)
         except AmbiguousError as error:
             verdicts.danger(error.what)
+        budget.charge(0)
 
 
 def _archived(

@@ -23,6 +23,8 @@ MALFORMED = (
     *(OverflowError, struct.error, AssertionError, NameError, RecursionError),
 )
 _NAME_LENGTH = 1_000
+_NAME_STEPS = 25
+"""What judging one more name costs, in opcodes."""
 _LINE_LENGTH = 2**20
 _INLINE = 2**16
 """Longer texts and bytes stay in the file; only where they are is noted."""
@@ -106,6 +108,7 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         if known is None:
             if len(module) + len(name) > _NAME_LENGTH:
                 raise ValueError
+            self.budget.charge(_NAME_STEPS)
             known = self.names[module, name] = self.verdicts.name(module, name)
         else:
             self.verdicts.again(known)

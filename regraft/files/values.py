@@ -52,19 +52,25 @@ OPAQUE = Opaque()
 
 
 class Long:
-    """A text or bytes of more than 64 kB: where in the file it is."""
+    """A text or bytes of more than 64 kB: where it is, and whether it is the text of bytes in latin-1."""
 
-    __slots__ = ("file", "length", "start")
+    __slots__ = ("encoded", "file", "is_text", "length", "start")
 
-    def __init__(self, file: Any, start: int, length: int) -> None:
-        self.file, self.start, self.length = file, start, length
+    def __init__(self, file: Any, start: int, length: int, *, is_text: bool = False) -> None:
+        self.file, self.start, self.length, self.is_text = file, start, length, is_text
+        self.encoded: Long | None = None
+
+    def encode(self) -> Long:
+        """The bytes that `_codecs.encode(text, 'latin1')` makes of it; the same each time."""
+        self.encoded = self.encoded or Long(self.file, self.start, self.length, is_text=True)
+        return self.encoded
 
     def read(self) -> bytes:
         here = self.file.tell()
         self.file.seek(self.start)
         data: bytes = self.file.read(self.length)
         self.file.seek(here)
-        return data
+        return str(data, "utf-8", "replace").encode("latin-1", "replace") if self.is_text else data
 
 
 SET = Name("builtins", "set", "value")

@@ -110,7 +110,7 @@ class Verdicts:
         unknown: names that are neither known nor dangerous, and how often they are used.
         dangerous: what would be run, in words, and where.
         imports: the packages that loading would import.
-        nested: bytes that `torch.load` would be called with, while it loads the file; to be read as files.
+        nested: bytes that `torch.load` would be called with, once each; to be read as files.
     """
 
     def __init__(self, allow: Sequence[str] = ()) -> None:
@@ -118,7 +118,9 @@ class Verdicts:
         self.unknown: Counter[str] = Counter()
         self.dangerous: list[str] = []
         self.imports: set[str] = set()
-        self.nested: list[bytes] = []
+        self.nested: list[bytes | Long] = []
+        self._nested: set[bytes | Long] = set()
+        self._encoded: dict[str, bytes] = {}
         self.where: Callable[[], str] = str
         self._odd: Counter[str] = Counter()
         self._danger_names: dict[int, int] = {}
@@ -348,19 +350,21 @@ def _encode(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Any
         verdicts.danger(f"{callee.full} is called with the codec {shown(codec)}")
         return Call(callee, arguments)
     if isinstance(text, Long):
-        text = str(text.read(), "utf-8", "replace")
-    return text.encode("latin-1", "replace") if isinstance(text, str) else Call(callee, arguments)
+        return text.encode()
+    if not isinstance(text, str):
+        return Call(callee, arguments)
+    # The same bytes for the same text: a file could ask for them a million times.
+    if text not in verdicts._encoded:
+        verdicts._encoded[text] = text.encode("latin-1", "replace")
+    return verdicts._encoded[text]
 
 
 def _nested(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Any:
     data = arguments[0] if len(arguments) == 1 else None
-    if isinstance(data, Long):
-        data = data.read()
-    if not isinstance(data, bytes):
+    if not isinstance(data, (bytes, Long)):
         verdicts.danger(f"{callee.full} is called with {shown(data)} in the place of bytes")
-    elif len(verdicts.nested) > 100_000:
-        raise FileError("the file holds more than 100,000 files")
-    else:
+    elif data not in verdicts._nested:
+        verdicts._nested.add(data)
         verdicts.nested.append(data)
     return Call(callee, arguments)
 

@@ -375,7 +375,7 @@ def test_the_names_are_those_that_pickletools_lists(live, files):
 
 
 AUDITED = """
-import sys, json
+import encodings.cp437, encodings.raw_unicode_escape, json, sys  # of zipfile and of pickle
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from regraft.cli.file_view import FileInspection, Files
