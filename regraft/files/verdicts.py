@@ -100,6 +100,8 @@ def role_of(module: str, name: str) -> str:
         return "object" if name[:1].isupper() else "value" if full in _RULES else "unknown"
     if root in sys.stdlib_module_names and (module == root or root not in _ONE_FILE):
         return "dangerous"
+    if root.startswith("_") and root != "__main__":  # Python's own too, if not of this version
+        return "dangerous"
     return "dangerous" if any(f"{full}.".startswith(f"{loader}.") for loader in _LOADERS) else "unknown"
 
 

@@ -164,6 +164,39 @@ def by_call(mark, payload):
         "site.execsitecustomize": Op(call(attribute(name("sys", "path"), "insert"), 0, folder) + b"0" + call("site:execsitecustomize")),
         "py_compile": call("py_compile:compile", source, path),
     }  # fmt: skip
+    listed |= {
+        "dict.get of __builtins__": call(call(name("builtins", "dict.get"), name("numpy", "__builtins__"), "exec"), write),
+        "a module that is overwritten": Op(
+            build(name("numpy", "prod"), (None, call(attribute(call("builtins:dict"), "copy")))) + b"0"
+            + call(name("numpy", "ctypeslib.ctypes.CDLL"), None) + b"0" + call(name("shutil", "os.system"), touch)
+        ),
+        "subinterpreters": Op(call("_xxsubinterpreters:run_string", call("_xxsubinterpreters:create"), write)),
+        "run_in_subinterp": call("test.support:run_in_subinterp", write),
+        "ensurepip": call("ensurepip:_run_pip", ["download", "-d", path, "--no-index", "no-such-package"]),
+        "venv": call("venv:create", path),
+        "zipapp": call("zipapp:create_archive", str(payload["folder"]), path, None, "hubconf:model"),
+        "distutils.write_file": call("distutils.file_util:write_file", path, ["x"]),
+        "distutils.spawn": call("distutils.spawn:spawn", bash),
+        "idlelib.get_entity": call("idlelib.calltip:get_entity", write),
+        "idlelib.autocomplete": call(name("idlelib.autocomplete", "AutoComplete.get_entity"), None, write),
+        "lib2to3.loads": call(attribute(call("lib2to3.pgen2.grammar:Grammar"), "loads"), whole(call(system, touch))),
+        "code by a dotted name": call(
+            name("code", "InteractiveInterpreter.runcode"), call("code:InteractiveInterpreter"), call("builtins:compile", write, "x", "exec")
+        ),
+        "asyncio's transport": call(
+            name("asyncio.unix_events", "_UnixSubprocessTransport._start"),
+            call("types:SimpleNamespace"), touch, True, None, None, None, 0,
+        ),
+        "pip._vendor": call(
+            attribute(call("pip._vendor.distlib.util:FileOperator"), "write_text_file"), path, "x", "utf-8"
+        ),
+        "weakref.finalize": call(attribute(call("weakref:finalize", new(name("torch.nn.modules.linear", "Identity")), system, touch), "__call__")),
+        "itertools.accumulate": call("builtins:tuple", call("itertools:accumulate", [write, {}], name("builtins", "exec"))),
+        "contextvars": call(
+            attribute(call("contextvars:Context"), "run"), system, touch
+        ),
+        "concurrent.futures": call(attribute(call("concurrent.futures.thread:_WorkItem", call("concurrent.futures._base:Future"), system, (touch,), {}), "run")),
+    }  # fmt: skip
     torch_ways = {
         "torch.load": call("torch:load", str(payload["payload.pt"]), None, call("importlib:import_module", "pickle")),
         "torch.serialization.load": call("torch.serialization:load", str(payload["payload.pt"]), None, call("importlib:import_module", "pickle")),
@@ -241,6 +274,7 @@ def by_machinery(mark):
         "an index out of order": whole(Op(system + b"r\x00\x00\x01\x00" + b"0j\x00\x00\x01\x00" + lit((touch,)) + b"R")),
         "memoized over another": whole(Op(b"}q\x000" + system + b"q\x000h\x00" + lit((touch,)) + b"R")),
         "memoize counts": whole(Op(b"}r\x09\x00\x00\x000" + system + b"\x940h\x01" + lit((touch,)) + b"R")),
+        "put and memoize": whole(Op(b"X\x02\x00\x00\x00osq\x00X\x06\x00\x00\x00systemq\x01X\x01\x00\x00\x00a\x94X\x01\x00\x00\x00b\x94h\x00h\x01\x93" + lit((touch,)) + b"R")),
         "duplicated": whole(Op(system + b"2" + lit((touch,)) + b"R")),
         "escapes in a string": b"\x80\x02S'" + upper.encode() + b"'\n" + lit("system") + b"\x93" + lit((touch,)) + b"R.",
         "escapes in a text": b"\x80\x02V\\u006f\\u0073\n" + lit("system") + b"\x93" + lit((touch,)) + b"R.",
@@ -312,6 +346,8 @@ def in_other_forms(stream, mark):
     crc = bytearray(simple)
     for magic, at in ((b"PK\3\4", 14), (b"PK\1\2", 16)):
         crc[crc.find(magic) + at] ^= 0xFF
+    flagged = bytearray(simple)
+    flagged[simple.find(b"PK\3\4") + 6] |= 1
     renamed = simple.replace(b"m/data.pkl", b"m/READM.md", 1)
     array = np.array([1], dtype=object)
     room = io.BytesIO()
@@ -333,6 +369,7 @@ def in_other_forms(stream, mark):
         "twice": (archive([("m/data.pkl", stream), ("m/DATA.pkl", stream), version]), "torch"),
         "with a comment": (archive([("m/data.pkl", stream), version], comment=b"a comment"), "torch"),
         "with a wrong checksum": (bytes(crc), "torch"),
+        "encrypted, says its own header": (bytes(flagged), "torch"),
         "renamed in its own header": (renamed, "torch"),
         "an archive in an archive": (archive([("m/data.pkl", nested), version]), "torch"),
         "an archive in a pickle": (nested, "pickle"),
