@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from regraft.errors import FileError
-from regraft.files.values import OPAQUE, SET, Call, Long, Name, Opaque, Ordered, Storage, shown
+from regraft.files.values import OPAQUE, SET, Call, Long, Name, Opaque, Ordered, StatedOrdered, Storage, shown
 from regraft.files.verdicts import Verdicts
 
 MALFORMED = (
@@ -70,6 +70,8 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             FileError: the stream is cut short, is no pickle, or asks too much.
         """
         self.read, self.readline = self.file.read, self._line
+        self.near: list[Any] = []  # the memo: a list of what stands in order, as nearly all does,
+        self.far: dict[int, Any] = {}  # and the rest
         self.metastack: list[Any] = []
         self.stack: list[Any] = []
         self.append = self.stack.append
@@ -87,6 +89,8 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             end = self.file.tell() >= self.size
             what = "it ends before the model does" if end else "it is no whole pickle"
             raise FileError(f"the file is damaged, or no PyTorch file: {what}") from error
+        finally:
+            self.__dict__.clear()  # it refers to itself, and what is remembered can be a million values
 
     def _line(self) -> bytes:
         line: bytes = self.file.readline(_LINE_LENGTH)
@@ -163,7 +167,10 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         target = self.stack[-1]
         if type(target) is Name:
             self.verdicts.danger(f"{target.full} itself is changed")
-        elif type(target) in (Call, Ordered):
+        elif isinstance(target, Ordered):
+            self.verdicts.state(target, state)
+            target.__class__ = StatedOrdered
+        elif type(target) is Call:
             self.verdicts.state(target, state)
             target.state = state
         elif type(target) not in _LITERALS:
@@ -207,7 +214,7 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             target.extend(items)
         elif type(target) is Call:
             self.verdicts.filled(target)
-        elif type(target) in (Name, Ordered) and items:
+        elif isinstance(target, (Name, Ordered)) and items:
             self.verdicts.danger(f"a method of {shown(target)} is called by appending to it")
 
     def load_empty_set(self) -> None:
@@ -221,11 +228,40 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         if self.file.tell() + struct.unpack("<Q", self.read(8))[0] > self.size:
             raise EOFError
 
+    def _put(self, index: int) -> None:
+        near, value = self.near, self.stack[-1]
+        if index == len(near):
+            near.append(value)
+            if self.far:
+                self.far.pop(index, None)
+        elif index < len(near):
+            near[index] = value
+        else:
+            self.far[index] = value
+
+    def _get(self, index: int) -> None:
+        self.append(self.near[index] if index < len(self.near) else self.far[index])
+
     def load_put(self) -> None:
-        self.memo[_index(self._text_line())] = self.stack[-1]
+        self._put(_index(self._text_line()))
+
+    def load_binput(self) -> None:
+        self._put(self.read(1)[0])
+
+    def load_long_binput(self) -> None:
+        self._put(struct.unpack("<I", self.read(4))[0])
+
+    def load_memoize(self) -> None:
+        self._put(len(self.near) + len(self.far))
 
     def load_get(self) -> None:
-        self.append(self.memo[_index(self._text_line())])
+        self._get(_index(self._text_line()))
+
+    def load_binget(self) -> None:
+        self._get(self.read(1)[0])
+
+    def load_long_binget(self) -> None:
+        self._get(struct.unpack("<I", self.read(4))[0])
 
     def load_int(self) -> None:
         line = self._text_line()
@@ -268,7 +304,12 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             "FROZENSET": load_frozenset,
             "FRAME": load_frame,
             "PUT": load_put,
+            "BINPUT": load_binput,
+            "LONG_BINPUT": load_long_binput,
+            "MEMOIZE": load_memoize,
             "GET": load_get,
+            "BINGET": load_binget,
+            "LONG_BINGET": load_long_binget,
             "INT": load_int,
             "LONG": load_long,
             "FLOAT": load_float,

@@ -28,9 +28,15 @@ class Call:
 
 
 class Ordered(dict[Any, Any]):
-    """An OrderedDict, with the state that it was given (`_metadata` of a state dict)."""
+    """An OrderedDict; there are a dozen in every module, so it has no room for more."""
 
-    __slots__ = ("state",)
+    __slots__ = ()
+
+
+class StatedOrdered(Ordered):
+    """An OrderedDict that was given a state (the `_metadata` of a state dict)."""
+
+    __slots__ = ()
 
 
 class Storage:

@@ -23,7 +23,7 @@ from importlib.resources import files
 from typing import Any
 
 from regraft.errors import FileError
-from regraft.files.values import Call, Long, Name, Ordered, shown
+from regraft.files.values import Call, Long, Name, Ordered, StatedOrdered, shown
 from regraft.report.page import visible
 
 KNOWN, UNKNOWN, DANGEROUS = "known", "unknown", "dangerous"
@@ -204,7 +204,7 @@ class Verdicts:
         ):
             return  # judged already
         what = shown(target.callee) if type(target) is Call else "collections.OrderedDict"
-        if getattr(target, "state", None) is not None:
+        if type(target) is StatedOrdered or getattr(target, "state", None) is not None:
             self.danger(f"{what} is given a state twice")
         if type(state) is tuple and len(state) == 2 and isinstance(state[1], dict):
             if state[1]:
@@ -214,7 +214,7 @@ class Verdicts:
             special = [key for key in state if type(key) is not str or key[:2] == key[-2:] == "__"]
             if special and not _SPECIAL.issuperset(special):
                 self.danger(f"the special attribute {shown(special[0])} of {what} is set")
-        elif type(target) is Ordered or (target.callee.role == "object" and state is not None):
+        elif isinstance(target, Ordered) or (target.callee.role == "object" and state is not None):
             self.unusual(f"{what} with a state that is no dictionary")
 
     def filled(self, target: Call) -> None:
