@@ -36,6 +36,11 @@ _STORAGES = ("torch", "torch.cuda", "torch.storage")
 _SPECIAL = frozenset(["__overloads__", "__constants__", "__annotations__", "__doc__", "__objclass__"])
 """Special attributes that nothing calls; others, like `__setstate__`, are, by the next step of a pickle."""
 _BASES = frozenset(f"builtins.{name}" for name in str.split("object dict list tuple set int float str"))
+_CONTAINERS = frozenset(
+    [f"collections.{name}" for name in ("OrderedDict", "defaultdict", "Counter", "deque")]
+    + [f"builtins.{name}" for name in ("set", "frozenset", "list", "dict")]
+    + ["copyreg._reconstructor"]
+)
 _LOADERS = str.split(
     "torch.load torch.hub torch.jit torch.serialization torch.package torch.export torch.ops torch._ops "
     "torch.classes torch.library torch.testing torch.fx torch.distributed torch.multiprocessing "
@@ -191,8 +196,14 @@ class Verdicts:
                 self.dangerous.insert(
                     at, f"{visible(callee.full + shown(arguments))} ({visible(self.where())})"
                 )
-        elif role == "value" and (rule := _RULES.get(callee.full)):
-            return rule(self, callee, arguments)
+        elif role == "value":
+            # What is called may call a method of an object, and that can be anything in its state.
+            if any(
+                type(value) is Call and getattr(value.callee, "role", "") == "object" for value in arguments
+            ):
+                self.unusual(f"{callee.full}{shown(arguments)}")
+            if rule := _RULES.get(callee.full):
+                return rule(self, callee, arguments)
         elif role == "reference" or (role == "object" and not new):
             self.unusual(f"{callee.full}()")
         return Call(callee, arguments)
@@ -221,7 +232,12 @@ class Verdicts:
         """Judge that items are put into an object, by its methods."""
         if target.state is not None:
             self.danger(f"items are put into {shown(target.callee)} after its state")
-        elif type(target.callee) is Name and target.callee.role == "object":
+        elif (
+            type(target.callee) is Name
+            and target.callee.role in ("object", "value")
+            and target.callee.full not in _CONTAINERS
+            and target.callee.name != "AttributeDict"
+        ):
             self.unusual(f"{target.callee.full} with items")
 
 
