@@ -25,9 +25,9 @@ from torch import nn
 
 OUTPUT = Path(__file__).parents[1] / "regraft" / "files" / "known_names.txt"
 PACKAGES = str.split(
-    "torch.nn torch.optim torch.ao.nn timm.layers timm.models timm.optim timm.loss torchvision.models "
-    "torchvision.ops torchvision.transforms peft transformers accelerate.utils.dataclasses "
-    "accelerate.state"
+    "torch.nn torch.optim torch.ao.nn torch.ao.quantization.stubs timm.layers timm.models timm.optim "
+    "timm.loss torchvision.models torchvision.ops torchvision.transforms peft transformers accelerate.state "
+    "accelerate.utils.dataclasses"
 )
 TRANSFORMERS = ("models", "generation", "integrations")
 """Subpackages of transformers of which models are made."""
@@ -93,6 +93,8 @@ SET_STATE = {
     "torch.nn.modules.pooling.AvgPool3d",
 }
 """Their `__setstate__` was read: it takes the dictionary, and fills in what older versions did not have."""
+PLAIN = ("timm.models", "timm.layers", "torchvision.models", "torchvision.ops", "transformers.models")
+"""Where classes that are no modules may be parts of models (the anchors of a detector)."""
 FUNCTIONS = tuple(
     str.split(
         "torch.nn.functional timm.layers torchvision.ops transformers.modeling_rope_utils "
@@ -113,7 +115,9 @@ def modules() -> list[str]:
             if package == "transformers" and len(parts) > 2:
                 kept = parts[1] in TRANSFORMERS
                 if parts[1] == "models":
-                    kept = parts[-1].startswith(("modeling_", "configuration_")) and "_tf_" not in info.name
+                    kept = len(parts) > 3 and not parts[-1].startswith(
+                        ("image_", "video_", "feature_", "modular_")
+                    )
                 if not kept:
                     continue
             if not any(
@@ -130,9 +134,9 @@ def state_setter(cls: type) -> str:
 
 def is_harmless_object(cls: type, kinds: tuple[type, ...]) -> bool:
     """Is an object of this class made by `object.__new__`, and given its state as a dictionary?"""
-    wanted = issubclass(cls, kinds) or (
-        dataclasses.is_dataclass(cls) and cls.__module__.partition(".")[0] != "torch"
-    )
+    plain = cls.__module__.startswith(PLAIN) and not hasattr(cls, "__getattr__")
+    data = dataclasses.is_dataclass(cls) and cls.__module__.partition(".")[0] != "torch"
+    wanted = issubclass(cls, kinds) or data or plain
     setter = state_setter(cls)
     return (
         wanted
