@@ -31,6 +31,8 @@ import linear
 from zoo.check import Row, graft_row, quiet, walk_row
 from zoo.entries import LIBRARIES, entries, entry
 
+from regraft.report.document import percent
+
 NAMES = {"hf": "transformers", "torch": "torch"}
 COLUMNS = (
     "library",
@@ -138,7 +140,7 @@ def _table_line(library: str, rows: list[Row], walk_only: bool) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{part} ({part / whole:.1%})" if whole else "-"
+    return f"{part} ({percent(part, whole)})" if whole else "-"
 
 
 def counted(rows: list[Row]) -> str:

@@ -134,6 +134,9 @@ def fit_plain(model, tokenizer, train, seed: int, *, rdrop: bool) -> dict[str, t
     settings = {"lr": options.lr, "betas": (options.momentum, 0.999), "weight_decay": options.weight_decay}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **settings)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, options.steps)
+    criterion = cross_entropy
+    if rdrop:
+        criterion = regraft.rdrop_criterion(model, criterion, alpha=ALPHA)  # the loop stays as it is
     order, waiting = random.Random(seed), []
     model.train()
     for _ in range(options.steps):
@@ -141,11 +144,7 @@ def fit_plain(model, tokenizer, train, seed: int, *, rdrop: bool) -> dict[str, t
             waiting = order.sample(train, len(train))
         batch = tokenizer.pad([waiting.pop() for _ in range(options.batch)], return_tensors="pt")
         labels = batch.pop("labels")
-        if rdrop:
-            logits = regraft.stochastic_passes(model, 2, **batch).logits  # (2, batch, classes)
-            loss = regraft.rdrop_loss(logits, labels, alpha=ALPHA, ce="mean")
-        else:
-            loss = cross_entropy(model(**batch).logits, labels)
+        loss = criterion(model(**batch).logits, labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

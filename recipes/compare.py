@@ -226,7 +226,7 @@ class Worker:
         report = regraft.apply(model, {**arm.rules, **off})
         computed = not arm.whole and self.is_computed(model)
         if arm.alpha is not None:
-            regraft.rdrop(model, alpha=arm.alpha, ce="mean", **({"fork": arm.fork} if arm.fork else {}))
+            regraft.rdrop(model, alpha=arm.alpha, ce="mean", fork=arm.fork)
         if computed:
             cut(model, options.frozen)
         torch.manual_seed(1000 + seed)

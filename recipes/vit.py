@@ -101,14 +101,14 @@ def fit(model, train, steps: int, *, rdrop: bool = False) -> Callable:
     optimizer = torch.optim.AdamW(trained, options.lr, **settings)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     loader = DataLoader(train, batch_size=BATCH, shuffle=True)
+    criterion = cross_entropy
+    if rdrop:
+        criterion = regraft.rdrop_criterion(model, criterion, alpha=ALPHA)  # the loop stays as it is
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     wrapped.train()
     for images, labels in itertools.islice(endless(loader), steps):
         optimizer.zero_grad()
-        if rdrop:
-            loss = regraft.rdrop_loss(regraft.stochastic_passes(wrapped, 2, images), labels, ALPHA, ce="mean")
-        else:
-            loss = cross_entropy(wrapped(images), labels)
+        loss = criterion(wrapped(images), labels)
         accelerator.backward(loss)
         optimizer.step()
         schedule.step()

@@ -86,9 +86,6 @@ class LossError(RegraftError, ValueError):
 class FileError(RegraftError, OSError):
     """A file that cannot be read as a model or a plan."""
 
-    suspicious = False
-    """Does the file name code that no model needs?"""
-
 
 class RulesError(RegraftError, ValueError):
     """Several problems found together; `problems` has each as an error of its own."""

@@ -20,6 +20,7 @@ LAYERS = [
     {"graft"},
     {"training"},
     {"integrations"},
+    {"files"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def need(package: str) -> Any:
     """The package, or an error that says how to install it."""
     if importlib.util.find_spec(package) is None:
-        known = package if package in ("timm", "transformers") else ""
-        remedy = f'pip install "regraft[{known}]"' if known else f"pip install {package}"
+        extra = package if package in ("timm", "transformers") else ""
+        remedy = f'pip install "regraft[{extra}]"' if extra else f"pip install {package}"
         raise FileError(f"{package} is not installed", remedy=remedy)
     return importlib.import_module(package)
 
@@ -53,9 +53,9 @@ def build(name: str, *, real: bool = False) -> nn.Module:
     if Path(name).is_dir():
         return _hugging_face(name, real)
     if colon:
-        return _made_by(source, rest)
+        return _from_factory(source, rest)
     raise FileError(
-        "this is no architecture",
+        "not an architecture",
         where=name,
         remedy="timm:NAME, torchvision:NAME, hf:NAME, a folder with a config.json, or package.module:factory",
     )
@@ -76,7 +76,7 @@ def usual_input(name: str) -> Any:
     return torch.zeros(2, 3, size, size)
 
 
-def _built(make: Callable[[], nn.Module], real: bool) -> nn.Module:
+def _build(make: Callable[[], nn.Module], real: bool) -> nn.Module:
     torch = need("torch")
     if real:
         return make()
@@ -91,7 +91,7 @@ def _timm(name: str, real: bool) -> nn.Module:
     timm = need("timm")
     if name.partition(".")[0] not in timm.list_models():
         raise NoMatchError(f"timm has no model {name!r}", remedy=nearest(name, timm.list_models()))
-    return _built(lambda: timm.create_model(name, pretrained=False), real)
+    return _build(lambda: timm.create_model(name, pretrained=False), real)
 
 
 def _torchvision(name: str, real: bool) -> nn.Module:
@@ -101,7 +101,7 @@ def _torchvision(name: str, real: bool) -> nn.Module:
     # By default a detector downloads the weights of its backbone.
     takes = inspect.signature(models.get_model_builder(name)).parameters
     backbone = {"weights_backbone": None} if "weights_backbone" in takes else {}
-    return _built(lambda: models.get_model(name, weights=None, **backbone), real)
+    return _build(lambda: models.get_model(name, weights=None, **backbone), real)
 
 
 def _hugging_face(folder: str, real: bool) -> nn.Module:
@@ -115,35 +115,35 @@ def _hugging_face(folder: str, real: bool) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         names = [name for name in config.architectures or [] if hasattr(transformers, str(name))]
         if names:
-            model = _built(lambda: getattr(transformers, names[0])(config), real)
+            model = _build(lambda: getattr(transformers, names[0])(config), real)
         else:
-            model = _built(lambda: transformers.AutoModel.from_config(config, trust_remote_code=False), real)
+            model = _build(lambda: transformers.AutoModel.from_config(config, trust_remote_code=False), real)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FileError(f"the config cannot be read: {why}", where=folder) from None
     return model
 
 
-def _made_by(module: str, factory: str) -> nn.Module:
+def _from_factory(module: str, factory: str) -> nn.Module:
     from torch import nn
 
     where = f"{module}:{factory}"
     if "" not in sys.path:
         sys.path.insert(0, "")  # a package beside where the command is given, as `python -m` finds it
     try:
-        made: Any = importlib.import_module(module)
+        value: Any = importlib.import_module(module)
         for part in factory.split("."):
-            made = getattr(made, part)
+            value = getattr(value, part)
     except (ImportError, AttributeError, ValueError) as error:
         raise FileError(f"the factory cannot be found: {error}", where=where) from None
-    if callable(made) and not isinstance(made, nn.Module):
+    if callable(value) and not isinstance(value, nn.Module):
         try:
-            made = made()
+            value = value()
         except Exception as error:
             raise ModelError(f"the factory raised {type(error).__name__}: {error}", where=where) from error
-    if not isinstance(made, nn.Module):
-        raise ModelError(f"the factory returned a {type(made).__name__}, no module", where=where)
-    return made
+    if not isinstance(value, nn.Module):
+        raise ModelError(f"the factory returned a {type(value).__name__}, no module", where=where)
+    return value
 
 
 SOURCES = {"timm": _timm, "torchvision": _torchvision, "hf": _hugging_face}

@@ -1,7 +1,7 @@
 """The commands. Results go to stdout and messages to stderr.
 
-Exit codes: 0 done, 1 a check failed, nothing matched or the file cannot be read, 2 bad usage, 3 suspicious
-content, of which nothing was run.
+Exit codes: 0 done, 1 a check failed, nothing matched or a file cannot be read, 2 bad usage, 3 a file would
+run what no model needs, 4 a file names what is not known to be harmless. Of several, the first of 3, 4, 1, 0.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regraft import __version__
-from regraft.cli.output import MODELS, Format, guarded, pair, printed
+from regraft.cli.output import MODELS, Format, allowed, guarded, pair, printed
 
 if TYPE_CHECKING:
     from regraft.report.view import View
@@ -22,8 +22,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 a check failed, nothing matched or the file cannot be read, 2 bad usage, "
-    "3 suspicious content (nothing of it was run).",
+    epilog="Exit codes: 0 done, 1 a check failed, nothing matched or a file cannot be read, 2 bad usage, "
+    "3 a file would run what no model needs, 4 a file names what is not known to be harmless. "
+    "Of several, the first of 3, 4, 1, 0.",
 )
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"{MODELS}.")]
 Rules = Annotated[
@@ -37,6 +38,10 @@ As = Annotated[Format, typer.Option("--format", "-f", help="How to print the res
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Load the file for real, which runs the code that it names.")
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option("--allow", metavar="PATTERN", help="Unknown names that you vouch for: 'coolnets.*'."),
 ]
 Out = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write the model.")]
 Safe = Annotated[bool, typer.Option("--safe", help="Write the weights as safetensors.")]
@@ -68,6 +73,7 @@ def inspect(
     arch: Arch = "",
     shape: Shape = "",
     trust: Trust = False,
+    allow: Allow = None,
     format: As = Format.table,
     debug: Debug = False,
 ) -> None:
@@ -76,7 +82,7 @@ def inspect(
     def run() -> View:
         from regraft.cli.opening import view_of
 
-        return view_of(model, arch, shape, trust=trust)
+        return view_of(model, arch, shape, trust=trust, allow=allowed(allow))
 
     printed(run, format, debug)
 
@@ -88,6 +94,7 @@ def plan(
     arch: Arch = "",
     shape: Shape = "",
     trust: Trust = False,
+    allow: Allow = None,
     format: As = Format.table,
     debug: Debug = False,
 ) -> None:
@@ -96,7 +103,8 @@ def plan(
     def run() -> View:
         from regraft.cli.opening import planned
 
-        return planned(model, [pair(text) for text in rule], arch, shape, trust=trust)
+        rules = [pair(text) for text in rule]
+        return planned(model, rules, arch, shape, trust=trust, allow=allowed(allow))
 
     printed(run, format, debug)
 
@@ -109,19 +117,21 @@ def apply(
     arch: Arch = "",
     shape: Shape = "",
     trust: Trust = False,
+    allow: Allow = None,
     safe: Safe = False,
     force: Force = False,
     format: As = Format.table,
     debug: Debug = False,
 ) -> None:
-    """Graft variants into a model and write it in the form it came in, with regraft.json beside it."""
+    """Graft variants into a model and write it in the form it came in, with its plan beside it."""
 
     def run() -> View:
         from regraft.cli.opening import inputs_for
         from regraft.cli.writing import apply_to_file
 
         inputs = inputs_for(model, shape)
-        return apply_to_file(model, [pair(text) for text in rule], output, arch, trust, safe, force, inputs)
+        rules = [pair(text) for text in rule]
+        return apply_to_file(model, rules, output, arch, trust, safe, force, inputs, allowed(allow))
 
     printed(run, format, debug)
 
@@ -133,6 +143,7 @@ def revert(
     selector: Annotated[str, typer.Option(help="Undo the grafts at these sites alone.")] = "",
     arch: Arch = "",
     trust: Trust = False,
+    allow: Allow = None,
     safe: Safe = False,
     force: Force = False,
     format: As = Format.table,
@@ -143,7 +154,7 @@ def revert(
     def run() -> View:
         from regraft.cli.writing import revert_file
 
-        return revert_file(model, output, selector, arch, trust, safe, force)
+        return revert_file(model, output, selector, arch, trust, safe, force, allowed(allow))
 
     printed(run, format, debug)
 
@@ -154,6 +165,7 @@ def diff(
     b: Annotated[str, typer.Argument(metavar="B", help="As A.")],
     arch: Arch = "",
     trust: Trust = False,
+    allow: Allow = None,
     format: As = Format.table,
     debug: Debug = False,
 ) -> None:
@@ -163,7 +175,10 @@ def diff(
         import regraft
         from regraft.cli.opening import side_of
 
-        return regraft.diff(side_of(a, arch, trust=trust), side_of(b, arch, trust=trust))
+        mine = allowed(allow)
+        return regraft.diff(
+            side_of(a, arch, trust=trust, allow=mine), side_of(b, arch, trust=trust, allow=mine)
+        )
 
     printed(run, format, debug)
 
@@ -177,6 +192,7 @@ def verify(
     arch: Arch = "",
     shape: Shape = "",
     trust: Trust = False,
+    allow: Allow = None,
     format: As = Format.table,
     debug: Debug = False,
 ) -> None:
@@ -189,12 +205,12 @@ def verify(
         from regraft.cli.progress import working
 
         rules = [pair(text) for text in rule or []] or None
-        found = load(model, arch, trust=trust).model
+        loaded = load(model, arch, trust=trust, allow=allowed(allow))
         with working("verifying"):
-            return regraft.verify(found, inputs_for(model, shape), rules)
+            return regraft.verify(loaded.model, inputs_for(model, shape), rules)
 
-    made: Any = printed(run, format, debug)
-    if not made.passed:
+    verification: Any = printed(run, format, debug)
+    if not verification.passed:
         raise typer.Exit(1)
 
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.architectures import build, is_architecture, need
+from regraft.cli.file_view import Files
 from regraft.cli.progress import working
-from regraft.cli.reading.files import read_file
 from regraft.errors import FileError, MisfitError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from regraft.cli.reading.model import ReadModel
+    from regraft.files.skeleton import FileModel
 
 PLAN = "regraft.json"
+
+
+def plan_beside(path: Path) -> Path:
+    """Where the plan of a model stands: `NAME.regraft.json` beside `NAME.pt`, `regraft.json` in a folder."""
+    name = path.name
+    for ending in (".safetensors.index.json", path.suffix):
+        name = name.removesuffix(ending)
+    return path / PLAN if path.is_dir() else path.with_name(f"{name}.{PLAN}")
 
 
 @dataclass
@@ -38,20 +47,24 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-def load(name: str, arch: str = "", *, trust: bool = False) -> Loaded:
+def load(name: str, arch: str = "", *, trust: bool = False, allow: Sequence[str] = ()) -> Loaded:
     """The model that a name stands for, with its weights; grafts that were saved beside it are put back.
 
     Raises:
         FileError: it cannot be loaded: without `trust` nothing is, but plain weights.
     """
     path = Path(name)
-    if path.is_dir() and is_architecture(name):
-        return _folder(path)
-    if not path.exists() or is_architecture(name):
+    if not path.exists():
         with working(f"building {name}"):
             note = f"{name} was built with fresh weights: none are downloaded"
             return Loaded(build(name, real=True), "fresh", notes=[note])
-    read = read_file(path)
+    with working(f"reading {path.name}"):
+        files = Files(path, allow)
+    folder = is_architecture(name)
+    files.check(model=not folder)
+    if folder:
+        return _folder(path)
+    read = files.model
     if read.form == "module":
         if not trust:
             raise FileError(
@@ -59,9 +72,7 @@ def load(name: str, arch: str = "", *, trust: bool = False) -> Loaded:
                 where=name,
                 remedy="--trust, if you know who made it; or save a state dict and give --arch",
             )
-        return Loaded(loaded(read), "module", notes=_only_inside(read))
-    if read.form != "weights":
-        raise FileError(read.notes[0], where=name)
+        return Loaded(load_module(read), "module", notes=_only_inside(read))
     if not arch:
         raise FileError(
             "the file holds weights alone, no layers",
@@ -71,7 +82,7 @@ def load(name: str, arch: str = "", *, trust: bool = False) -> Loaded:
     return _weights(read, arch)
 
 
-def loaded(read: ReadModel) -> nn.Module:
+def load_module(read: FileModel) -> nn.Module:
     """The module of a trusted file, for which its code is run.
 
     Raises:
@@ -92,7 +103,7 @@ def loaded(read: ReadModel) -> nn.Module:
     return value  # type: ignore[no-any-return]
 
 
-def _only_inside(read: ReadModel) -> list[str]:
+def _only_inside(read: FileModel) -> list[str]:
     return [f"the checkpoint's {read.key!r} alone is written, not the rest of it"] if read.key else []
 
 
@@ -116,10 +127,10 @@ def _folder(path: Path) -> Loaded:
     return Loaded(model, "folder", folder=path, notes=notes)
 
 
-def _weights(read: ReadModel, arch: str) -> Loaded:
+def _weights(read: FileModel, arch: str) -> Loaded:
     with working(f"building {arch}"):
         model = build(arch, real=True)
-    _, notes = _graft_again(model, read.path.parent)
+    _, notes = _graft_again(model, read.path)
     path, container, key = read.path, None, ""
     with working(f"loading {path.name}"):
         if path.suffix == ".json" or _is_safetensors(path):
@@ -159,13 +170,16 @@ def _tensors(path: Path) -> dict[str, Any]:
     return {key: tensor for shard in shards for key, tensor in load_file(path.parent / shard).items()}
 
 
-def _graft_again(model: nn.Module, folder: Path) -> tuple[list[str], list[str]]:
+def _graft_again(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
     """Put back the grafts that a plan beside the weights tells of; returns the keys they add, and notes."""
     import regraft
 
-    if not (folder / PLAN).is_file():
+    plan = plan_beside(path)
+    if not plan.is_file() and not path.is_dir():
+        plan = path.parent / PLAN  # its name before each file had a plan of its own
+    if not plan.is_file():
         return [], []
     try:
-        return regraft.load_plan(model, folder).state_keys, []
+        return regraft.load_plan(model, plan).state_keys, []
     except MisfitError:
-        return [], [f"{folder / PLAN} is the plan of another model: none of its grafts were put back"]
+        return [], [f"{plan} is the plan of another model: none of its grafts were put back"]

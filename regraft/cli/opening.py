@@ -4,116 +4,139 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.architectures import build, is_architecture, usual_input
-from regraft.cli.loading import load, loaded
+from regraft.cli.file_view import FileInspection, Files, JudgedView
+from regraft.cli.loading import load, load_module
 from regraft.cli.output import MODELS
 from regraft.cli.progress import working
-from regraft.cli.reading.files import read_file
-from regraft.cli.reading.inspection import FileInspection
 from regraft.errors import FileError, OptionError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from regraft.cli.reading.model import ReadModel
+    from regraft.files.skeleton import FileModel
     from regraft.report.view import View
 
 
-def view_of(name: str, arch: str = "", shape: str = "", *, trust: bool = False) -> View:
+def view_of(
+    name: str, arch: str = "", shape: str = "", *, trust: bool = False, allow: Sequence[str] = ()
+) -> View:
     """The inspection of what a name stands for; a file is read and not run, unless it is trusted.
 
     Raises:
-        FileError: what cannot be read, or (`suspicious`) names what no model needs.
+        FileError: what cannot be read, or would run what no model needs.
         NoMatchError: no such architecture.
     """
-    read = _read(name)
-    if read is None:
+    files = _files(name, allow)
+    if files is None:
         with working(f"building {name}"):
             model = build(name)
         return _inspected(model, name, shape)
+    if is_architecture(name):  # a Hugging Face folder: its files are judged, its config is built
+        files.check(names=False, model=False)
+        return JudgedView(_inspected(build(name), name, shape), files)
+    read = files.model
     if trust and read.form == "module":
-        return _inspected(loaded(read), name, shape)
+        files.check()
+        return JudgedView(_inspected(load_module(read), name, shape), files)
     if arch:
         with working(f"building {arch}"):
             model = build(arch)
-        made: Any = _inspected(model, arch, shape)
-        made.notes.extend(_unlike(read, model))
-        return made  # type: ignore[no-any-return]
-    return FileInspection(read)
+        return JudgedView(_inspected(model, arch, shape), files, _unlike(read, model))
+    return FileInspection(read, files)
 
 
-def side_of(name: str, arch: str = "", *, trust: bool = False) -> Any:
-    """What a name stands for, to be compared: a model where it can be loaded safely, else what is read of it.
+def side_of(name: str, arch: str = "", *, trust: bool = False, allow: Sequence[str] = ()) -> Any:
+    """What a name stands for, to be compared: a model where it can be loaded, else what is read of it.
 
     Raises:
         RegraftError: as `view_of`.
     """
-    read = _read(name)
-    if read is None and not Path(name).is_dir():
+    if is_architecture(name) and not Path(name).is_dir():
         with working(f"building {name}"):
             return build(name)
-    if read is None or (read.form == "module" and trust) or (read.form == "weights" and arch):
-        return load(name, arch, trust=trust).model
-    return FileInspection(read)
+    files = _files(name, allow)
+    if files is None or is_architecture(name):
+        return load(name, arch, trust=trust, allow=allow).model if files else build(name)
+    read = files.model
+    if (read.form == "module" and trust) or (read.form == "weights" and arch):
+        return load(name, arch, trust=trust, allow=allow).model
+    files.check()
+    return FileInspection(read, files)
 
 
 def planned(
-    name: str, rules: list[tuple[str, str | None]], arch: str = "", shape: str = "", *, trust: bool = False
+    name: str,
+    rules: list[tuple[str, str | None]],
+    arch: str = "",
+    shape: str = "",
+    *,
+    trust: bool = False,
+    allow: Sequence[str] = (),
 ) -> View:
     """The plan of rules for what a name stands for.
 
     Raises:
         RegraftError: as `view_of`, and all problems of the rules.
     """
-    import regraft
+    from regraft import plan
 
-    read = _read(name)
-    if read is None or arch or (trust and read.form == "module"):
-        with working(f"building {arch or name}"):
-            model = build(arch or name) if read is None or arch else loaded(read)
-        with working("probing"):
-            return regraft.plan(model, rules, inputs_for(arch or name, shape))
-    if read.form in ("script", "program"):
-        raise FileError(read.notes[0], where=name)
-    return _plan_unseen(read, rules)
+    files = _files(name, allow)
+    if files is not None and is_architecture(name):
+        files.check(names=False, model=False)
+    elif files is not None and not arch:
+        read = files.model
+        if not (trust and read.form == "module"):
+            return JudgedView(_plan_unseen(read, rules), files)
+        files.check()
+    with working(f"building {arch or name}"):
+        in_file = files is not None and not arch and not is_architecture(name)
+        model = load_module(read) if in_file else build(arch or name)
+    with working("probing"):
+        planned_view = plan(model, rules, inputs_for(arch or name, shape))
+    return JudgedView(planned_view, files) if files else planned_view
 
 
-def _plan_unseen(read: ReadModel, rules: list[tuple[str, str | None]]) -> View:
+def _plan_unseen(read: FileModel, rules: list[tuple[str, str | None]]) -> View:
     """A plan for a tree that was read: what can be seen without a forward."""
     from dataclasses import replace
 
-    from regraft.cli.reading.skeleton import skeleton
+    from regraft.files.skeleton import torch_modules
     from regraft.find.inspect import look
     from regraft.find.probe.run import Probe
     from regraft.planning.plan import plan_of
     from regraft.planning.rules import read_rules
 
-    seen = look(skeleton(read))
+    seen = look(torch_modules(read))
     read_only = replace(seen, notes=list(read.notes), probe=Probe(reason="the file was read, not run"))
     return plan_of(read_only, read_rules(rules))
 
 
-def _read(name: str) -> ReadModel | None:
-    """The file that a name stands for, read; None for an architecture."""
+def _files(name: str, allow: Sequence[str]) -> Files | None:
+    """The files that a name stands for, read; None for an architecture that is no folder."""
     path = Path(name)
-    if is_architecture(name):
+    if is_architecture(name) and not _exists(path):
         return None
-    try:
-        there = path.exists()
-    except (OSError, ValueError):  # a name that no file can have
-        there = False
-    if there:
+    if _exists(path):
         with working(f"reading {path.name}"):
-            read = read_file(path)
+            files = Files(path, allow)
         if "torch" not in sys.modules:  # whose own objects must be freed at the end
             gc.freeze()  # what was read stays: the collector need not look at it again and again
-        return read
+        return files
     if ":" in name and "/" not in name.partition(":")[0]:
         return None
     raise FileError("there is no such file or folder", where=name, remedy=f"MODEL is {MODELS}")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _inspected(model: nn.Module, name: str, shape: str = "") -> View:
@@ -139,7 +162,7 @@ def inputs_for(name: str, shape: str) -> Any:
     return torch.zeros([int(size) for size in sizes])
 
 
-def _unlike(read: ReadModel, model: nn.Module) -> list[str]:
+def _unlike(read: FileModel, model: nn.Module) -> list[str]:
     """Whether weights are those of the architecture that was given for them."""
     if read.form != "weights":
         return []

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import typer
 
-from regraft.errors import FileError, RegraftError, RuleSyntaxError
+from regraft.errors import FileError, OptionError, RegraftError, RulesError, RuleSyntaxError
+from regraft.report.document import visible
+from regraft.report.view import View
 
-if TYPE_CHECKING:
-    from regraft.report.view import View
-
-SUSPICIOUS = 3
 MODELS = (
     "timm:NAME, torchvision:NAME, hf:NAME, a Hugging Face folder, package.module:factory, or a file: "
-    ".pt, .pth, .bin, .pt2, .safetensors"
+    ".pt, .pth, .bin, .safetensors"
 )
 
 
@@ -31,11 +32,35 @@ class Format(str, Enum):
     html = "html"
 
 
+class _Visible(View):
+    """A view in which nothing that a file or a model is named can command a terminal."""
+
+    def __init__(self, view: View) -> None:
+        self.facts: dict[str, Any] = _visible_facts(view.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.facts
+
+
+def _visible_facts(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if value.isprintable() else "\n".join(map(visible, value.split("\n")))
+    if isinstance(value, dict):
+        return {_visible_facts(key): _visible_facts(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_visible_facts(entry) for entry in value]
+    return value
+
+
 def show(view: View, format: Format) -> None:
     """Print a view to stdout: coloured and as wide as the terminal there, plain elsewhere."""
     if format is Format.json:
-        put(view.to_json())
-    elif format is Format.markdown:
+        put(
+            json.dumps(view.to_dict(), indent=2, allow_nan=False)
+        )  # ASCII: a terminal sees no other character
+        return
+    view = _Visible(view)
+    if format is Format.markdown:
         put(view.to_markdown())
     elif format is Format.html:
         put(view.to_html())
@@ -54,15 +79,29 @@ def put(text: str) -> None:
 
 
 def printed(run: Callable[[], View], format: Format, debug: bool) -> View:
-    """The view that `run` returns, after it was printed; an error ends the command."""
+    """The view that `run` returns, after it was printed; an error ends the command.
+
+    A view of files has a `closing` line, or an error in its place.
+    """
 
     def both() -> View:
-        view = run()
+        try:
+            view = run()
+        except FileError as error:
+            if format is not Format.table and hasattr(error, "verdicts"):
+                from regraft.cli.file_view import Refusal
+
+                show(Refusal(error), format)
+            raise
         show(view, format)
+        if closing := getattr(view, "closing", None):
+            line = closing()
+            if format in (Format.table, Format.markdown):
+                put(f"\n{line}")
         return view
 
-    made: View = guarded(both, debug)
-    return made
+    view: View = guarded(both, debug)
+    return view
 
 
 def guarded(run: Callable[[], Any], debug: bool) -> Any:
@@ -70,32 +109,37 @@ def guarded(run: Callable[[], Any], debug: bool) -> Any:
     try:
         return run()
     except RegraftError as error:
-        if debug:
-            raise
-        _say(str(error))
-        suspicious = isinstance(error, FileError) and error.suspicious
-        raise typer.Exit(SUSPICIOUS if suspicious else 2 if _bad_usage(error) else 1) from None
+        _say(_told(error), debug)
+        raise typer.Exit(getattr(error, "exit_code", 2 if _bad_usage(error) else 1)) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except Exception as error:
-        if debug:
-            raise
         why = next(iter(str(error).strip().splitlines()), "")
-        _say(f"{type(error).__name__}: {why[:300]}\n  help: --debug shows where this comes from")
+        help = "" if debug else "\n  help: --debug shows where this comes from"
+        _say(f"{type(error).__name__}: {visible(why[:300])}{help}", debug)
         raise typer.Exit(1) from None
 
 
-def _say(message: str) -> None:
-    from regraft.report.document import visible
+def _told(error: RegraftError) -> str:
+    """The message of an error, in which a name that holds the end of a line does not end it."""
+    if isinstance(error, RulesError):
+        return str(error)
+    lines = [error.what if "\n" in error.what and not isinstance(error, FileError) else visible(error.what)]
+    lines += [f"  --> {visible(error.where)}"] if error.where else []
+    lines += [f"  help: {visible(error.remedy)}"] if error.remedy else []
+    return "\n".join(lines)
 
+
+def _say(message: str, debug: bool) -> None:
     # What a file or a model is named must not command the terminal.
-    lines = "\n".join(visible(line) for line in message.split("\n"))
+    text = f"{traceback.format_exc()}error: {message}" if debug else f"error: {message}"
+    lines = "\n".join(map(visible, text.split("\n")))
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    typer.echo(f"error: {lines}".encode(encoding, "backslashreplace").decode(encoding), err=True)
+    typer.echo(lines.encode(encoding, "backslashreplace").decode(encoding), err=True)
 
 
 def _bad_usage(error: RegraftError) -> bool:
-    from regraft.errors import OptionError, RateError, RulesError, UnknownVariantError, WrongKindError
+    from regraft.errors import RateError, UnknownVariantError, WrongKindError
 
     if isinstance(error, RulesError):
         return all(map(_bad_usage, error.problems))
@@ -115,3 +159,26 @@ def pair(text: str) -> tuple[str, str | None]:
             remedy="for example --rule 'Dropout@encoder.**=gaussian'",
         )
     return selector.strip(), None if variant.strip() == "None" else variant.strip()
+
+
+def allowed(patterns: list[str] | None) -> list[str]:
+    """The patterns of names that are the user's own: those of `--allow`, and the lines of a file.
+
+    That file is `regraft/allow` in the user's `~/.config`, never one beside the model.
+
+    Raises:
+        OptionError: a pattern does not begin with the name of a package.
+    """
+    home = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    file = Path(home) / "regraft" / "allow"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    given = [
+        line.strip() for line in [*lines, *(patterns or [])] if line.strip() and not line.startswith("#")
+    ]
+    for pattern in given:
+        if not pattern.partition(".")[0].replace("_", "a").isalnum():
+            raise OptionError(
+                f"{pattern!r} does not begin with the name of a package",
+                remedy="for example --allow 'coolnets.*'",
+            )
+    return given

@@ -17,18 +17,18 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     """The facts of one variant, or of all."""
     from regraft.variants import registry
 
-    found = [registry.spec(name)] if name else [registry.spec(one) for one in registry.names()]
+    specs = [registry.spec(name)] if name else [registry.spec(known) for known in registry.names()]
     return [
         {
-            "name": one.name,
-            "replaces": list(one.families),
-            "options": dict(one.defaults),
-            "changes_eval": one.changes_eval is not None and one.changes_eval(dict(one.defaults)),
-            "adds_state": one.adds_state(dict(one.defaults)),
-            "summary": one.summary,
-            "card": (one.function.__doc__ or "") if name else None,
+            "name": spec.name,
+            "replaces": list(spec.families),
+            "options": dict(spec.defaults),
+            "changes_eval": spec.changes_eval is not None and spec.changes_eval(dict(spec.defaults)),
+            "adds_state": spec.adds_state(dict(spec.defaults)),
+            "summary": spec.summary,
+            "card": (spec.function.__doc__ or "") if name else None,
         }
-        for one in found
+        for spec in specs
     ]
 
 

@@ -1,13 +1,15 @@
-"""Writing a model in the form it came in, grafted or plain again, with `regraft.json` beside it."""
+"""Writing a model in the form it came in, grafted or plain again, with its plan beside it."""
 
 from __future__ import annotations
 
 import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.architectures import need
-from regraft.cli.loading import PLAN, Loaded, load
+from regraft.cli.loading import PLAN, Loaded, load, plan_beside
 from regraft.cli.progress import working
 from regraft.errors import FileError
 
@@ -29,43 +31,52 @@ def apply_to_file(
     safe: bool,
     force: bool,
     inputs: Any = None,
+    allow: Sequence[str] = (),
 ) -> View:
     """Load, graft, write; returns the report."""
     import regraft
 
     _check_free(output, force)
-    found = load(name, arch, trust=trust)
+    loaded = load(name, arch, trust=trust, allow=allow)
     with working("grafting"):
-        report = regraft.apply(found.model, rules, inputs)
-    report.notes.extend([*found.notes, *write(found, output, safe)])
+        report = regraft.apply(loaded.model, rules, inputs)
+    report.notes.extend([*loaded.notes, *write(loaded, output, safe)])
     return report
 
 
 def revert_file(
-    name: str, output: Path, selector: str, arch: str, trust: bool, safe: bool, force: bool
+    name: str,
+    output: Path,
+    selector: str,
+    arch: str,
+    trust: bool,
+    safe: bool,
+    force: bool,
+    allow: Sequence[str] = (),
 ) -> View:
     """Load, revert, write; returns what has changed."""
     import regraft
 
     _check_free(output, force)
-    found = load(name, arch, trust=trust)
-    before = regraft.inspect(found.model) if found.form == "fresh" else _looked(found.model)
-    regraft.revert(found.model, selector or None)
-    made = regraft.diff(before, _looked(found.model))
-    made.notes.extend([*found.notes, *write(found, output, safe, grafted=bool(selector))])
-    return made
+    loaded = load(name, arch, trust=trust, allow=allow)
+    before = regraft.inspect(loaded.model) if loaded.form == "fresh" else _side_of(loaded.model)
+    regraft.revert(loaded.model, selector or None)
+    difference = regraft.diff(before, _side_of(loaded.model))
+    difference.notes.extend([*loaded.notes, *write(loaded, output, safe, grafted=bool(selector))])
+    return difference
 
 
-def _looked(model: nn.Module) -> Any:
+def _side_of(model: nn.Module) -> Any:
     from regraft.find.diff import side_of
 
     return side_of(model)
 
 
 def _check_free(output: Path, force: bool) -> None:
-    places = (output, output / PLAN if output.is_dir() or not output.suffix else output.parent / PLAN)
     taken = [
-        place for place in places if place.exists() and not (place.is_dir() and not any(place.iterdir()))
+        place
+        for place in (output, plan_beside(output))
+        if place.exists() and not (place.is_dir() and not any(place.iterdir()))
     ]
     if taken and not force:
         raise FileError("there is something already", where=str(taken[0]), remedy="another -o, or --force")
@@ -73,65 +84,117 @@ def _check_free(output: Path, force: bool) -> None:
         raise FileError("there is no such folder to write to", where=str(output.parent))
 
 
-def write(found: Loaded, output: Path, safe: bool, *, grafted: bool = True) -> list[str]:
-    """Write the model as it came, and its plan beside it; returns notes on what was written."""
+def write(loaded: Loaded, output: Path, safe: bool, *, grafted: bool = True) -> list[str]:
+    """Write the model as it came, and its plan beside it; returns notes on what was written.
+
+    All of it is written beside `output` first, then moved there.
+
+    Raises:
+        FileError: it cannot be written; nothing is left behind.
+    """
     import regraft
 
+    folder = loaded.form == "folder"
+    if not folder:
+        _check_file(loaded, output, safe)
+    notes = []
     try:
-        with working(f"writing {output.name}"):
-            if found.form == "folder":
-                found.model.save_pretrained(output)  # type: ignore[operator]
-                _take_along(found.folder, output)
-                folder = output
+        with (
+            working(f"writing {output.name}"),
+            tempfile.TemporaryDirectory(prefix=".regraft-", dir=output.parent) as place,
+        ):
+            draft = Path(place) / output.name
+            if folder:
+                loaded.model.save_pretrained(draft)  # type: ignore[operator]
+                notes += _take_along(loaded.folder, draft)
             else:
-                _write_file(found, output, safe)
-                folder = output.parent
-            plan = folder / PLAN if grafted else None
-            if plan:
-                regraft.save_plan(found.model, plan)
+                _write_file(loaded, draft, safe)
+            if grafted:
+                regraft.save_plan(loaded.model, plan_beside(draft))
+            plan = plan_beside(output) if not folder else output / PLAN
+            if not grafted:
+                plan.unlink(missing_ok=True)  # that of a model which was written over
+            _move(draft, output)
+            if grafted and not folder:
+                plan_beside(draft).replace(plan)
     except OSError as error:
         raise FileError(
             f"the model cannot be written: {error.strerror or error}", where=str(output)
         ) from None
-    return [f"written to {output}" + (f", its grafts to {plan}" if plan else "")]
+    return [f"written to {output}" + (f", its grafts to {plan}" if grafted else ""), *notes]
 
 
-def _take_along(source: Path | None, output: Path) -> None:
-    """What else is in the folder (the tokenizer, the README) belongs to the model too."""
-    for path in source.iterdir() if source else ():
+def _move(draft: Path, output: Path) -> None:
+    if not draft.is_dir() or not output.is_dir():
+        draft.replace(output)
+        return
+    for path in draft.iterdir():
+        _move(path, output / path.name)
+
+
+def _take_along(source: Path | None, output: Path) -> list[str]:
+    """Copy what else is in the folder (the tokenizer, the README); returns a note on what was left out.
+
+    A link is followed within the folder, or to the blobs of the Hugging Face cache that it is a snapshot in.
+    """
+    if source is None:
+        return []
+    inside = [source.resolve()]
+    if source.resolve().parent.name == "snapshots":
+        inside.append(source.resolve().parent.parent / "blobs")
+    left: list[str] = []
+
+    def outside(folder: str, names: list[str]) -> list[str]:
+        paths = [Path(folder, name) for name in names]
+        out = [
+            path
+            for path in paths
+            if not any(path.resolve().is_relative_to(place) for place in inside)
+            or (path.is_symlink() and path.is_dir())
+            or not (path.is_file() or path.is_dir())
+        ]
+        left.extend(str(path.relative_to(source)) for path in out)
+        return [path.name for path in out]
+
+    ignored = outside(str(source), [path.name for path in source.iterdir()])
+    for path in source.iterdir():
         place = output / path.name
-        if place.exists() or path.name == PLAN or path.name.endswith(_WEIGHTS):
+        if path.name in ignored or place.exists() or path.name == PLAN or path.name.endswith(_WEIGHTS):
             continue
         if path.is_dir():
-            shutil.copytree(path, place)
-        elif path.is_file():
+            shutil.copytree(path, place, ignore=outside)
+        else:
             shutil.copy2(path, place)
+    return [f"not taken along, since links lead out of the folder: {', '.join(sorted(left))}"] if left else []
 
 
-def _write_file(found: Loaded, output: Path, safe: bool) -> None:
+def _check_file(loaded: Loaded, output: Path, safe: bool) -> None:
     if output.is_dir():
         raise FileError("this is a folder; the model came as a file", where=str(output), remedy="-o FILE.pt")
+    if (safe or loaded.form == "safetensors") and output.suffix != ".safetensors":
+        raise FileError(
+            "weights written as safetensors end so", where=str(output), remedy="-o NAME.safetensors"
+        )
+
+
+def _write_file(loaded: Loaded, output: Path, safe: bool) -> None:
     torch: Any = need("torch")
-    if safe or found.form == "safetensors":
-        if output.suffix != ".safetensors":
-            raise FileError(
-                "weights written as safetensors end so", where=str(output), remedy="-o NAME.safetensors"
-            )
-        need("safetensors.torch").save_model(found.model, str(output))
-    elif found.form == "weights":
-        torch.save(_with_weights(found), output)
+    if safe or loaded.form == "safetensors":
+        need("safetensors.torch").save_model(loaded.model, str(output))
+    elif loaded.form == "weights":
+        torch.save(_with_weights(loaded), output)
     else:
-        torch.save(found.model, output)
+        torch.save(loaded.model, output)
 
 
-def _with_weights(found: Loaded) -> Any:
+def _with_weights(loaded: Loaded) -> Any:
     """The checkpoint as it was, with the model's weights in it."""
-    state = found.model.state_dict()
-    if not found.key:
+    state = loaded.model.state_dict()
+    if not loaded.key:
         return state
-    *parents, last = found.key.split(".")
-    place = found.container
+    *parents, last = loaded.key.split(".")
+    place = loaded.container
     for part in parents:
         place = place[part]
     place[last] = state
-    return found.container
+    return loaded.container

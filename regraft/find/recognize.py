@@ -14,6 +14,7 @@ from regraft.record import original_attribute, original_class
 
 _NOMINATED = re.compile(r"Drop(out|Path|Block)?(\dd)?$|StochasticDepth$|Noise$")
 """Names of classes that may drop, which what they draw then confirms or not."""
+_OTHER_NOISE = re.compile(r"Patch|Token|Word|Feature|Channel|Spatial|Block|Variational|Locked|\dd$")
 _LAWS = {ELEMENTS: "Dropout", ROWS: DROP_PATH, BLOCKS: DROP_BLOCK}
 _RATES = ("p", "drop_prob", "drop_rate", "dropout", "dropout_rate", "prob")
 
@@ -46,10 +47,21 @@ def _by_law(module: nn.Module, cls: type[nn.Module]) -> str | None:
     nominated = _NOMINATED.search(cls.__name__) is not None or issubclass(cls, _DropoutNd)
     if rate is None and not nominated:
         return None
+    if cls.forward is nn.Module.forward:
+        return _by_name(cls, rate)
     law = law_of(module, rate)
     if law is None:
         return own_name(cls) if nominated and rate else None
     return _LAWS.get(law) or own_name(cls) if rate else own_name(cls)
+
+
+def _by_name(cls: type[nn.Module], rate: str | None) -> str | None:
+    """Of a class without a forward, as read from a file: its name is all that there is."""
+    if re.search(r"(DropPath|StochasticDepth)$", cls.__name__):
+        return DROP_PATH
+    if rate is None or not re.search(r"Dropout(\dd)?$", cls.__name__):
+        return None
+    return own_name(cls) if _OTHER_NOISE.search(cls.__name__) else "Dropout"
 
 
 def own_name(cls: type[nn.Module]) -> str:

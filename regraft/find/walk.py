@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 from torch import nn
 
@@ -13,6 +14,7 @@ _WRAPPERS = {
     "DataParallel": "module",
     "OptimizedModule": "_orig_mod",
 }
+_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _MOST_NAMES = 1_000_000
 
 
@@ -89,6 +91,8 @@ def _no_module(model: object) -> ModelError:
         remedy = "a state dict holds weights, not layers: build the model and load them into it"
     elif isinstance(model, type) and issubclass(model, nn.Module):
         what, remedy = f"{model.__name__} is a class, not a model", f"make one: {model.__name__}(...)"
+    elif isinstance(model, str) and PurePath(model).suffix in _FILES:
+        remedy = f"load it first; on the command line: regraft inspect {model}"
     elif isinstance(model, str):
         remedy = (
             "build it first, by timm.create_model or AutoModel.from_pretrained; on the command line: "

@@ -32,7 +32,7 @@ def _jump(t: float, _: int) -> float:
 
 
 def _curriculum(t: float, _: int) -> float:
-    # The paper's gamma of 10 / T; at T the rest is e^-10, which is taken as arrived.
+    # The paper's gamma of 10 / T; the e^-10 that is left at T counts as none.
     return 1 - math.exp(-10 * t) if t < 1 else 1.0
 
 
@@ -44,7 +44,7 @@ SHAPES: dict[str, Callable[[float, int], float]] = {
     "late": _jump,
     "curriculum": _curriculum,
 }
-"""Of the part of the steps that is done, the part of the way from start to end."""
+"""Each maps the fraction of the steps done to the fraction of the way from start to end."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Curve:
     """A rate over time.
 
     Attributes:
-        start: the rate at first; `"early"` needs it, for the others it is 0 unless given.
-        end: the rate after `steps`; 0 for `"early"` unless given.
-        steps: how many steps it takes to get there; there it stays.
+        start: the first rate; required by `"early"`, otherwise 0 by default.
+        end: the rate from `steps` on; 0 by default for `"early"`.
+        steps: the number of steps from start to end.
         shape: one of `SHAPES`.
-        stairs: of `"step"`, how many equal jumps it makes, the last at `steps`.
+        stairs: the number of equal jumps of `"step"`, the last of them at `steps`.
     """
 
     start: Level
@@ -66,11 +66,11 @@ class Curve:
     stairs: int = 1
 
     def part(self, step: int) -> float:
-        """The part of the way from start to end that is done after `step` steps."""
+        """The fraction of the way from start to end after `step` steps."""
         return SHAPES[self.shape](min(step / self.steps, 1.0), self.stairs)
 
     def rate(self, step: int, base: float) -> float:
-        """The rate after `step` steps at a site whose own rate is `base`."""
+        """The rate after `step` steps of a site whose own rate is `base`."""
         start, end = level(self.start, base), level(self.end, base)
         part = self.part(step)
         return start if part == 0 else end if part == 1 else start + (end - start) * part
@@ -80,12 +80,12 @@ class Curve:
 
 
 def level(given: Level, base: float) -> float:
-    """A rate as a number; of a relative one, times `base`."""
+    """A rate as a number: a relative one times `base`."""
     return float(given[1:]) * base if isinstance(given, str) else given
 
 
 def read_curve(given: Any) -> Curve:
-    """The curve that `p=` of `regraft.schedule` stands for.
+    """Read the argument `p` of `regraft.schedule`.
 
     Raises:
         OptionError: an unknown or missing key, or a value of the wrong kind.
@@ -113,7 +113,7 @@ def read_curve(given: Any) -> Curve:
     stairs = given.get("stairs", 5 if shape == "step" else 1)
     check_count("steps", given["steps"])
     check_count("stairs", stairs)
-    # Early dropout is on and then off; all others begin with nothing.
+    # Early dropout is on and then off; all others start at 0.
     start, end = _level("start", given.get("start", 0.0)), _level("end", given.get("end", 0.0))
     return Curve(start, end, given["steps"], shape, stairs)
 

@@ -14,6 +14,7 @@ DEVLIN = "Devlin et al. 2019, BERT"
 LEE = "Lee et al. 2020, Mixout"
 JAIN = "Jain et al. 2024, NEFTune"
 GHIASI = "Ghiasi et al. 2018, DropBlock"
+WANG = "Wang et al. 2024, LoRA Meets Dropout"
 MERITY = "Merity et al. 2018, AWD-LSTM"
 
 SMALL = 5.0

@@ -19,7 +19,7 @@ from regraft.training.curve import Curve, level, read_curve
 from regraft.variants.registry import variant
 
 _NOISE = {"Dropout": "dropout", "DropPath": "droppath"}
-"""Of each family of ungrafted sites, the variant that sets its rate and nothing else."""
+"""For each family of ungrafted sites, the variant that sets the rate and nothing else."""
 _NO_RATE = "nothing there has a rate"
 
 
@@ -186,8 +186,8 @@ def schedule(model: nn.Module, p: Mapping[str, Any], selector: Any = None, input
     rates, without = rates_of(inspection.root, sites)
     skipped |= without
     if wanted is not None and not wanted.any_type:
-        told = {one.path for one in rates} | set(skipped)
-        skipped |= {site.path: _NO_RATE for site in sites.values() if site.path not in told}
+        known = {rate.path for rate in rates} | set(skipped)
+        skipped |= {site.path: _NO_RATE for site in sites.values() if site.path not in known}
     try:
         _check(curve, rates, sites, skipped, wanted)
     except BaseException:
@@ -200,16 +200,16 @@ def schedule(model: nn.Module, p: Mapping[str, Any], selector: Any = None, input
 def _selected(inspection: Inspection, selector: Selector | None) -> dict[Key, Site]:
     sites = inspection.sites
     if selector is None:
-        found = [site for site in sites if site.variant or (site.family in _NOISE and site.calls != 0)]
+        selected = [site for site in sites if site.variant or (site.family in _NOISE and site.calls != 0)]
     else:
-        found = [site for site in sites if selector.matches(site)]
-    if not found:
+        selected = [site for site in sites if selector.matches(site)]
+    if not selected:
         kinds = ", ".join(sorted({site.op for site in sites})) or "no sites"
         what = "the model has no rates" if selector is None else "the selector matches nothing"
         raise NoMatchError(
             what, where="" if selector is None else repr(selector.text), remedy=f"this model has {kinds}"
         )
-    return {key_of(site): site for site in found}
+    return {key_of(site): site for site in selected}
 
 
 def _graft(model: nn.Module, inspection: Inspection, bare: set[Key]) -> tuple[list[Step], dict[str, str]]:
@@ -239,11 +239,13 @@ def _check(
             next(iter(skipped.values()), None) or "a rate is what dropouts and grafts have, by regraft.apply"
         )
         raise WrongKindError(f"none of {len(sites)} selected sites has a rate", where=where, remedy=why)
-    for one in rates:
-        highest = max(level(curve.start, one.base), level(curve.end, one.base))
+    for rate in rates:
+        highest = max(level(curve.start, rate.base), level(curve.end, rate.base))
         if highest >= 1:
-            raise RateError(f"the rate would be {highest:g}, not in [0, 1)", where=f"{where} at {one.path!r}")
-    if all(level(curve.start, one.base) == level(curve.end, one.base) for one in rates):
+            raise RateError(
+                f"the rate would be {highest:g}, not in [0, 1)", where=f"{where} at {rate.path!r}"
+            )
+    if all(level(curve.start, rate.base) == level(curve.end, rate.base) for rate in rates):
         base = " (relative to 0 is 0)" if isinstance(curve.end, str) else ""
         raise RateError(
             f"the schedule goes from {curve.start} to {curve.end}{base}: no rate changes", where=where
@@ -251,7 +253,7 @@ def _check(
 
 
 def _notes(curve: Curve, rates: list[Rate]) -> list[str]:
-    fused = sum(one.fused for one in rates)
+    fused = sum(rate.fused for rate in rates)
     if not fused or curve.shape in ("step", "early", "late"):
         return []
     return [

@@ -10,6 +10,7 @@ from torch import nn
 
 from regraft.errors import OptionError, RegraftError
 from regraft.find.inspect import Inspection, inspect
+from regraft.ops import ATTENTION
 from regraft.planning.plan import plan_of
 from regraft.planning.rules import read_rules
 from regraft.record import original_class
@@ -26,6 +27,7 @@ from regraft.training.published import (
     MERITY,
     SMALL,
     SRIVASTAVA,
+    WANG,
     drop_path_rate,
 )
 
@@ -145,6 +147,7 @@ class ModelProfile:
         families = ("Dropout", "DropPath")
         self.noise = [site for site in inspection.sites if site.family in families and site.calls != 0]
         self.rates = sorted({site.p for site in self.noise if site.p})
+        self.has_lora = any("lora_" in name for name, _ in self.root.named_parameters())
         self.kind = self._kind()
 
     def of_type(self, *types: type[nn.Module]) -> list[str]:
@@ -159,7 +162,8 @@ class ModelProfile:
         if getattr(config, "vocab_size", None) or (attends and self.of_type(nn.Embedding)):
             if getattr(config, "is_encoder_decoder", False):
                 return "sequence-to-sequence model"
-            decodes = type(self.root).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+            # Inside a PEFT model, too, which has a class of its own.
+            decodes = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in self.names)
             return "causal language model" if decodes else "text encoder"
         if self.of_type(nn.Conv2d):
             convolves = len(self.of_type(nn.Conv2d)) > len(self.of_type(nn.Linear))
@@ -244,6 +248,9 @@ def _more(profile: ModelProfile) -> Iterator[Suggestion]:
     """What comes after a rate and R-Drop."""
     kind = profile.kind
     embeddings = profile.of_type(nn.Embedding)
+    if profile.has_lora and any(site.op == ATTENTION for site in profile.inspection.sites):
+        reason = "with LoRA, masking keys did best among dropouts of attention; the rate is to be tuned"
+        yield _rule(ATTENTION, "dropkey(p=0.1)", reason, WANG)
     if kind in ("text encoder", "sequence-to-sequence model"):
         if profile.parameters >= _LARGE_MODEL and profile.examples <= _FEW_EXAMPLES:
             reason = (

@@ -155,9 +155,9 @@ class ConcreteDropout(DropoutVariant):
         weight: float = 1e-6,
     ) -> None:
         super().__init__(p, temperature=temperature, entropy=entropy, weight=weight)
-        made = _state_at(self.p)
-        self.concrete_logit = made["concrete_logit"]
-        self.register_buffer("concrete_features", made["concrete_features"], persistent=False)
+        state = _state_at(self.p)
+        self.concrete_logit = state["concrete_logit"]
+        self.register_buffer("concrete_features", state["concrete_features"], persistent=False)
 
 
 SPECS = (

@@ -16,7 +16,7 @@ HALVES = (torch.bfloat16, torch.float16)
 CODES = 1 << 16
 """How many values a 16-bit draw has."""
 SMALLEST_RATE = 2.0**-10
-"""Below it, for p or 1 - p, a 16-bit draw is too coarse and an exact one takes its place."""
+"""Smallest p and 1 - p for which a 16-bit draw is fine enough; below it the draw is exact."""
 _PIECE = 1 << 19
 _VIEWS_UNDER_VMAP = torch._C._dispatch_has_kernel_for_dispatch_key("aten::view.dtype", "FuncTorchBatched")
 
@@ -28,7 +28,7 @@ def keep_mask(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """1 with probability 1 - p, else 0, in x's dtype or the given: exact, whatever that dtype is."""
+    """1 with probability 1 - p, else 0, exactly, in `dtype` or else x's."""
     dtype = dtype or x.dtype
     if torch.compiler.is_compiling():
         # What a compiler makes of bernoulli; written so, a rate that changes is an input of the graph
@@ -59,7 +59,7 @@ def real_dtype(x: Tensor) -> torch.dtype:
 
 
 def times_mask(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """X * mask * scale; the mask is used up."""
+    """X * mask * scale; overwrites the mask."""
     if x.dtype in HALVES:
         # As a number in a tensor the scale would be rounded to 8 or 11 bits, a bias of its own; as a
         # scalar it is multiplied in float32.
@@ -68,7 +68,7 @@ def times_mask(x: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 
 def coarse(x: Tensor, p: float, exact: bool) -> bool:
-    """May a 16-bit draw be used? Not under a compiler (it fuses the plain draw), nor for subclasses."""
+    """Whether to use a 16-bit draw: not under a compiler, which fuses the plain draw, nor for subclasses."""
     return not exact and plain(x) and SMALLEST_RATE <= p <= 1 - SMALLEST_RATE and _words_are_read_in_parts()
 
 

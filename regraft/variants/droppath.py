@@ -19,8 +19,8 @@ def drop_path(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tens
         Huang, Sun, Liu, Sedra, Weinberger (2016), "Deep networks with stochastic depth".
 
     Differs:
-        one draw for each example, the paper's is for the batch; what is kept is divided by 1 - p, the
-        paper scales in eval. Rates that grow with the depth are the model's affair and are kept.
+        Draws once per example, where the paper draws once per batch. Divides what is kept by 1 - p in
+        training, where the paper scales in eval. Rates that grow with depth are kept.
 
     Example:
         >>> import torch

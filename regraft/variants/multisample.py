@@ -25,8 +25,8 @@ def multisample_dropout(
 ) -> Tensor:
     """X times the mean of `num_samples` independent dropout masks: Binomial(K, 1-p) / (K (1-p)).
 
-    The K masks are never drawn: how many of them keep an element is one binomial number, read off a
-    table by a 16-bit random integer. What is kept for the backward pass is that count, one byte an
+    The K masks are never drawn: how many of them keep an element is one binomial number, looked up in a
+    table by a 16-bit random integer. The backward pass keeps that count, one byte an
     element (plain dropout keeps a whole mask of x's dtype on a CPU).
 
     Before a linear layer the mean of the masks gives the mean of the K heads' logits. Inoue's method
@@ -71,7 +71,7 @@ def multisample_dropout(
 
 
 class _Scaled(torch.autograd.Function):
-    """X * counts * scale; by hand, because a product of unlike dtypes makes a second mask on its way."""
+    """X * counts * scale, written by hand: a product of unlike dtypes allocates a second mask."""
 
     @staticmethod
     def forward(x: Tensor, counts: Tensor, scale: float) -> Tensor:

@@ -75,30 +75,30 @@ def variant(name: str, /, **options: Any) -> Variant:
         >>> regraft.variant("dropconnect", p=0.2)
         dropconnect(p=0.2)
     """
-    found = spec(name)
-    check_options(found, options)
+    chosen = spec(name)
+    check_options(chosen, options)
     return Variant(name, dict(options))
 
 
-def complete_options(found: Spec, options: Mapping[str, Any]) -> dict[str, Any]:
+def complete_options(chosen: Spec, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options given, over the variant's defaults, without the rate and what a rule says of kernels."""
     own = {key: value for key, value in options.items() if key not in ("p", "fused")}
-    return {**found.defaults, **own}
+    return {**chosen.defaults, **own}
 
 
-def check_options(found: Spec, options: Mapping[str, Any]) -> None:
-    where = f"variant {found.name!r}"
-    known = [*_rate_option(found), *found.defaults]
-    if "Dropout" in found.families and options.get("fused", "auto") in ("auto", "write", "keep"):
+def check_options(chosen: Spec, options: Mapping[str, Any]) -> None:
+    where = f"variant {chosen.name!r}"
+    known = [*_rate_option(chosen), *chosen.defaults]
+    if "Dropout" in chosen.families and options.get("fused", "auto") in ("auto", "write", "keep"):
         options = {key: value for key, value in options.items() if key != "fused"}
     for key in options:
         if key not in known:
             hint = nearest(key, known)
             if key in _RATES and "p" in known:
-                hint = f"the rate is p: '{found.name}(p=...)';"
+                hint = f"the rate is p: '{chosen.name}(p=...)';"
             listed = "its options are " + ", ".join(known) if known else "it has no options"
             raise OptionError(
-                f"{found.name!r} has no option {key!r}", where=where, remedy=f"{hint} {listed}".strip()
+                f"{chosen.name!r} has no option {key!r}", where=where, remedy=f"{hint} {listed}".strip()
             )
     if "p" in options and not callable(options["p"]):
         p = options["p"]
@@ -108,16 +108,16 @@ def check_options(found: Spec, options: Mapping[str, Any]) -> None:
                     f"p={p!r} is no rate", where=where, remedy="a number in [0, 1), or relative: 'x0.5'"
                 )
             check_rate(p, where=where)
-    if found.check is not None:
+    if chosen.check is not None:
         try:
-            found.check(complete_options(found, options))
+            chosen.check(complete_options(chosen, options))
         except RegraftError as error:
             error.where = error.where or where
             raise
 
 
-def _rate_option(found: Spec) -> tuple[str, ...]:
-    return ("p",) if found.rated else ()
+def _rate_option(chosen: Spec) -> tuple[str, ...]:
+    return ("p",) if chosen.rated else ()
 
 
 def register(
@@ -188,16 +188,16 @@ def _spec_of(name: str, function: Callable[..., Any], family: str, changes_eval:
 def _option_defaults(name: str, function: Callable[..., Any], family: str) -> dict[str, Any]:
     wanted = ("x", "weight", "bias", "p") if family == "Linear" else ("x", "p")
     parameters = inspect.signature(function).parameters.values()
-    positional = [one for one in parameters if one.kind is not one.KEYWORD_ONLY]
-    options = [one for one in parameters if one.kind is one.KEYWORD_ONLY]
+    positional = [parameter for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+    options = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     shape = f"def {name}({', '.join(wanted)}, *, option=default)"
-    if len(positional) != len(wanted) or any(one.default is one.empty for one in options):
+    if len(positional) != len(wanted) or any(option.default is option.empty for option in options):
         raise OptionError(
             f"a variant that replaces {family} is written {shape}, not "
             f"{getattr(function, '__name__', function)}{inspect.signature(function)}",
             where=f"variant {name!r}",
         )
-    return {one.name: one.default for one in options}
+    return {option.name: option.default for option in options}
 
 
 def _noise(function: Callable[..., Any], always: bool) -> Callable[..., Any]:

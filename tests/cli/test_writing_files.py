@@ -1,7 +1,10 @@
 """apply, revert, diff and verify on files: what comes in goes out in the same form, grafted or plain again."""
 
 import json
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,12 +51,12 @@ def test_a_whole_module(folders):
     done("apply", came / "net.pt", *RULES, "-o", grafted / "net.pt", "--trust")
     loaded = torch.load(grafted / "net.pt", weights_only=False)
     assert [type(module).__name__ for module in loaded] == ["Linear", "GaussianDropout", "DropConnectLinear"]
-    assert len(json.loads((grafted / "regraft.json").read_text())["grafted"]) == 2
+    assert len(json.loads((grafted / "net.regraft.json").read_text())["grafted"]) == 2
     done("revert", grafted / "net.pt", "-o", plain / "net.pt", "--trust")
     back = torch.load(plain / "net.pt", weights_only=False)
     assert [type(module) for module in back] == [nn.Linear, nn.Dropout, nn.Linear]
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), net().parameters(), strict=True))
-    assert not (plain / "regraft.json").exists()
+    assert [path.name for path in plain.iterdir()] == ["net.pt"]
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -68,7 +71,7 @@ def test_weights_in_a_checkpoint(inside, folders):
     assert written.keys() == state.keys()
     assert all(torch.equal(written[key], state[key]) for key in state)
     fresh = net()
-    assert len(regraft.load_plan(fresh, grafted).grafted) == 2
+    assert len(regraft.load_plan(fresh, grafted / "net.regraft.json").grafted) == 2
     done("revert", grafted / "net.pt", "--arch", NET, "-o", plain / "net.pt")
     made = json.loads(done("diff", came / "net.pt", plain / "net.pt", "--arch", NET, "-f", "json").stdout)
     assert (made["changed"], made["added"], made["removed"]) == ([], [], [])
@@ -214,3 +217,121 @@ def test_every_command_prints_every_format(shape, folders):
 
 def test_this_module_is_where_the_factory_is():
     assert sys.modules[__name__].net is net
+
+
+def test_the_commands_of_the_readme_work_in_their_order(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```console\n(.*?)```", readme, flags=re.DOTALL)
+
+    monkeypatch.chdir(tmp_path)
+    torch.save(net(), "model.pt")
+    torch.save(net(), "A")
+    torch.save(nn.Sequential(nn.Dropout(0.5)), "B")
+    commands = [line[2:] for line in block.splitlines() if line.startswith("$ regraft ")]
+    assert len(commands) == 7
+    for command in commands:
+        done(*shlex.split(command.partition(" > ")[0])[1:])
+    assert {path.name for path in tmp_path.iterdir()} >= {"grafted.pt", "grafted.regraft.json", "plain.pt"}
+    assert not (tmp_path / "plain.regraft.json").exists()
+
+
+def test_several_files_in_a_folder_have_a_plan_each(tmp_path):
+    torch.save(net().state_dict(), tmp_path / "net.pt")
+    other = ("-r", "Dropout=off")
+    done("apply", tmp_path / "net.pt", "--arch", NET, *RULES, "-o", tmp_path / "a.pt")
+    done("apply", tmp_path / "net.pt", "--arch", NET, *other, "-o", tmp_path / "b.pt")
+    a, b = net(), net()
+    assert len(regraft.load_plan(a, tmp_path / "a.regraft.json").grafted) == 2
+    assert len(regraft.load_plan(b, tmp_path / "b.regraft.json").grafted) == 1
+    done("revert", tmp_path / "b.pt", "--arch", NET, "-o", tmp_path / "a.pt", "--force")
+    assert not (tmp_path / "a.regraft.json").exists()  # that of the model which was written over
+
+
+def test_a_plan_of_the_old_name_is_still_read(folders):
+    came, grafted, _ = folders
+    model = net()
+    regraft.apply(model, {"Dropout": "gaussian"})
+    torch.save(model.state_dict(), came / "net.pt")
+    regraft.save_plan(model, came)
+    reverted = ("revert", came / "net.pt", "--arch", NET, "-o", grafted / "net.pt", "-f", "json")
+    assert len(json.loads(done(*reverted).stdout)["changed"]) == 1
+
+
+def test_nothing_is_left_half_written(folders, monkeypatch):
+    came, grafted, _ = folders
+    torch.save(net().state_dict(), came / "net.pt")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("regraft.save_plan", full, raising=False)
+    result = invoke("apply", came / "net.pt", "--arch", NET, *RULES, "-o", grafted / "net.pt")
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert list(grafted.iterdir()) == []
+    (grafted / "net.pt").write_bytes(b"mine")
+    result = invoke("apply", came / "net.pt", "--arch", NET, *RULES, "-o", grafted / "net.pt", "--force")
+    assert result.exit_code == 1
+    assert (grafted / "net.pt").read_bytes() == b"mine"
+    assert [path.name for path in grafted.iterdir()] == ["net.pt"]
+
+
+def small_bert(folder):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForSequenceClassification(BertConfig(vocab_size=50, **sizes)).save_pretrained(folder)
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path):
+    came, out, secret = tmp_path / "came", tmp_path / "out", tmp_path / "secret"
+    small_bert(came)
+    secret.mkdir()
+    (secret / "key").write_text("secret")
+    (came / "more").mkdir()
+    (came / "more" / "notes.txt").write_text("mine")
+    (came / "tokenizer.json").symlink_to(came / "more" / "notes.txt")
+    for place in (came / "vocab.txt", came / "more" / "vocab.txt"):
+        place.symlink_to(secret / "key")
+    (came / "folder").symlink_to(secret)
+    (came / "more" / "folder").symlink_to(secret)
+    (came / "gone").symlink_to(secret / "gone")
+    said = done("apply", came, "-r", "Dropout=gaussian", "-o", out).stdout
+    assert "links lead out of the folder" in said
+    assert (out / "tokenizer.json").read_text() == "mine"
+    assert (out / "more" / "notes.txt").read_text() == "mine"
+    assert not any(
+        path.is_symlink() or path.name in ("key", "vocab.txt", "folder") for path in out.rglob("*")
+    )
+
+
+def test_the_snapshot_of_a_cache_is_linked_to_its_blobs(tmp_path):
+    snapshot = tmp_path / "models--x" / "snapshots" / "1"
+    blobs = tmp_path / "models--x" / "blobs"
+    blobs.mkdir(parents=True)
+    small_bert(snapshot)
+    for number, path in enumerate([*snapshot.iterdir()]):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    (blobs / "vocab").write_text("words")
+    (snapshot / "vocab.txt").symlink_to(blobs / "vocab")
+    done("apply", snapshot, "-r", "Dropout=gaussian", "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "vocab.txt").read_text() == "words"
+
+
+@pytest.mark.parametrize("way", ["state dict", "revert first"])
+def test_what_weights_only_loads_of_a_grafted_model(way, tmp_path):
+    """A whole grafted module names regraft's own classes, which `weights_only=True` refuses."""
+    model = net()
+    regraft.apply(model, {"Dropout": "gaussian"})
+    torch.save(model, tmp_path / "net.pt")
+    with pytest.raises(Exception, match="weights_only|Weights only"):
+        torch.load(tmp_path / "net.pt", weights_only=True)
+    if way == "state dict":
+        torch.save(model.state_dict(), tmp_path / "net.pt")
+        assert torch.load(tmp_path / "net.pt", weights_only=True).keys() == net().state_dict().keys()
+    else:
+        regraft.revert(model)
+        torch.save(model, tmp_path / "net.pt")
+        with torch.serialization.safe_globals([nn.Sequential, nn.Linear, nn.Dropout]):
+            assert isinstance(torch.load(tmp_path / "net.pt", weights_only=True), nn.Sequential)

@@ -290,6 +290,27 @@ def test_under_ddp(tmp_path, unused):
         dist.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_under_fsdp2(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = net()
+        reference = copy.deepcopy(model)
+        by_hand(reference, lambda logits: F.cross_entropy(logits, Y), categorical).backward()
+        criterion = regraft.rdrop_criterion(model, nn.CrossEntropyLoss(), alpha=0.7, inputs=X)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        torch.manual_seed(3)
+        criterion(model(X), Y).backward()
+        for parameter, other in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad.full_tensor(), other.grad)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_compiled():
     model = net()
     criterion = regraft.rdrop_criterion(model, nn.CrossEntropyLoss(), alpha=0.7, inputs=X)

@@ -123,6 +123,17 @@ def test_mixout_is_for_large_models_with_few_examples(monkeypatch):
     assert regraft.suggest(tiny.bert(), 20_000).rules == {}
 
 
+def test_dropkey_is_for_lora():
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(tiny.llama(0.0), config)
+    advice = regraft.suggest(model, 100)
+    assert advice["scaled_dot_product_attention"] == "dropkey(p=0.1)"
+    report = regraft.apply(model, advice)
+    assert {edit.variant for edit in report.grafted} == {"dropkey", "neftune"}
+
+
 def test_all_views_say_the_same():
     advice = regraft.suggest(tiny.llama(0.0), 500)
     facts = advice.to_dict()

@@ -14,19 +14,23 @@ WAITS = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "item", "maske
 SHAPE = (2, 4, 8, 16)
 CASES = [(name, family) for name in names() for family in spec(name).families]
 LIMITS = {
-    "alpha": 6,
-    "concrete": 8,
-    "dropblock": 11,
-    "dropconnect": 8,
-    "dropkey": 6,
-    "mixout": 10,
+    "alpha": 5,
+    "concrete": 7,
+    "dropblock": 10,
+    "dropconnect": 7,
+    "drophead": 1,
+    "droppath": 1,
+    "gaussian": 4,
+    "mixout": 9,
     "multisample": 6,
     "neftune": 5,
-    "off": 1,
+    "off": 0,
+    "spatial": 1,
     "standout": 11,
+    "uniform": 4,
 }
-"""Passes over memory of a forward in training, at most, a linear layer's product and an embedding's look-up
-among them; 4 of a variant that is not named here."""
+"""Passes over memory of a forward in training, at most, an embedding's look-up among them; 3 of a variant
+that is not named here."""
 
 
 class Operators(TorchDispatchMode):
@@ -40,7 +44,7 @@ class Operators(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
         name = func.overloadpacket._qualified_op_name.split("::")[1]
-        assert name not in WAITS, f"{func} waits for the device"
+        assert name not in WAITS or self.device == "cpu", f"{func} waits for the device"
         assert all(tensor.device.type == self.device for tensor in tensors), f"{func} leaves the device"
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         view = func.is_view or name in ("empty_like", "new_empty", "empty", "detach")
@@ -84,7 +88,7 @@ def test_nothing_leaves_the_device_nor_waits_for_it(name, family, dtype):
 @pytest.mark.parametrize(("name", "family"), CASES, ids=["-".join(case) for case in CASES])
 def test_the_passes_over_memory_that_a_variant_adds(name, family):
     passes = forward(name, family, "cpu")
-    assert len(passes) <= LIMITS.get(name, 4), passes
+    assert len(passes) <= LIMITS.get(name, 3), passes
 
 
 def test_multisample_makes_few_passes_on_every_way_it_draws():

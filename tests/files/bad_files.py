@@ -14,7 +14,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-SUSPICIOUS = 3
+UNKNOWN, DANGEROUS = 4, 3
+CODES = {
+    "unknown_object.pkl": UNKNOWN,
+    "extension_code.pkl": UNKNOWN,
+    "deep_modules.pt": UNKNOWN,
+    "very_deep_modules.pt": UNKNOWN,
+    "names_double.pt": UNKNOWN,
+    "long_name.pt": UNKNOWN,
+    "many_entries.pkl": UNKNOWN,
+    "zip_bomb_that_lies.pt": DANGEROUS,
+}
+"""Exit codes of those that are worse than unreadable."""
 
 
 class Canary:
@@ -177,8 +188,8 @@ def disguised(stream):
     }
 
 
-def bad_files(folder: Path, mark: Path):
-    """`name -> (path, exit code, what is said)` of every bad file, written into `folder`."""
+def bad_files(mark: Path):
+    """`name -> (content, exit code, what is said)` of every bad file; large contents are functions."""
     whole, weights = saved(small()), saved(small().state_dict())
     plain = pickle.dumps({"a": 1})
     tensor = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
@@ -199,10 +210,16 @@ def bad_files(folder: Path, mark: Path):
         "zip_end_alone.pt": (b"PK\x05\x06" + b"\0" * 18, "no PyTorch model"),
         "zip_without_pickle.pt": (archive({"a.txt": b"x"}), "no PyTorch model"),
         "zip_of_nonsense.pt": (torch_zip(b"\xff\xfe\xfd"), "damaged"),
-        "zip_table_far_away.pt": (archive({"m/data.pkl": plain})[:-6] + b"\xff\xff\xff\x7f\0\0", "damaged"),
+        "zip_table_far_away.pt": (
+            archive({"m/data.pkl": plain})[:-6] + b"\xff\xff\xff\x7f\0\0",
+            "damaged",
+        ),
         "encrypted.pt": (encrypted(whole), "encrypted"),
-        "zip_bomb.pt": (archive({"m/data.pkl": b"}" * 300_000_000}, zipfile.ZIP_DEFLATED), "more than"),
-        "zip_bomb_that_lies.pt": (overlapping(), "more than"),
+        "zip_bomb.pt": (
+            lambda: archive({"m/data.pkl": b"}" * 300_000_000}, zipfile.ZIP_DEFLATED),
+            "more than",
+        ),
+        "zip_bomb_that_lies.pt": (lambda: overlapping(), "two readers"),
         "zip_strange_method.pt": (archive({"m/data.pkl": plain}, zipfile.ZIP_BZIP2), "method"),
         "many_pickles.pt": (archive({f"{n}/data.pkl": plain for n in range(40)}), "40 pickles"),
         "a_number.pt": (saved(3), "no model in the file"),
@@ -220,30 +237,36 @@ def bad_files(folder: Path, mark: Path):
         "huge_text_length_8.pkl": (b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7fabc.", "damaged"),
         "huge_bytes_length.pkl": (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7fabc.", "damaged"),
         "huge_number.pkl": (b"\x80\x02\x8b\xff\xff\xff\x7f\x01.", "damaged"),
-        "long_decimal.pkl": (b"L" + b"9" * 200_000 + b"L\n.", "damaged"),
+        "long_decimal.pkl": (b"L" + b"9" * 200_000 + b"L\n.", "no model in the file"),
         "slow_to_hash.pkl": (b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s.", "no model in the file"),
         "slow_to_compare.pkl": (b"\x80\x04\x8f(" + b")" + b"2\x86" * 60 + b"\x90.", "no model in the file"),
-        "deep_lists.pkl": (b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", "no model in the file"),
-        "deep_tuples.pkl": (b"\x80\x02)" + b"\x85" * 500_000 + b".", "no model in the file"),
+        "deep_lists.pkl": (
+            lambda: b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+            "no model in the file",
+        ),
+        "deep_tuples.pkl": (lambda: b"\x80\x02)" + b"\x85" * 500_000 + b".", "no model in the file"),
         "extension_code.pkl": (b"\x80\x02\x82\x01)R.", "no model in the file"),
         "unknown_opcode.pkl": (b"\x80\x02\xfe.", "damaged"),
         "protocol_9.pkl": (b"\x80\x09}.", "damaged"),
         "buffer_opcode.pkl": (b"\x80\x05\x97.", "no model in the file"),
-        "deep_modules.pt": (torch_zip(deep(5_000)), "nested more than"),
-        "very_deep_modules.pt": (torch_zip(deep(50_000)), "nested more than"),
-        "names_double.pt": (torch_zip(doubling(40)), "names"),
+        "deep_modules.pt": (lambda: torch_zip(deep(5_000)), "nested more than"),
+        "very_deep_modules.pt": (lambda: torch_zip(deep(50_000)), "nested more than"),
+        "names_double.pt": (lambda: torch_zip(doubling(40)), "names"),
         "long_name.pt": (
             torch_zip(b"\x80\x02" + module([(b"n" * 5_000, module())]) + b"."),
             "characters long",
         ),
-        "the_same_a_thousand_times.pkl": (thousands(4), "no model in the file"),
-        "many_entries.pkl": (b"\x80\x02cx\nThing\n)\x81" + b"NNs" * 150_000 + b".", "no model in the file"),
-        "long_text.pkl": (
-            b"\x80\x02X" + struct.pack("<I", 2**22) + b"x" * 2**22 + b".",
+        "the_same_a_thousand_times.pkl": (lambda: thousands(4), "no model in the file"),
+        "many_entries.pkl": (
+            lambda: b"\x80\x02cx\nThing\n)\x81" + b"NNs" * 150_000 + b".",
             "no model in the file",
         ),
-        "many_parts.safetensors": (many_parts(), "lead to more than"),
-        "names_of_names.pt": (names_of_names(), "no PyTorch model"),
+        "long_text.pkl": (
+            lambda: b"\x80\x02X" + struct.pack("<I", 2**22) + b"x" * 2**22 + b".",
+            "no model in the file",
+        ),
+        "many_parts.safetensors": (lambda: many_parts(), "asks for more work"),
+        "names_of_names.pt": (lambda: names_of_names(), "damaged"),
         "lfs_pointer.bin": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS"),
         "web_page.pt": (b"<!DOCTYPE html><html></html>", "web page"),
         "gguf.bin": (b"GGUF\x03\0\0\0" + b"\0" * 64, "GGUF"),
@@ -272,25 +295,26 @@ def bad_files(folder: Path, mark: Path):
             "a shard is missing",
         ),
         "no_map.safetensors.index.json": (b"{}", "names no weights"),
-        "program_cut.pt2": (archive({"m/models/model.json": b'{"graph_module": {}'}), "damaged"),
-        "program_odd.pt2": (archive({"m/models/model.json": b'{"graph_module": 3}'}), "damaged"),
-        "program_deep.pt2": (archive({"m/models/model.json": nested}), "damaged"),
-        "script_odd.pt": (archive({"m/data.pkl": b"N.", "m/constants.pkl": b")."}), "holds no module"),
+        "program_cut.pt2": (archive({"m/models/model.json": b'{"graph_module": {}'}), "torch.export"),
+        "program_odd.pt2": (archive({"m/models/model.json": b'{"graph_module": 3}'}), "torch.export"),
+        "program_deep.pt2": (archive({"m/models/model.json": nested}), "torch.export"),
+        "script_odd.pt": (archive({"m/data.pkl": b"N.", "m/constants.pkl": b")."}), "TorchScript"),
         "notes.txt": (b"nothing to see", "damaged"),
     }
-    made = {}
-    for name, (content, told) in contents.items():
-        (folder / name).write_bytes(content)
-        made[name] = (folder / name, 1, told)
+    files = {name: (content, CODES.get(name, 1), told) for name, (content, told) in contents.items()}
     for name, stream in hostile(mark).items():
         for kind, content in (("pkl", stream), ("pt", torch_zip(stream))):
-            (folder / f"{name}.{kind}").write_bytes(content)
-            made[f"{name}.{kind}"] = (folder / f"{name}.{kind}", SUSPICIOUS, "suspicious content")
+            files[f"{name}.{kind}"] = (content, DANGEROUS, "suspicious content")
     evil = hostile(mark)["os_system_protocol_0"]
     for name, content in disguised(evil).items():
-        (folder / name).write_bytes(content)
-        made[name] = (folder / name, SUSPICIOUS, "suspicious content")
-    return made
+        files[name] = (content, DANGEROUS, "suspicious content")
+    return files
+
+
+def write(folder: Path, name: str, content) -> Path:
+    """Write a file of `bad_files`."""
+    (folder / name).write_bytes(content() if callable(content) else content)
+    return folder / name
 
 
 def odd_files(folder: Path):

@@ -6,13 +6,20 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import regraft
 from regraft.cli.commands import app
-from regraft.cli.reading.files import read_file
-from regraft.cli.reading.sites import sites_of
-from regraft.cli.reading.skeleton import skeleton
+from regraft.cli.file_view import sites_of
+from regraft.files.detect import raise_for, read, read_folder
+from regraft.files.skeleton import torch_modules
+
+
+def model_in(path):
+    """The model of a file, whatever its names."""
+    report = (read_folder(path) if path.is_dir() else [read(path)])[0]
+    return raise_for(report, names=False)
 
 
 def invoke(*arguments):
@@ -25,7 +32,9 @@ class StochasticDepth(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x):
-        return x
+        keep = 1 - self.drop_prob
+        rows = x.new_empty(len(x), *[1] * (x.dim() - 1)).bernoulli_(keep)
+        return x * rows / keep if self.training else x
 
 
 class MyDropout(nn.Module):
@@ -34,7 +43,7 @@ class MyDropout(nn.Module):
         self.p = 0.3
 
     def forward(self, x):
-        return x
+        return F.dropout(x, self.p, self.training)
 
 
 class Zoo(nn.Module):
@@ -96,7 +105,7 @@ KEYS = ("path", "paths", "op", "type", "p", "shape", "parameters", "training", "
 def test_the_sites_are_those_of_the_loaded_model(make, way, tmp_path):
     model, path = make(), tmp_path / "model.pt"
     write(model, path, way)
-    read = sites_of(read_file(path))
+    read = sites_of(model_in(path))
     from regraft.find.inspect import look
 
     seen = [site.to_dict() for site in look(model).sites]
@@ -112,8 +121,8 @@ def test_the_skeleton_has_the_same_sites_again(make, tmp_path):
     from regraft.find.inspect import look
 
     torch.save(make(), tmp_path / "model.pt")
-    read = read_file(tmp_path / "model.pt")
-    seen = [site.to_dict() for site in look(skeleton(read)).sites]
+    read = model_in(tmp_path / "model.pt")
+    seen = [site.to_dict() for site in look(torch_modules(read)).sites]
     names = [key for key in KEYS if key != "type"]
     assert [{key: site[key] for key in names} for site in sites_of(read)] == [
         {key: site[key] for key in names} for site in seen
@@ -143,7 +152,7 @@ def test_a_model_in_a_checkpoint(inside, whole, tmp_path):
     for key in reversed(inside):
         value = {"epoch": 3, key: value, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}}}
     torch.save(value, tmp_path / "checkpoint.pt")
-    read = read_file(tmp_path / "checkpoint.pt")
+    read = model_in(tmp_path / "checkpoint.pt")
     assert read.key == ".".join(inside)
     assert [site["op"] for site in sites_of(read)] == ["Linear", *(["Dropout"] if whole else [])]
 
@@ -177,42 +186,28 @@ def test_safetensors_alone_in_a_folder_and_in_shards(tmp_path):
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     for folder in ("one", "many"):
         (tmp_path / folder / "config.json").unlink()
-    one = {
-        site["path"]: site["shape"] for site in sites_of(read_file(tmp_path / "one" / "model.safetensors"))
-    }
-    many = {site["path"]: site["shape"] for site in sites_of(read_file(tmp_path / "many"))}
+    one = {site["path"]: site["shape"] for site in sites_of(model_in(tmp_path / "one" / "model.safetensors"))}
+    many = {site["path"]: site["shape"] for site in sites_of(model_in(tmp_path / "many"))}
     assert one == many
     assert one["classifier"] == [16, 2]
     assert one["bert.embeddings.word_embeddings"] == [50, 16]
 
 
-def test_torchscript_shows_its_modules_and_rates(tmp_path):
-    torch.jit.script(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.25))).save(tmp_path / "script.pt")
-    read = read_file(tmp_path / "script.pt")
-    assert [(site["op"], site["p"], site["shape"]) for site in sites_of(read)] == [
-        ("Linear", None, [4, 8]),
-        ("Dropout", 0.25, None),
-    ]
-    assert "TorchScript" in read.notes[0]
-    refused = invoke("plan", tmp_path / "script.pt", "-r", "Dropout=gaussian")
-    assert refused.exit_code == 1
-    assert "TorchScript" in refused.stderr
-
-
-def test_exported_program_shows_its_modules_and_rates(tmp_path):
+def test_torchscript_and_exported_programs_are_named_with_what_to_do(tmp_path):
     net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.25))
+    torch.jit.script(net).save(tmp_path / "script.pt")
     torch.export.save(torch.export.export(net, (torch.zeros(2, 4),)), tmp_path / "program.pt2")
-    read = read_file(tmp_path / "program.pt2")
-    assert [(site["op"], site["p"], site["shape"]) for site in sites_of(read)] == [
-        ("Linear", None, [4, 8]),
-        ("Dropout", 0.25, None),
-    ]
-    assert "torch.export" in read.notes[0]
+    for name, what in (("script.pt", "TorchScript"), ("program.pt2", "torch.export")):
+        for command in (("inspect",), ("plan", "-r", "Dropout=gaussian")):
+            refused = invoke(command[0], tmp_path / name, *command[1:])
+            assert refused.exit_code == 1, refused.output
+            assert what in refused.stderr
+            assert "help: graft the Python model, then" in refused.stderr
 
 
 def test_shared_modules_keep_all_their_names(tmp_path):
     torch.save(zoo(), tmp_path / "zoo.pt")
-    site = next(site for site in sites_of(read_file(tmp_path / "zoo.pt")) if site["path"] == "first")
+    site = next(site for site in sites_of(model_in(tmp_path / "zoo.pt")) if site["path"] == "first")
     assert site["paths"] == ["first", "again"]
 
 
@@ -229,7 +224,7 @@ def test_grafts_are_seen(tmp_path):
 
 def test_wrappers_are_looked_into(tmp_path):
     torch.save(nn.DataParallel(nn.Sequential(nn.Dropout(0.1))), tmp_path / "wrapped.pt")
-    read = read_file(tmp_path / "wrapped.pt")
+    read = model_in(tmp_path / "wrapped.pt")
     assert [site["path"] for site in sites_of(read)] == ["0"]
     assert "looked inside DataParallel" in " ".join(read.notes)
 

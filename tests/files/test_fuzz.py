@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from regraft.cli.reading.files import read_file
-from regraft.cli.reading.inspection import FileInspection
+from regraft.cli.file_view import FileInspection, Files
 from regraft.errors import FileError
 
 OPCODES = b"(.01e2RbcuNtl}]sa\x81\x93hqrioPQ\x82\x85\x86\x87\x8c\x94"
@@ -64,7 +63,7 @@ def mutated(content, chance):
 def test_mutated_files(count, tmp_path, monkeypatch):
     mark = tmp_path / "canary"
     (tmp_path / "whole").mkdir()
-    files = originals(tmp_path / "whole", mark)
+    whole = originals(tmp_path / "whole", mark)
 
     def sing(*args, **kwargs):
         raise AssertionError("something was run")
@@ -73,28 +72,27 @@ def test_mutated_files(count, tmp_path, monkeypatch):
     for name in ("os.system", "os.posix_spawn", "subprocess.Popen", "pickle.loads", "torch.load"):
         monkeypatch.setattr(name, sing)
     chance, path = random.Random(0), tmp_path / "mutated.pt"
-    hostile = sorted(name for name in files if name.endswith(("_plain", "_zip")))
-    models = sorted(files.keys() - set(hostile))
-    read = refused = suspicious = 0
+    hostile = sorted(name for name in whole if name.endswith(("_plain", "_zip")))
+    models = sorted(whole.keys() - set(hostile))
+    seen = refused = dangerous = 0
     worst = 0.0
     for _ in range(count):
         name = chance.choice(models if chance.random() < 0.7 else hostile)
-        path.write_bytes(mutated(files[name], chance))
+        path.write_bytes(mutated(whole[name], chance))
         began = time.monotonic()
         try:
-            view = FileInspection(read_file(path))
+            files = Files(path)
+            dangerous += bool(files.verdicts.dangerous)
+            view = FileInspection(files.model, files)
             str(view), view.to_json(), view.to_markdown(), view.to_html()
-            read += 1
+            seen += 1
         except FileError as error:
             assert str(error)
             refused += 1
-            suspicious += error.suspicious
         worst = max(worst, time.monotonic() - began)
     assert not mark.exists()
     assert set(os.listdir(tmp_path)) == {"mutated.pt", "whole"}
-    assert read > count // 10
-    assert suspicious > count // 20
+    assert seen > count // 12
+    assert dangerous > count // 20
     assert worst < 10
-    print(
-        f"{count} files: {read} read, {refused} refused, {suspicious} of them suspicious, worst {worst:.2f} s"
-    )
+    print(f"{count} files: {seen} shown, {refused} refused, {dangerous} dangerous, worst {worst:.2f} s")

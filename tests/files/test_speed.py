@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 
+import costly
 import pytest
 import torch
 from torch import nn
@@ -75,12 +76,34 @@ def test_a_hundred_thousand_modules(tmp_path):
 
 def test_modules_are_read_in_proportion_to_their_number(tmp_path):
     """Twice as many modules take no more than about twice as long: no step looks at all for each."""
-    from regraft.cli.reading.files import read_file
+    from regraft.files.detect import read
 
     spent = []
     for count in (1_000, 4_000):
         torch.save(nn.Sequential(*[nn.Dropout(0.1) for _ in range(count)]), tmp_path / "many.pt")
         began = time.process_time()
-        read_file(tmp_path / "many.pt")
+        read(tmp_path / "many.pt")
         spent.append(time.process_time() - began)
     assert spent[1] < 12 * spent[0]
+
+
+@pytest.mark.slow
+def test_every_small_file_is_answered_in_two_seconds_and_300_megabytes(tmp_path, capsys):
+    """Of the processor's time, in an interpreter of its own; the ten worst are printed."""
+    rows = []
+    for title, content in costly.costly_files().items():
+        assert len(content) <= 2**20, title
+        path = tmp_path / "costly.pt"
+        path.write_bytes(content)
+        measured = MEASURED.replace("assert not end.code, end.code", "assert end.code in (None, 0, 1, 3, 4)")
+        done = subprocess.run(
+            [sys.executable, "-c", measured, str(path), "table"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, (title, done.stderr)
+        busy, megabytes, _ = done.stderr.splitlines()[-1].split()
+        rows.append((float(busy), float(megabytes), title))
+    with capsys.disabled():
+        for busy, megabytes, title in sorted(rows, reverse=True)[:10]:
+            print(f"{busy:.2f} s, {megabytes:.0f} MB: {title}")
+    assert max(busy for busy, _, _ in rows) < 2
+    assert max(megabytes for _, megabytes, _ in rows) < 300

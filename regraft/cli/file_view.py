@@ -1,0 +1,304 @@
+"""How a file that was read is shown: its sites, the verdicts on its names, and what follows from them.
+
+The sites are those of `regraft.find.modules`, seen by name, since that asks real classes and so needs torch;
+a test holds the two to the same answers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from regraft.errors import FileError
+from regraft.files.detect import FileReport, raise_for, read, read_folder, sha256
+from regraft.files.skeleton import FileModel, FileModule
+from regraft.files.verdicts import DangerousFileError, UnknownNamesError, Verdicts
+from regraft.report.document import visible
+from regraft.report.inspection_page import summary
+from regraft.report.view import SCHEMA, View
+
+_TORCH = {
+    "Dropout": "Dropout",
+    "Dropout1d": "Dropout1d",
+    "Dropout2d": "Dropout2d",
+    "Dropout3d": "Dropout3d",
+    "AlphaDropout": "AlphaDropout",
+    "FeatureAlphaDropout": "FeatureAlphaDropout",
+    "Linear": "Linear",
+    "NonDynamicallyQuantizableLinear": "Linear",
+    "Embedding": "Embedding",
+    "MultiheadAttention": "MultiheadAttention",
+    "LSTM": "LSTM",
+    "GRU": "GRU",
+    "RNN": "RNN",
+}
+_DROP_PATH = re.compile(r"(DropPath|StochasticDepth)$")
+_PRIVATE_DROPOUT = re.compile(r"Dropout(\dd)?$")
+_OTHER_NOISE = re.compile(r"Patch|Token|Word|Feature|Channel|Spatial|Block|Variational|Locked|\dd$")
+_RATES = ("p", "drop_prob", "drop_rate", "dropout", "dropout_rate", "prob")
+_SHAPES = {
+    "Linear": ("in_features", "out_features"),
+    "Embedding": ("num_embeddings", "embedding_dim"),
+    "Conv1D": ("nx", "nf"),
+}
+
+
+def sites_of(model: FileModel) -> list[dict[str, Any]]:
+    """The sites, as an inspection lists them."""
+    sites = []
+    for module in model.modules:
+        op = op_of(module)
+        if op is not None:
+            sites.append(_site(module, op))
+        for edit in module.grafts:
+            if edit["kind"] != "module" and edit["op"] != op:
+                sites.append(_grafted_call(module, edit))
+    return sites
+
+
+def op_of(module: FileModule) -> str | None:
+    """The operation that makes a module a site, None if it is none."""
+    name = module.type
+    if module.home.startswith("torch.nn."):
+        return _TORCH.get(name)
+    if _DROP_PATH.search(name):
+        return "DropPath"
+    if name == "Conv1D" and (weight := module.tensors.get("weight")) and len(weight.shape) == 2:
+        return "Conv1D"
+    leaf = not module.children and not module.tensors and rate_of(module) is not None
+    if leaf and _PRIVATE_DROPOUT.search(name):
+        return name if _OTHER_NOISE.search(name) else "Dropout"
+    return None
+
+
+def rate_of(module: FileModule) -> float | None:
+    """The rate, under any of the names that it goes by."""
+    for name in _RATES:
+        value = module.attributes.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value) if -1e9 < value < 1e9 else None  # JSON knows no NaN
+    return None
+
+
+def _site(module: FileModule, op: str) -> dict[str, Any]:
+    weight = module.tensors.get("weight") if op in _SHAPES else None
+    sizes = [module.attributes.get(name) for name in _SHAPES.get(op, ())]
+    shape = [size for size in sizes if type(size) is int and 0 <= size < 2**50]
+    if op == "Conv1D" and weight is not None:
+        shape = list(weight.shape)
+    return {
+        "path": module.paths[0],
+        "kind": "module",
+        "op": op,
+        "type": module.type,
+        "p": None if op in _SHAPES else rate_of(module),
+        "calls": 0 if module.type == "NonDynamicallyQuantizableLinear" else None,
+        "source": None,
+        "parameters": sum(tensor.size for tensor in module.tensors.values() if tensor.trainable),
+        "device": None,
+        "dtype": None if weight is None else weight.dtype,
+        "paths": module.paths,
+        "shape": shape if op in _SHAPES else None,
+        "training": module.training,
+        "variant": next((edit["after"] for edit in module.grafts), None),
+    }
+
+
+def _grafted_call(module: FileModule, edit: dict[str, Any]) -> dict[str, Any]:
+    """A place that no module stands for, and that shows itself by its graft."""
+    source = edit.get("source")
+    return {
+        "path": module.paths[0],
+        "kind": "call",
+        "op": edit["op"],
+        "type": module.type,
+        "p": None,
+        "calls": None,
+        "source": source if isinstance(source, str) else None,
+        "parameters": 0,
+        "device": None,
+        "dtype": None,
+        "paths": module.paths,
+        "shape": None,
+        "training": module.training,
+        "variant": edit["after"],
+        "written": edit["before"],
+    }
+
+
+class Files:
+    """A file, or all files of a folder, as they were read.
+
+    Attributes:
+        path: of the file or the folder.
+        reports: one for each file, that of the model first.
+        verdicts: on all of them together.
+    """
+
+    def __init__(self, path: Path, allow: Iterable[str] = ()) -> None:
+        self.path = path
+        self.folder = path.is_dir()
+        self.reports = read_folder(path, tuple(allow)) if self.folder else [read(path, tuple(allow))]
+        self.verdicts = Verdicts()
+        for report in self.reports:
+            self.verdicts.add(report.verdicts, self._name(report) if self.folder else "")
+
+    def _name(self, report: FileReport) -> str:
+        return visible(str(report.path.relative_to(self.path))) if self.folder else visible(report.path.name)
+
+    def check(self, *, names: bool = True, model: bool = True) -> None:
+        """Raise what stands against going on.
+
+        Args:
+            names: unknown names do.
+            model: so does a folder without any model.
+
+        Raises:
+            FileError: see `regraft.files.detect.raise_for`.
+        """
+        if not self.folder:
+            raise_for(self.reports[0], names=names)
+            return
+        empty = model and not any(report.model for report in self.reports)
+        if self.verdicts.dangerous:
+            raise DangerousFileError(self.verdicts, str(self.path))
+        if self.verdicts.unknown and (names or empty):
+            raise UnknownNamesError(self.verdicts, str(self.path))
+        if empty:
+            raise next(
+                (report.error for report in self.reports if report.error and not report.other),
+                FileError(
+                    "the folder holds no model",
+                    where=str(self.path),
+                    remedy="give a folder with a config.json or a .safetensors file",
+                ),
+            )
+
+    @property
+    def model(self) -> FileModel:
+        """The model.
+
+        Raises:
+            FileError: there is none.
+        """
+        self.check(names=False)
+        return raise_for(self.reports[0], names=False)
+
+    def notes(self) -> list[str]:
+        """The verdict on each file of a folder."""
+        if not self.folder:
+            return []
+        told = [f"{self._name(report)}: {_told(report)}" for report in self.reports if not report.other]
+        others = sum(report.other for report in self.reports)
+        return told + ([f"{others} other files hold no pickle"] if others else [])
+
+    def facts(self) -> dict[str, Any]:
+        """The verdicts as plain JSON values."""
+        return {
+            "verdict": self.verdicts.verdict,
+            "dangerous": self.verdicts.dangerous,
+            "unknown": dict(self.verdicts.unknown),
+            "imports": sorted(self.verdicts.imports),
+            "sha256": "" if self.folder else sha256(self.path),
+            "files": {self._name(report): _told(report) for report in self.reports},
+        }
+
+    def closing(self) -> str:
+        """The last line of what is printed of clean files.
+
+        Raises:
+            FileError: they are not: the names are unknown, or one file cannot be read.
+        """
+        self.check(model=False)
+        for report in self.reports:
+            if report.error and not report.other:
+                raise report.error
+        imports = ", ".join(map(visible, sorted(self.verdicts.imports))) or "nothing"
+        digest = "" if self.folder else sha256(self.path)
+        return f"No unknown names. Loading would import: {imports}." + (f" sha256 {digest}" if digest else "")
+
+
+def _told(report: FileReport) -> str:
+    verdicts = report.verdicts
+    if verdicts.dangerous:
+        return f"dangerous: {'; '.join(verdicts.dangerous[:3])}"
+    if verdicts.unknown:
+        return f"unknown names: {', '.join(map(visible, list(verdicts.unknown)[:3]))}"
+    return report.error.what if report.error else "no unknown names"
+
+
+class FileInspection(View):
+    """What a file says of its model's sites."""
+
+    def __init__(self, model: FileModel, files: Files) -> None:
+        sites = sites_of(model)
+        weights = {"answer": "Weights alone do not tell whether this model regularizes.", "paste": ""}
+        notes = list(model.notes)
+        if model.form == "module" and files.verdicts.verdict == "known":
+            notes[0] += " (--trust loads and probes it)"
+        self.facts = {
+            **_inspection(model.path.name if model.form == "weights" else model.root.type, files),
+            "notes": [*notes, *files.notes()],
+            "sites": sites,
+            "summary": weights if model.form == "weights" else summary(sites),
+        }
+        self.closing = files.closing
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inspection as plain JSON values."""
+        return self.facts
+
+
+class JudgedView(View):
+    """A view of a model, with the verdicts on the files that it came from."""
+
+    def __init__(self, view: View, files: Files, notes: Iterable[str] = ()) -> None:
+        facts = view.to_dict()
+        self.facts = {
+            **facts,
+            "notes": [*facts.get("notes", []), *notes, *files.notes()],
+            "verdict": files.facts(),
+        }
+        self.closing = files.closing
+
+    def to_dict(self) -> dict[str, Any]:
+        """The view as plain JSON values."""
+        return self.facts
+
+
+class Refusal(View):
+    """Why files are not shown: their verdicts."""
+
+    def __init__(self, error: FileError) -> None:
+        verdicts: Verdicts = error.verdicts  # type: ignore[attr-defined]
+        self.facts = {
+            **_inspection(Path(error.where).name, None),
+            "notes": [error.what],
+            "verdict": {
+                "verdict": verdicts.verdict,
+                "dangerous": verdicts.dangerous,
+                "unknown": dict(verdicts.unknown),
+                "imports": sorted(verdicts.imports),
+            },
+            "summary": {"answer": f"Refused: {error.remedy}.", "paste": ""},
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The refusal as plain JSON values."""
+        return self.facts
+
+
+def _inspection(model: str, files: Files | None) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "view": "inspection",
+        "model": model,
+        "notes": [],
+        "probe": {"ran": False, "how": None, "reason": None, "seconds": None},
+        "read": "read from the file, not run",
+        "verdict": files.facts() if files else {},
+        "sites": [],
+        "findings": [],
+    }

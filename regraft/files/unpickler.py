@@ -1,0 +1,364 @@
+"""An inert unpickler: the standard library's own, in which names, calls and states become notes.
+
+Python has two unpicklers, one in C and one in Python, and they differ. `torch.load` runs the one in C. This
+one accepts all that either does (frames in frames, octal integers, text after a NUL), and where both would
+stop at a type it goes on: what would run is never behind the point at which it stops.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+import io
+import pickle
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from regraft.errors import FileError
+from regraft.files.values import OPAQUE, SET, Call, Long, Name, Opaque, Ordered, StatedOrdered, Storage, shown
+from regraft.files.verdicts import Verdicts
+
+MALFORMED = (
+    *(pickle.UnpicklingError, EOFError, IndexError, KeyError, TypeError, ValueError, AttributeError),
+    *(OverflowError, struct.error, AssertionError, NameError, RecursionError),
+)
+_NAME_LENGTH = 1_000
+_NAME_STEPS = 25
+"""What judging one more name costs, in opcodes."""
+_LINE_LENGTH = 2**20
+_INLINE = 2**16
+"""Longer texts and bytes stay in the file; only where they are is noted."""
+_INTEGER_BYTES = 512
+_HASHES_ALIKE = 2**60
+"""Integers above can be chosen so that all of them hash to the same number."""
+_LITERALS = (dict, list, tuple, str, bytes, int, float, bool, type(None), Long)
+_DICT_KEYS = (str, bool, bytes, type(None))
+
+
+class Budget:
+    """The steps that reading one file may take: an opcode, a member of an archive or a module is some.
+
+    A file of `size` bytes that is no trap needs fewer than `size`; the rest is for compressed archives.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.left = min(size, 30_000_000) + 300_000
+
+    def charge(self, steps: int) -> None:
+        """Raise FileError once the file has asked too much."""
+        self.left -= steps
+        if self.left < 0:
+            raise FileError("the file asks for more work than any model of its size, so it was left")
+
+
+_Unpickler: Any = vars(pickle)["_Unpickler"]
+_Stop: Any = vars(pickle)["_Stop"]
+
+
+class InertUnpickler(_Unpickler):  # type: ignore[misc]
+    """Reads one pickle from `file` at its position; the verdicts on what it finds go to `verdicts`."""
+
+    def __init__(self, file: Any, size: int, budget: Budget, verdicts: Verdicts) -> None:
+        super().__init__(file, encoding="utf-8", errors="backslashreplace")
+        self.file, self.size, self.budget, self.verdicts = file, size, budget, verdicts
+        self.names: dict[tuple[str, str], Name] = {}
+
+    def load(self) -> Any:
+        """The value that the pickle describes.
+
+        Raises:
+            FileError: the stream is cut short, is no pickle, or asks too much.
+        """
+        self.read, self.readline = self.file.read, self._line
+        self.near: list[Any] = []  # the memo: a list of what stands in order, as nearly all does,
+        self.far: dict[int, Any] = {}  # and the rest
+        self.metastack: list[Any] = []
+        self.stack: list[Any] = []
+        self.append = self.stack.append
+        self.proto = 0
+        dispatch, read, charge = self.dispatch, self.read, self.budget.charge
+        try:
+            while True:
+                charge(64)
+                for _ in range(64):
+                    dispatch[read(1)[0]](self)
+        except _Stop as stop:
+            self.verdicts.whole()
+            return stop.value
+        except MALFORMED as error:
+            end = self.file.tell() >= self.size
+            what = "it ends before the model does" if end else "it is no whole pickle"
+            raise FileError(f"the file is damaged, or no PyTorch file: {what}") from error
+        finally:
+            self.__dict__.clear()  # it refers to itself, and what is remembered can be a million values
+
+    def _line(self) -> bytes:
+        line: bytes = self.file.readline(_LINE_LENGTH)
+        if len(line) == _LINE_LENGTH:
+            raise ValueError
+        return line
+
+    def _text_line(self) -> bytes:
+        """A line as the C unpickler takes numbers from it: up to the first NUL."""
+        return self._line()[:-1].split(b"\0")[0]
+
+    def find_class(self, module: str, name: str) -> Name:
+        if self.proto < 3:  # as CPython does: names of Python 2
+            if (module, name) in _compat_pickle.NAME_MAPPING:
+                module, name = _compat_pickle.NAME_MAPPING[module, name]
+            elif module in _compat_pickle.IMPORT_MAPPING:
+                module = _compat_pickle.IMPORT_MAPPING[module]
+        known = self.names.get((module, name))
+        if known is None:
+            if len(module) + len(name) > _NAME_LENGTH:
+                raise ValueError
+            self.budget.charge(_NAME_STEPS)
+            known = self.names[module, name] = self.verdicts.name(module, name)
+        else:
+            self.verdicts.again(known)
+        return known
+
+    def load_stack_global(self) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        if type(name) is str and type(module) is str:
+            self.append(self.find_class(module, name))
+        elif Call in (type(name), type(module)):
+            self.verdicts.danger("a name is imported that is made by a call")
+            self.append(Name("computed", "name", "dangerous"))
+        else:
+            raise TypeError
+
+    def get_extension(self, code: int) -> None:
+        self.verdicts.unusual(f"whatever is registered as extension {code}")
+        self.append(Name("extension", str(code), "unknown"))
+
+    def persistent_load(self, pid: Any) -> Any:
+        if type(pid) is tuple and len(pid) > 1 and pid[0] == "module":
+            return pid[1]  # a class, with the text of its source
+        return Storage(pid)
+
+    def _call(self, callee: Any, arguments: Any, *, new: bool = False) -> Any:
+        if type(arguments) is list:
+            arguments = tuple(arguments)
+        if type(arguments) is not tuple:
+            self.verdicts.danger(f"{shown(callee)} is called with arguments that are made by another call")
+            arguments = ()
+        return self.verdicts.call(callee, arguments, new=new)
+
+    def load_reduce(self) -> None:
+        arguments, callee = self.stack.pop(), self.stack.pop()
+        self.append(self._call(callee, arguments))
+
+    def load_newobj(self) -> None:
+        arguments, callee = self.stack.pop(), self.stack.pop()
+        self.append(self._call(callee, arguments, new=True))
+
+    def load_newobj_ex(self) -> None:
+        keywords, arguments, callee = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        if keywords:
+            self.verdicts.unusual(f"{shown(callee)}.__new__ with keywords")
+        self.append(self._call(callee, arguments, new=True))
+
+    def _instantiate(self, klass: Any, args: Any) -> None:  # INST and OBJ
+        self.append(self._call(klass, tuple(args), new=not args))
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if type(target) is Name:
+            self.verdicts.danger(f"{target.full} itself is changed")
+        elif isinstance(target, Ordered):
+            self.verdicts.state(target, state)
+            target.__class__ = StatedOrdered
+        elif type(target) is Call:
+            self.verdicts.state(target, state)
+            target.state = state
+        elif type(target) not in _LITERALS:
+            self.verdicts.danger(f"{shown(target)} is given a state")
+
+    def _items(self, items: list[Any]) -> None:
+        if len(items) % 2:
+            raise ValueError
+        target = self.stack[-1]
+        if isinstance(target, dict):
+            target.update(zip(map(_key, items[::2]), items[1::2], strict=True))
+        elif type(target) is Call:
+            self.verdicts.filled(target)
+            target.entries = target.entries or []
+            target.entries.append(items)
+        elif type(target) is Name and items:
+            self.verdicts.danger(f"{target.full} itself is changed")
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._items([key, value])
+
+    def load_setitems(self) -> None:
+        self._items(self.pop_mark())
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._items(items)
+
+    def load_append(self) -> None:
+        value = self.stack.pop()
+        self._extend([value])
+
+    def load_appends(self) -> None:
+        self._extend(self.pop_mark())
+
+    def _extend(self, items: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is list:
+            target.extend(items)
+        elif type(target) is Call:
+            self.verdicts.filled(target)
+        elif isinstance(target, (Name, Ordered)) and items:
+            self.verdicts.danger(f"a method of {shown(target)} is called by appending to it")
+
+    def load_empty_set(self) -> None:
+        self.append(Call(SET, ()))
+
+    def load_frozenset(self) -> None:
+        self.append(Call(SET, (self.pop_mark(),)))
+
+    def load_frame(self) -> None:
+        # In C a frame only says how much to read ahead; frames in frames, and reads across them, are fine.
+        if self.file.tell() + struct.unpack("<Q", self.read(8))[0] > self.size:
+            raise EOFError
+
+    def _put(self, index: int) -> None:
+        near, value = self.near, self.stack[-1]
+        if index == len(near):
+            near.append(value)
+            if self.far:
+                self.far.pop(index, None)
+        elif index < len(near):
+            near[index] = value
+        else:
+            self.far[index] = value
+
+    def _get(self, index: int) -> None:
+        self.append(self.near[index] if index < len(self.near) else self.far[index])
+
+    def load_put(self) -> None:
+        self._put(_index(self._text_line()))
+
+    def load_binput(self) -> None:
+        self._put(self.read(1)[0])
+
+    def load_long_binput(self) -> None:
+        self._put(struct.unpack("<I", self.read(4))[0])
+
+    def load_memoize(self) -> None:
+        self._put(len(self.near) + len(self.far))
+
+    def load_get(self) -> None:
+        self._get(_index(self._text_line()))
+
+    def load_binget(self) -> None:
+        self._get(self.read(1)[0])
+
+    def load_long_binget(self) -> None:
+        self._get(struct.unpack("<I", self.read(4))[0])
+
+    def load_int(self) -> None:
+        line = self._text_line()
+        self.append(line == b"01" if line in (b"00", b"01") else _number(int, line, 0))
+
+    def load_long(self) -> None:
+        self.append(_number(int, self._text_line().removesuffix(b"L"), 0))
+
+    def load_float(self) -> None:
+        self.append(_number(float, self._text_line()))
+
+    def _counted(self, size: int, convert: Callable[[bytes], Any]) -> None:
+        """Push `size` bytes, as they are converted."""
+        if size > _INLINE:
+            here = self.file.tell()
+            if size > self.size - here:
+                raise EOFError
+            self.file.seek(size, io.SEEK_CUR)
+            self.append(Long(self.file, here, size))
+            return
+        data = self.read(size)
+        if len(data) != size:
+            raise EOFError
+        self.append(convert(data))
+
+    dispatch = _Unpickler.dispatch | {
+        getattr(pickle, code)[0]: step
+        for code, step in {
+            "NEWOBJ": load_newobj,
+            "REDUCE": load_reduce,
+            "NEWOBJ_EX": load_newobj_ex,
+            "STACK_GLOBAL": load_stack_global,
+            "BUILD": load_build,
+            "SETITEM": load_setitem,
+            "SETITEMS": load_setitems,
+            "APPEND": load_append,
+            **dict.fromkeys(("APPENDS", "ADDITEMS"), load_appends),
+            "DICT": load_dict,
+            "EMPTY_SET": load_empty_set,
+            "FROZENSET": load_frozenset,
+            "FRAME": load_frame,
+            "PUT": load_put,
+            "BINPUT": load_binput,
+            "LONG_BINPUT": load_long_binput,
+            "MEMOIZE": load_memoize,
+            "GET": load_get,
+            "BINGET": load_binget,
+            "LONG_BINGET": load_long_binget,
+            "INT": load_int,
+            "LONG": load_long,
+            "FLOAT": load_float,
+            "NEXT_BUFFER": lambda self: self.append(OPAQUE),
+            "READONLY_BUFFER": lambda _: None,
+        }.items()
+    }
+
+
+def _prefixed(width: int, convert: Callable[[bytes], Any]) -> Callable[[InertUnpickler], None]:
+    def load(self: InertUnpickler) -> None:
+        self._counted(int.from_bytes(self.read(width), "little"), convert)
+
+    return load
+
+
+def _text(data: bytes) -> str:
+    return str(data, "utf-8", "backslashreplace")
+
+
+def _integer(data: bytes) -> Any:
+    return int.from_bytes(data, "little", signed=True) if len(data) <= _INTEGER_BYTES else OPAQUE
+
+
+for _code, _width, _convert in (
+    *((pickle.BINUNICODE, 4, _text), (pickle.SHORT_BINUNICODE, 1, _text), (pickle.BINUNICODE8, 8, _text)),
+    *((pickle.BINSTRING, 4, _text), (pickle.SHORT_BINSTRING, 1, _text)),
+    *((pickle.BINBYTES, 4, bytes), (pickle.SHORT_BINBYTES, 1, bytes), (pickle.BINBYTES8, 8, bytes)),
+    *((pickle.BYTEARRAY8, 8, bytes), (pickle.LONG1, 1, _integer), (pickle.LONG4, 4, _integer)),
+):
+    InertUnpickler.dispatch[_code[0]] = _prefixed(_width, _convert)
+
+
+def _number(convert: Callable[..., Any], line: bytes, *base: int) -> Any:
+    try:
+        return convert(line, *base) if len(line) <= _INTEGER_BYTES else OPAQUE
+    except ValueError:
+        return OPAQUE  # the C unpickler takes more
+
+
+def _index(line: bytes) -> int:
+    index = int(line) if len(line) <= _INTEGER_BYTES else -1
+    if not 0 <= index < 2**63:
+        raise ValueError
+    return index
+
+
+def _key(value: Any) -> Any:
+    """The value as a key: as it is where its hash is cheap, else a new one."""
+    if type(value) in _DICT_KEYS or (type(value) is int and -_HASHES_ALIKE < value < _HASHES_ALIKE):
+        return value
+    return Opaque()
