@@ -17,11 +17,13 @@ import inspect
 import pkgutil
 import sys
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from regraft.files.verdicts import shortened
 
 OUTPUT = Path(__file__).parents[1] / "regraft" / "files" / "known_names.txt"
 PACKAGES = str.split(
@@ -149,6 +151,17 @@ def is_harmless_object(cls: type, kinds: tuple[type, ...]) -> bool:
     )
 
 
+def written(columns: tuple[set[str], ...]) -> str:
+    """The three columns; what the names of most objects begin with stands once, in front."""
+    texts = [" ".join(sorted(names)) for names in columns]
+    starts = Counter(name[:end] for name in columns[0] for end in range(3, len(name) + 1))
+    prefix, count = max(starts.items(), key=lambda item: (item[1] - 1) * (len(item[0]) - 1), default=("", 0))
+    if count > 2:
+        names = (f"~{name.removeprefix(prefix)}" if name.startswith(prefix) else name for name in columns[0])
+        texts[0] = f"{prefix}={' '.join(sorted(names))}"
+    return ";".join(texts).rstrip(";")
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     roles: dict[str, tuple[set[str], set[str], set[str]]] = defaultdict(lambda: (set(), set(), set()))
@@ -192,11 +205,11 @@ def main() -> None:
             elif (
                 inspect.isfunction(value)
                 and not key.lstrip("_").startswith(LOADS)
-                and (name.startswith(FUNCTIONS) or ".modeling_" in name)
+                and name.startswith(FUNCTIONS)
             ):
                 references.add(key)
     lines = [
-        f"{module}:" + ";".join(" ".join(sorted(names)) for names in columns).rstrip(";")
+        f"{shortened(module)}:" + written(columns)
         for module, columns in sorted(roles.items())
         if any(columns)
     ]

@@ -29,6 +29,7 @@ from regraft.report.document import visible
 KNOWN, UNKNOWN, DANGEROUS = "known", "unknown", "dangerous"
 _LISTED = 20
 _IMPORTABLE = re.compile(r"[\w.-]+")
+_MODEL_FILE = re.compile(r"transformers\.models\.(\w+)\.(modeling|configuration)_\1")
 _TENSORS = frozenset(
     ["torch._tensor.Tensor", "torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"]
 )
@@ -70,9 +71,16 @@ _ONE_FILE = frozenset(
 """Modules of the standard library without submodules, so `code.models.Net` is somebody's own."""
 
 
+def shortened(module: str) -> str:
+    """How the list writes the name of a module: `<bert` for `transformers.models.bert.modeling_bert`."""
+    if match := _MODEL_FILE.fullmatch(module):
+        return ("<" if match[2] == "modeling" else ">") + match[1]
+    return module
+
+
 @cache
 def _list() -> dict[str, str]:
-    """Per module, a line `name name; name; name`: of role object, value and reference."""
+    """Per module, a line `Bert=~Layer ~Model Other; name; name`: of role object, value and reference."""
     text = (files("regraft.files") / "known_names.txt").read_text(encoding="utf-8")
     lines = (line.partition(":") for line in text.splitlines() if not line.startswith("#"))
     return {module: names for module, _, names in lines}
@@ -81,7 +89,8 @@ def _list() -> dict[str, str]:
 @cache
 def _listed(module: str) -> dict[str, str]:
     roles = ("object", "value", "reference")
-    columns = _list().get(module, "").split(";")
+    prefix, equals, rest = _list().get(shortened(module), "").rpartition("=")
+    columns = rest.replace("~", prefix if equals else "").split(";")
     return {name: role for role, column in zip(roles, columns, strict=False) for name in column.split()}
 
 
