@@ -62,6 +62,7 @@ VALUES = {
     "lightning_fabric.utilities.data": "AttributeDict",
     "pytorch_lightning.utilities.parsing": "AttributeDict",
     "regraft.graft.classes": "_make _make_by",
+    "regraft.record": "read_layer read_slot",
 }
 ELEMENTWISE = str.split(
     "relu relu_ tanh sigmoid selu celu rrelu prelu softmax log_softmax erf sin cos exp square abs log "

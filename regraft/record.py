@@ -6,12 +6,15 @@ is always read against the original.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+
+from regraft.errors import ModelError
 
 RECORD = "_regraft"
 """The attribute of a grafted module that holds its grafts, by the text of their slots."""
@@ -73,6 +76,21 @@ class Layer:
 
     build: Callable[..., dict[str, Any]]
     args: tuple[str, ...] = ()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return read_layer, (f"{self.build.__module__}:{self.build.__name__}", self.args)
+
+
+def read_layer(build: str, args: tuple[str, ...]) -> Layer:
+    """The layer that a pickle names: only builders of regraft's own are looked up.
+
+    Raises:
+        ModelError: it names anything else.
+    """
+    module, _, name = build.partition(":")
+    if not module.startswith("regraft.") or not name.endswith("_layer"):
+        raise ModelError(f"{build!r} builds no layer of regraft's", remedy="do not load this file")
+    return Layer(getattr(importlib.import_module(module), name), args)
 
 
 @dataclass

@@ -20,6 +20,8 @@ _OWN = frozenset(vars(nn.Module())) | {RECORD}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NUMBERS = (type(None), bool, int, float, complex, str, bytes)
 _PLAIN = (*_NUMBERS, enum.Enum, torch.dtype, torch.device, torch.layout)
+_ORIGINS = frozenset({"_name_or_path", "name_or_path", "transformers_version"})
+"""Of a model or a configuration: where it comes from, which no forward goes by."""
 _DEEPEST = 8
 """How far into containers values are compared."""
 
@@ -54,7 +56,7 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
     settings: dict[str, Any] = {"class": f"{cls.__module__}.{cls.__qualname__}", "training": module.training}
     written = {name for graft in grafts_of(module).values() for name in graft.written}
     for name, value in vars(module).items():
-        if name not in _OWN and not isinstance(value, Tensor):
+        if name not in _OWN | _ORIGINS and not isinstance(value, Tensor):
             settings[name] = comparable(original_attribute(module, name) if name in written else value)
     for name in _HOOKS:
         hooks = getattr(module, name, None)
@@ -107,7 +109,8 @@ def comparable(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (type, types.BuiltinFunctionType)):
         return f"{value.__module__}.{value.__qualname__}"
     if callable(getattr(value, "to_dict", None)):
-        return type(value).__qualname__, inner(value.to_dict())
+        entries = {key: item for key, item in value.to_dict().items() if key not in _ORIGINS}
+        return type(value).__qualname__, inner(entries)
     if dataclasses.is_dataclass(value):
         return type(value).__qualname__, inner(vars(value))
     return Opaque(value)

@@ -175,21 +175,28 @@ def test_the_plan_of_another_model_in_the_folder_is_left_alone_and_named(folders
 
 
 def test_verify_passes_and_says_each_promise():
-    made = json.loads(done("verify", NET, "-f", "json").stdout)
+    made = json.loads(done("verify", NET, "--shape", "3x4", "-f", "json").stdout)
     assert made["passed"]
-    assert [check["promise"] for check in made["checks"]][:3] == [
+    assert [check["promise"] for check in made["checks"]][:4] == [
         "all or nothing",
         "nothing silent",
+        "each graft runs",
         "same weights",
     ]
     said = done("verify", "timm:test_vit").stdout
-    assert said.count("pass: ") == 7
+    assert said.count("pass: ") == 8
+
+
+def test_what_no_forward_has_shown_is_not_called_verified():
+    result = invoke("verify", NET)
+    assert result.exit_code == 1
+    assert "not checked: each graft runs" in result.stdout
 
 
 def test_verify_fails_with_exit_code_1(monkeypatch):
     """A model that cannot be copied keeps its word nowhere."""
     monkeypatch.setattr("regraft.graft.verify.revert", lambda model: model)
-    result = invoke("verify", NET)
+    result = invoke("verify", NET, "--shape", "3x4")
     assert result.exit_code == 1
     assert "FAIL: a way back" in result.stdout
 
@@ -207,7 +214,7 @@ def test_every_command_prints_every_format(shape, folders):
         ("inspect", NET),
         ("plan", NET, *RULES),
         ("diff", NET, came / "net.pt"),
-        ("verify", NET),
+        ("verify", NET, "--shape", "3x4"),
         ("apply", came / "net.pt", *RULES, "--trust", "--force", "-o", grafted / "net.pt"),
         ("variants",),
         ("variants", "gaussian"),
