@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from regraft.find.probe.preserve_state import random_state_kept, silent
+from regraft.find.probe.preserve_state import preserving, random_state_kept, silent
 from regraft.record import grafts_of, original_attribute, original_class
 
 ELEMENTS, ROWS, CHANNELS, BLOCKS, OTHER = "elements", "rows", "channels", "blocks", "other"
@@ -54,8 +54,8 @@ def law_of(module: nn.Module, rate: str | None) -> str | None:
 def _alone() -> Iterator[None]:
     """No modes, no gradients, generators at a fixed state, which afterwards stand where they stood."""
     with ExitStack() as stack:
-        for context in (_disable_current_modes(), silent(), random_state_kept(), torch.no_grad()):
-            stack.enter_context(context)
+        kept = (_disable_current_modes(), silent(), random_state_kept(), torch.no_grad())
+        stack.enter_context(preserving(*kept))
         stack.enter_context(torch._C.DisableTorchFunction())
         torch.default_generator.manual_seed(0)
         random.seed(0)

@@ -22,6 +22,7 @@ from regraft.find.probe.example_inputs import Inputs
 from regraft.find.probe.ledger import Draw, observe
 from regraft.find.probe.preserve_state import (
     buffers_kept,
+    preserving,
     random_state_kept,
     set_training,
     silent,
@@ -107,7 +108,7 @@ def _proof(root: nn.Module, placed: list[tuple[str, nn.Module, Graft]], inputs: 
     seen: set[int] = set()
     draws: list[Draw] = []
     counts: dict[int, int] = {}
-    with silent(), buffers_kept(every), unchanged(every), random_state_kept():
+    with preserving(silent(), buffers_kept(every), unchanged(every), random_state_kept()):
         set_training(every, mode=True)
         for _ in range(_FORWARDS):
             with _variants_seen({graft.variant for _, _, graft in placed}, seen):

@@ -23,6 +23,7 @@ from regraft.find.inspect import inspect as inspect_sites
 from regraft.find.walk import inner_model
 from regraft.graft.apply import grafted
 from regraft.graft.insertions import inserted_on
+from regraft.interrupts import HeldInterrupts
 from regraft.ops import DROP_BLOCK
 from regraft.record import grafts_of
 from regraft.training.passes.analyze import work_of
@@ -296,24 +297,28 @@ class Sampler:
     def on(self, call: Any) -> Iterator[None]:
         """The model in eval, with its dropouts on."""
         root, _ = inner_model(self.model)
-        flags = [(module, module.training) for module in self.model.modules()]
-        try:
-            with ExitStack() as stack:
-                self.model.eval()
-                if self.rules:
-                    report = stack.enter_context(grafted(self.model, self.rules, _inputs(root, call)))
-                    modules = [root.get_submodule(edit.path) for edit in report.grafted]
-                else:
-                    inserted = stack.enter_context(inserted_on(self.model))
-                    modules = _grafted_modules(root)
-                    if self.rules is None:
-                        modules = [*modules, *self._found(root, call, bool(modules) or inserted)]
-                for module in _with_fast_paths(root, modules):
-                    module.training = True
-                yield
-        finally:
-            for module, training in flags:
-                module.training = training
+        with HeldInterrupts() as held:
+            flags = [(module, module.training) for module in self.model.modules()]
+            try:
+                with held.released(), ExitStack() as stack:
+                    self.model.eval()
+                    for module in _with_fast_paths(root, self._sampled(stack, root, call)):
+                        module.training = True
+                    yield
+            finally:
+                for module, training in flags:
+                    module.training = training
+
+    def _sampled(self, stack: ExitStack, root: nn.Module, call: Any) -> list[nn.Module]:
+        """The modules to put into training; what is grafted for the block leaves with the stack."""
+        if self.rules:
+            report = stack.enter_context(grafted(self.model, self.rules, _inputs(root, call)))
+            return [root.get_submodule(edit.path) for edit in report.grafted]
+        inserted = stack.enter_context(inserted_on(self.model))
+        modules = _grafted_modules(root)
+        if self.rules is None:
+            modules = [*modules, *self._found(root, call, bool(modules) or inserted)]
+        return modules
 
     def _found(self, root: nn.Module, call: Any, others: bool) -> list[nn.Module]:
         """Modules that drop, or whose forward does."""

@@ -58,23 +58,23 @@ CASES |= {
         lambda: tiny.bert(layers=1),
     ),
 }
-every = pytest.mark.parametrize(
-    "step",
-    [
-        pytest.param(60, id="few lines"),
-        pytest.param(6, id="many lines", marks=pytest.mark.slow),
-        pytest.param(1, id="every line", marks=pytest.mark.weekly),
-    ],
-)
+QUICK = ("apply mlp", "grafted mlp", "revert bert", "inspect grafted")
+SAMPLES = {"few lines": 60, "every line": 1}
 
 
-@every
-@pytest.mark.parametrize("case", CASES)
+def _samples():
+    for case in CASES:
+        for name, step in SAMPLES.items():
+            quick = pytest.mark.slow if case not in QUICK else ()
+            marks = pytest.mark.weekly if step == 1 else quick
+            yield pytest.param(case, step, id=f"{case}, {name}", marks=marks)
+
+
+@pytest.mark.parametrize(("case", "step"), list(_samples()))
 def test_an_interrupt_leaves_the_model_as_it_was(case, step):
     operation, build = CASES[case]
     lines = lines_of(operation, build)
     assert len(lines) > 50
-    broken = {
-        f"{file}:{line}": broken_by(operation, build, (file, line)) for file, line in lines[step // 2 :: step]
-    }
+    places = lines[step // 2 :: step]
+    broken = {f"{file}:{line}": broken_by(operation, build, (file, line)) for file, line in places}
     assert {place: what for place, what in broken.items() if what} == {}

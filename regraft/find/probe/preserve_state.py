@@ -8,13 +8,24 @@ import random
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from regraft.interrupts import HeldInterrupts
 from regraft.record import temporarily_ungrafted
+
+
+@contextmanager
+def preserving(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
+    """Enters the contexts. A Ctrl-C reaches the block, and never what they set up or put back."""
+    with HeldInterrupts() as held, ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        with held.released():
+            yield
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from regraft.find.probe.preserve_state import (
     buffers_kept,
     forgotten,
     marked,
+    preserving,
     random_state_kept,
     set_training,
     silent,
@@ -178,7 +179,7 @@ _FAKE_ERRORS = (
 
 def _on_fake_tensors(look: _Look, inputs: Inputs) -> Probe:
     mode = ObservedFakeMode(allow_non_fake_inputs=True)
-    with silent(), forgotten(look.every), marked(look.every), random_state_kept():
+    with preserving(silent(), forgotten(look.every), marked(look.every), random_state_kept()):
         state = fake_state(look.model, mode)
         device = next(reversed(state.values())).device if state else torch.device("cpu")
         args, kwargs = tree_map(lambda leaf: fake(leaf, mode, device), (inputs.args, inputs.kwargs))
@@ -198,7 +199,7 @@ def _for_real(look: _Look, inputs: Inputs, reason: str) -> Probe:
     args, kwargs = tree_map(lambda leaf: _moved(leaf, devices), (inputs.args, inputs.kwargs))
     state = dict([*model.named_parameters(), *model.named_buffers()])
     try:
-        with silent(), buffers_kept(every), marked(every), random_state_kept():
+        with preserving(silent(), buffers_kept(every), marked(every), random_state_kept()):
             probe = _both(look, (model, args, kwargs), state)
     except Exception as error:
         if look.given:

@@ -6,7 +6,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from regraft.find.probe.fake import fake, fake_state
-from regraft.find.probe.preserve_state import forgotten, random_state_kept, silent, unchanged
+from regraft.find.probe.preserve_state import forgotten, preserving, random_state_kept, silent, unchanged
 from regraft.training.passes.caches import own_caches
 from regraft.training.passes.nested import leaves, mapped
 from regraft.training.passes.sharded import real_forwards, remove_hooks
@@ -134,7 +134,7 @@ def _rate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | N
 def measured(run: Callable[[Meter], Any]) -> Measured:
     """What `run` costs and draws, with gradients on where they are; all generators are put back."""
     meter = Meter()
-    with random_state_kept(), warnings.catch_warnings():
+    with preserving(random_state_kept()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = _other_generators()
         with meter:
@@ -166,9 +166,7 @@ def on_fake_tensors(
     """A forward of `model`, and inputs for it, on fake tensors; the model is as before afterwards."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     modules = list(model.modules())
-    with ExitStack() as stack:
-        for context in (silent(), forgotten(modules), unchanged(modules), mode):
-            stack.enter_context(context)
+    with preserving(silent(), forgotten(modules), unchanged(modules)), mode:
         remove_hooks(modules)  # the fake parameters are whole; `unchanged` puts the hooks back
         state = fake_state(model, mode)
         inputs = mapped(lambda _, leaf: fake(leaf, mode), "", own_caches((args, kwargs)))

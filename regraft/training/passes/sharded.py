@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.find.probe.preserve_state import buffers_kept, unchanged
+from regraft.find.probe.preserve_state import buffers_kept, preserving, unchanged
 
 
 def why_not_shared(model: nn.Module) -> str | None:
@@ -43,7 +43,8 @@ def is_sharded(tensor: Tensor) -> bool:
 def real_forwards(model: nn.Module) -> Iterator[None]:
     """While it runs, forwards leave no trace; a sharded model keeps its parameters as they are gathered."""
     modules = list(model.modules())
-    with unchanged([] if any(map(is_sharded, model.parameters())) else modules), buffers_kept(modules):
+    kept = [] if any(map(is_sharded, model.parameters())) else modules
+    with preserving(unchanged(kept), buffers_kept(modules)):
         yield
 
 

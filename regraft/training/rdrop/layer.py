@@ -13,6 +13,7 @@ from torch import nn
 from regraft.errors import ModelError
 from regraft.find.walk import inner_model
 from regraft.graft.classes import Namespace
+from regraft.graft.graph_nodes import all_or_nothing
 from regraft.graft.slots import set_graft
 from regraft.record import RECORD, Graft, Layer, Slot, grafts_of
 from regraft.training.passes.fork import fork_path
@@ -40,15 +41,16 @@ def arm(root: nn.Module, passes: Passes, fork: str | float | None = None) -> Non
     """Put a graft of passes on a model; refused where its forward would never reach it."""
     if fork is not None:
         fork_path(root, fork)  # names a module, or raises
-    previous = set_graft(root, PASSES, Graft(PASSES, Layer(passes_layer), options={"passes": passes}))
-    if _is_bypassed(root):
-        set_graft(root, PASSES, previous)
-        raise ModelError(
-            f"{type(root).__name__}'s forward was replaced on the model itself, and would never reach R-Drop",
-            where="accelerate does so in mixed precision, and TRL's trainers",
-            remedy="call regraft.rdrop before accelerator.prepare, or before the Trainer is made; with TRL "
-            "give compute_loss_func=regraft.rdrop_criterion(model, ...)",
-        )
+    with all_or_nothing() as change:
+        change.set(root, PASSES, Graft(PASSES, Layer(passes_layer), options={"passes": passes}))
+        if _is_bypassed(root):
+            raise ModelError(
+                f"{type(root).__name__}'s forward was replaced on the model itself, and would never reach "
+                "R-Drop",
+                where="accelerate does so in mixed precision, and TRL's trainers",
+                remedy="call regraft.rdrop before accelerator.prepare, or before the Trainer is made; with "
+                "TRL give compute_loss_func=regraft.rdrop_criterion(model, ...)",
+            )
 
 
 def armed(model: nn.Module) -> Any:
