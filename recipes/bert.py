@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -207,7 +208,8 @@ def save_table(runs: dict[str, list[dict]]) -> None:
         verdict = f"{word} than" if separable else "not separable from"
         console.print(f"{row['method']}: with {options.seeds} seeds {verdict} the baseline in accuracy")
     console.print("recipes/compare.py compares with more seeds; docs/results.md has what came out")
-    (options.output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    made = {"command": shlex.join(["python", "recipes/bert.py", *sys.argv[1:]]), "methods": rows}
+    (options.output / "results.json").write_text(json.dumps(made, indent=2) + "\n")
 
 
 def save_plot(runs: dict[str, list[dict]]) -> None:

@@ -17,6 +17,7 @@ import argparse
 import gzip
 import itertools
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -230,7 +231,8 @@ def save_table(runs: dict[str, list[dict]], held_out: int) -> None:
         separable = row["half"] is not None and abs(row["difference"]) > row["half"]
         verdict = f"{word} than" if separable else "not separable from"
         console.print(f"{row['method']}: with {options.seeds} seeds {verdict} the baseline in accuracy")
-    (options.output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    made = {"command": shlex.join(["python", "recipes/vit.py", *sys.argv[1:]]), "methods": rows}
+    (options.output / "results.json").write_text(json.dumps(made, indent=2) + "\n")
 
 
 def save_plot(runs: dict[str, list[dict]]) -> None:

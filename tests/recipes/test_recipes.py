@@ -29,7 +29,8 @@ def check_files(output, stdout, seeds):
     assert json.loads((output / "regraft.json").read_text())["grafted"]
     assert "sites grafted" in stdout
     assert "no missing and no unexpected key" in stdout
-    rows = {row["method"]: row for row in results(output)}
+    assert "recipes/" in results(output)["command"]
+    rows = {row["method"]: row for row in results(output)["methods"]}
     assert list(rows) == ["baseline", "R-Drop", "grafted"]
     for row in rows.values():
         assert len(row["runs"]) == seeds
