@@ -35,6 +35,11 @@ MODULES = {
     "dropconnect-example": lambda: nn.DropConnectLinear(32, 48, p=0.1, mask="example"),
     "mixout": lambda: nn.MixoutLinear(32, 48, p=0.1),
     "neftune": lambda: nn.NEFTuneEmbedding(10, 32),
+    "elementwise": lambda: nn.ElementwiseDropout(0.1),
+    "noise": lambda: nn.GaussianNoise(0.1),
+    "shaped": lambda: nn.ShapedDropout(0.1, noise_shape=[None, 1, None]),
+    "dropkey": lambda: nn.DropKey(0.1),
+    "drophead": lambda: nn.DropHead(0.1),
 }
 QUICK = ("multisample", "standout")
 AROUND_A_PRODUCT = {"dropconnect-example": 2}
