@@ -159,7 +159,11 @@ def name(site):
     return site.path if site.kind in ("module", "weight") else f"{site.path}:{site.op}"
 
 
-@pytest.mark.parametrize(("key", "expected"), SELECTED, ids=[str(row[0])[:40] for row in SELECTED])
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    SELECTED,
+    ids=[f"{i} {getattr(row[0], '__name__', row[0])}"[:40] for i, row in enumerate(SELECTED)],
+)
 def test_a_selector_selects(kinds, key, expected):
     selector = read_selector(key)
     assert {name(site) for site in kinds.sites if selector.matches(site)} == expected

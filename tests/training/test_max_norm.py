@@ -284,9 +284,9 @@ def test_what_people_and_machines_read():
     assert (facts["schema"], facts["view"], facts["rules"]) == (1, "max_norm", [["Linear", 3.0]])
     assert {one["path"] for one in facts["limited"]} >= {"blocks.0.attn.qkv", "head"}
     assert facts["limited"][0].keys() == {"path", "paths", "op", "shape", "rows", "bound", "largest", "over"}
-    assert "Linear: held to norm 3" in str(held)
-    assert "held to norm 3" in held.to_markdown()
-    assert "held to norm 3" in held.to_html()
+    assert "Linear: norm at most 3" in str(held)
+    assert "norm at most 3" in held.to_markdown()
+    assert "norm at most 3" in held.to_html()
     assert held.to_json()
 
 

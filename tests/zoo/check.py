@@ -158,7 +158,7 @@ def _apply(row: Row, model: nn.Module, inputs: Inputs | None) -> dict[str, Any] 
 
 
 def _compare(row: Row, before: list[Call], after: Any, report: dict[str, Any]) -> None:
-    row.balance = report["balance"]
+    row.balance = report.get("balance", {})
     listed = {str(one["source"]) for one in report["left"]} | {
         str(one["source"]) for one in report["skipped"]
     }
