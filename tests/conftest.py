@@ -16,7 +16,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background without it
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell starts what is in the background without it
 
 for profile, count in (("default", 25), ("ci", 200), ("weekly", 2_000)):
     settings.register_profile(

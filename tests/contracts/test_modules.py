@@ -348,4 +348,5 @@ def test_inductor_draws_inside_the_fused_kernel(name, family, options):
     first = seeded(compiled, x)
     assert any(not torch.equal(seeded(compiled, x, seed), first) for seed in range(1, 9)) == (name != "off")
     if family == "Dropout":
-        assert metrics.generated_kernel_count <= 6  # forward, backward, and what a seed or a sum needs
+        # Forward, backward, and what a seed or a sum needs; `dropkey` normalizes over the keys in both.
+        assert metrics.generated_kernel_count <= (8 if name == "dropkey" else 6)
