@@ -158,8 +158,8 @@ def _apply(row: Row, model: nn.Module, inputs: Inputs | None) -> dict[str, Any] 
 
 
 def _compare(row: Row, before: list[Call], after: Any, report: dict[str, Any]) -> None:
-    row.balance = report.get("balance", {})
-    listed = {str(one["source"]) for one in report.get("left", [])} | {
+    row.balance = report["balance"]
+    listed = {str(one["source"]) for one in report["left"]} | {
         str(one["source"]) for one in report["skipped"]
     }
     row.unlisted = [source for source in row.other_draws if source not in listed]

@@ -9,7 +9,7 @@ from torch import nn
 from . import check
 from .entry import RATE, Entry
 
-EMPTY = {"skipped": [], "mended": [], "grafted": []}
+EMPTY = {"skipped": [], "mended": [], "grafted": [], "balance": {}, "left": []}
 
 
 def _small():
@@ -20,7 +20,7 @@ SMALL = Entry("torch", "small", _small)
 
 
 def _skip(path):
-    return {"path": path, "paths": [path], "reason": "because"}
+    return {"path": path, "paths": [path], "source": "net.py:1", "reason": "because"}
 
 
 @pytest.fixture
