@@ -15,6 +15,9 @@ from snapshots import assert_same, snapshot
 from torch import nn
 
 import regraft
+from regraft.errors import ModelError
+from regraft.files.verdicts import role_of
+from regraft.record import read_layer
 
 X = torch.randn(2, 4, 16)
 CASES = {
@@ -156,3 +159,14 @@ def test_save_pretrained_writes_a_plain_checkpoint(tmp_path):
     assert again.config.architectures == ["BertForSequenceClassification"]
     with torch.no_grad():
         assert torch.equal(again.eval()(**tiny.tokens()).logits, model.eval()(**tiny.tokens()).logits)
+
+
+@pytest.mark.parametrize("build", ["os:system_layer", "regraft.graft.apply:apply", "torch.hub:load"])
+def test_a_pickle_can_name_no_builder_but_regrafts_own(build):
+    with pytest.raises(ModelError, match="builds no layer"):
+        read_layer(build, ())
+
+
+def test_a_layer_with_a_function_of_its_own_is_not_known_in_a_file():
+    assert role_of("regraft.record", "Layer") == "unknown"
+    assert role_of("regraft.record", "read_layer") == "value"
