@@ -11,6 +11,7 @@ from regraft.find.balance import balance, left
 from regraft.find.diagnose import Finding, diagnose
 from regraft.find.graph_nodes import node_sites
 from regraft.find.insertion_points import inserted_sites
+from regraft.find.locks import one_at_a_time
 from regraft.find.merge_probe import probed_sites
 from regraft.find.modules import module_sites
 from regraft.find.probe.example_inputs import given_inputs, made_inputs
@@ -72,6 +73,7 @@ class Inspection(View):
         }
 
 
+@one_at_a_time
 def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
     """The sites of a model, and which of them a training forward really runs. Changes nothing.
 

@@ -13,6 +13,7 @@ from torch import nn
 from regraft.errors import UnprovenError
 from regraft.find.insertion_points import INSERTED
 from regraft.find.inspect import Inspection, inspect, look
+from regraft.find.locks import lock_of, one_at_a_time
 from regraft.find.probe.example_inputs import given_inputs, made_inputs
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
 from regraft.graft.graph_nodes import (
@@ -161,9 +162,11 @@ def grafted(
             with held.released():
                 yield graft_rules(model, rules, inputs, fused, temporary=steps)
         finally:
-            take_out(steps)
+            with lock_of(model):
+                take_out(steps)
 
 
+@one_at_a_time
 def graft_rules(
     model: nn.Module,
     rules: Rules | Plan,
@@ -200,7 +203,7 @@ def graft_rules(
     )
     if temporary is None and not report.grafted and any(variant is not None for _, variant in report.rules):
         why = report.notes or [f"{skip.reason}; {skip.remedy}" for skip in report.skipped[:1]]
-        warnings.warn(f"nothing was grafted: {'; '.join(why) or 'no site'}", stacklevel=3)
+        warnings.warn(f"nothing was grafted: {'; '.join(why) or 'no site'}", stacklevel=4)
     with all_or_nothing() as changes:
         with compiled_once():
             for module, slot, graft in steps:

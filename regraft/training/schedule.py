@@ -9,6 +9,7 @@ from torch import nn
 
 from regraft.errors import MisfitError, NoMatchError, RateError, WrongKindError
 from regraft.find.inspect import Inspection, inspect
+from regraft.find.locks import lock_of, one_at_a_time
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
 from regraft.graft.apply import Step, graft_rules, take_out
@@ -34,7 +35,15 @@ class Schedule:
         notes: what to know first.
     """
 
-    def __init__(self, curve: Curve, rates: list[Rate], skipped: dict[str, str], grafts: list[Step]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        curve: Curve,
+        rates: list[Rate],
+        skipped: dict[str, str],
+        grafts: list[Step],
+    ) -> None:
+        self._root = root
         self.curve = curve
         self.rates = rates
         self.skipped = skipped
@@ -102,10 +111,11 @@ class Schedule:
         Sites that others have grafted or scheduled since are left alone.
         """
         temporary = {id(graft) for _, _, graft in self._grafts}
-        for rate in self.rates:
-            if id(rate.graft) not in temporary:
-                rate.restore()
-        take_out([step for step in self._grafts if step[2].schedule.get("owner") == self.rates[0].owner])
+        with lock_of(self._root):
+            for rate in self.rates:
+                if id(rate.graft) not in temporary:
+                    rate.restore()
+            take_out([step for step in self._grafts if step[2].schedule.get("owner") == self.rates[0].owner])
         self._grafts = []
 
     def __repr__(self) -> str:
@@ -124,10 +134,12 @@ class Schedule:
             )
 
     def _write(self) -> None:
-        for rate in self.rates:
-            rate.set(self.curve.rate(self.steps_done, rate.base))
+        with lock_of(self._root):
+            for rate in self.rates:
+                rate.set(self.curve.rate(self.steps_done, rate.base))
 
 
+@one_at_a_time
 def schedule(model: nn.Module, p: Mapping[str, Any], selector: Any = None, inputs: Any = None) -> Schedule:
     """Let rates change over time, in place: of any graft that has a rate, and of dropouts without one.
 
@@ -194,7 +206,7 @@ def schedule(model: nn.Module, p: Mapping[str, Any], selector: Any = None, input
         take_out(grafts)
         raise
     claimed = claim(inspection.root, rates, grafts)
-    return Schedule(curve, rates, skipped, claimed)
+    return Schedule(inspection.root, curve, rates, skipped, claimed)
 
 
 def _selected(inspection: Inspection, selector: Selector | None) -> dict[Key, Site]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from regraft.errors import LossError, ModelError
 from regraft.find.inspect import inspect as inspect_sites
+from regraft.find.locks import one_at_a_time
 from regraft.find.probe.preserve_state import buffers_kept, random_state_kept
 from regraft.find.walk import inner_model
 from regraft.training.passes.api import run_passes
@@ -140,6 +141,7 @@ def rdrop(
     return graft_rdrop(model, options, inputs)
 
 
+@one_at_a_time
 def graft_rdrop(model: nn.Module, options: RDropOptions, inputs: Any = None) -> nn.Module:
     """What `rdrop` does, with its options as one value."""
     root, _ = inner_model(model)
@@ -470,5 +472,5 @@ def warn_of_no_noise(model: nn.Module, alpha: float, inputs: Any) -> None:
         f"R-Drop on {type(inner_model(model)[0]).__name__} has nothing to compare, {there}: the passes are "
         "equal and the KL is 0. Build the model with rates above 0, or give them one: "
         "regraft.apply(model, {'Dropout': 'dropout(p=0.1)'})",
-        stacklevel=4,
+        stacklevel=5,
     )
