@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.errors import FileError
-from regraft.files.detect import FileReport, raise_for, read, read_folder, sha256
+from regraft.files.detect import FileReport, read, read_folder, sha256
 from regraft.files.skeleton import FileModel, FileModule
 from regraft.files.verdicts import DangerousFileError, UnknownNamesError, Verdicts
 from regraft.report.document import visible
@@ -153,27 +153,25 @@ class Files:
 
         Args:
             names: unknown names do.
-            model: so does a folder without any model.
+            model: so does a folder or a file without any model.
 
         Raises:
-            FileError: see `regraft.files.detect.raise_for`.
+            DangerousFileError: loading would run what no model needs.
+            UnknownNamesError: loading would import and call what is not known to be harmless.
+            FileError: there is no model.
         """
-        if not self.folder:
-            raise_for(self.reports[0], names=names)
-            return
-        empty = model and not any(report.model for report in self.reports)
+        empty = not any(report.model for report in self.reports)
+        reports = [report for report in self.reports if not (self.folder and report.other)]
+        error = next((report.error for report in reports if report.error), None)
         if self.verdicts.dangerous:
             raise DangerousFileError(self.verdicts, str(self.path))
-        if self.verdicts.unknown and (names or empty):
-            raise UnknownNamesError(self.verdicts, str(self.path))
-        if empty:
-            raise next(
-                (report.error for report in self.reports if report.error and not report.other),
-                FileError(
-                    "the folder holds no model",
-                    where=str(self.path),
-                    remedy="give a folder with a config.json or a .safetensors file",
-                ),
+        if self.verdicts.unknown and (names or (empty and model)):
+            raise UnknownNamesError(self.verdicts, str(self.path), error if empty else None)
+        if empty and model:
+            raise error or FileError(
+                "the folder holds no model",
+                where=str(self.path),
+                remedy="give a folder with a config.json or a .safetensors file",
             )
 
     @property
@@ -184,7 +182,7 @@ class Files:
             FileError: there is none.
         """
         self.check(names=False)
-        return raise_for(self.reports[0], names=False)
+        return next(report.model for report in self.reports if report.model)
 
     def notes(self) -> list[str]:
         """The verdict on each file of a folder."""
@@ -213,7 +211,7 @@ class Files:
         """
         self.check(model=False)
         for report in self.reports:
-            if report.error and not report.other:
+            if report.error and report.failed:
                 raise report.error
         imports = ", ".join(map(visible, sorted(self.verdicts.imports))) or "nothing"
         digest = "" if self.folder else sha256(self.path)
@@ -226,7 +224,9 @@ def _told(report: FileReport) -> str:
         return f"dangerous: {'; '.join(verdicts.dangerous[:3])}"
     if verdicts.unknown:
         return f"unknown names: {', '.join(map(visible, list(verdicts.unknown)[:3]))}"
-    return report.error.what if report.error else "no unknown names"
+    if report.failed and report.error:
+        return report.error.what
+    return "no unknown names" + ("" if report.model else ", no model")
 
 
 class FileInspection(View):
@@ -248,6 +248,22 @@ class FileInspection(View):
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as plain JSON values."""
+        return self.facts
+
+
+class NoModel(View):
+    """What is said of a file that was read to its end and holds no model."""
+
+    def __init__(self, files: Files) -> None:
+        error = files.reports[0].error
+        self.facts = {
+            **_inspection(files.path.name, files),
+            "summary": {"answer": f"{error.what[:1].upper()}{error.what[1:]}." if error else "", "paste": ""},
+        }
+        self.closing = files.closing
+
+    def to_dict(self) -> dict[str, Any]:
+        """The view as plain JSON values."""
         return self.facts
 
 

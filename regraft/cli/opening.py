@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.architectures import build, is_architecture, usual_input
-from regraft.cli.file_view import FileInspection, Files, JudgedView
+from regraft.cli.file_view import FileInspection, Files, JudgedView, NoModel
 from regraft.cli.loading import load, load_module
 from regraft.cli.output import MODELS
 from regraft.cli.progress import working
 from regraft.errors import FileError, OptionError
+from regraft.files.formats import NoModelError
+from regraft.files.verdicts import KNOWN
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,6 +41,9 @@ def view_of(
     if is_architecture(name):  # a Hugging Face folder: its files are judged, its config is built
         files.check(names=False, model=False)
         return JudgedView(_inspected(build(name), name, shape), files)
+    known = files.verdicts.verdict == KNOWN
+    if known and not files.folder and isinstance(files.reports[0].error, NoModelError):
+        return NoModel(files)
     read = files.model
     if trust and read.form == "module":
         files.check()

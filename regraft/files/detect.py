@@ -8,16 +8,17 @@ import io
 import os
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from regraft.errors import FileError
 from regraft.files.archive import AmbiguousError, Archive, is_archive_too
-from regraft.files.formats import model_of, safetensors_tensors, shards_of, weights_model
+from regraft.files.formats import NoModelError, model_of, safetensors_tensors, shards_of, weights_model
 from regraft.files.skeleton import FileModel
 from regraft.files.unpickler import Budget, InertUnpickler
-from regraft.files.verdicts import DANGEROUS, UNKNOWN, DangerousFileError, UnknownNamesError, Verdicts
+from regraft.files.verdicts import Verdicts
 from regraft.report.document import visible
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -35,7 +36,10 @@ _OTHERS = {
     b"\x1f\x8b": ("compressed by gzip", "unpack it first"),
     b"BZh": ("compressed by bzip2", "unpack it first"),
     b"\xfd7zXZ": ("compressed by xz", "unpack it first"),
+    b"x\x01": ("compressed by zlib", "unpack it first"),
+    b"x^": ("compressed by zlib", "unpack it first"),
     b"x\x9c": ("compressed by zlib", "unpack it first"),
+    b"x\xda": ("compressed by zlib", "unpack it first"),
     b"7z\xbc\xaf": ("a 7z archive", "unpack it first"),
     b"Rar!": ("a RAR archive", "unpack it first"),
     b"<!DOCTYPE": ("a web page", "the download went wrong: fetch it again"),
@@ -99,6 +103,11 @@ class FileReport:
     verdicts: Verdicts
     model: FileModel | None = None
     error: FileError | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Could a file of models not be read to its end?"""
+        return self.error is not None and not (self.other or isinstance(self.error, NoModelError))
 
     @property
     def other(self) -> bool:
@@ -209,12 +218,12 @@ def _pickles(
         file.seek(8)
         header = file.read(min(int.from_bytes(file.read(width), "little"), 2**16))
         if b"O" not in header:
-            return [], FileError("the file is an array of NumPy, no model")
+            return [], NoModelError("the file is an array of NumPy, no model")
     values: list[Any] = []
     while len(values) < _PICKLES and (not values or file.tell() < size):
         verdicts.where = lambda: f"{place}byte {file.tell():,}"
         try:
-            values.append(InertUnpickler(file, size, budget, verdicts).load())
+            values.append(_load(file, size, budget, verdicts))
         except FileError as error:
             broken = not values or (values[0] == _MAGIC and len(values) < 4)
             _read_nested(budget, verdicts, place, depth)
@@ -227,6 +236,24 @@ def _pickles(
             # magic, version, system; the model; the keys of the storages, whose numbers follow
             return values[3:4], None
     return values[:1], None
+
+
+def _load(file: Any, size: int, budget: Budget, verdicts: Verdicts) -> Any:
+    """One pickle, as joblib reads it; if it holds arrays of joblib's, also as everyone else does."""
+    start = file.tell()
+    try:
+        return InertUnpickler(file, size, budget, verdicts).load()
+    finally:
+        if verdicts.has_arrays:
+            end, plain = file.tell(), Verdicts(verdicts.allow)
+            plain.where, verdicts.has_arrays = verdicts.where, False
+            file.seek(start)
+            with suppress(FileError):
+                InertUnpickler(file, size, budget, plain, arrays=False).load()
+            file.seek(end)
+            verdicts.unknown |= plain.unknown
+            verdicts.dangerous += [what for what in plain.dangerous if what not in verdicts.dangerous]
+            verdicts.nested += plain.nested
 
 
 def _read_nested(budget: Budget, verdicts: Verdicts, place: str, depth: int) -> None:
@@ -299,23 +326,3 @@ def _is_tar(start: bytes) -> bool:
 
 def _is_safetensors(start: bytes, path: Path) -> bool:
     return start[8:9] == b"{" or (path.suffix == ".safetensors" and not start.startswith(b"\x80"))
-
-
-def raise_for(report: FileReport, *, names: bool = True) -> FileModel:
-    """The model of a report.
-
-    Unknown names are raised for, too, unless `names` is false.
-
-    Raises:
-        DangerousFileError: loading the file would run what no model needs.
-        UnknownNamesError: loading it would import and call what is not known to be harmless.
-        FileError: there is no model in it.
-    """
-    verdicts, where = report.verdicts, str(report.path)
-    if verdicts.verdict == DANGEROUS:
-        raise DangerousFileError(verdicts, where)
-    if verdicts.verdict == UNKNOWN and (names or report.error):
-        raise UnknownNamesError(verdicts, where, report.error)
-    if report.error or report.model is None:
-        raise report.error or FileError("there is no model in the file", where=where)
-    return report.model

@@ -2,7 +2,10 @@
 
 Python has two unpicklers, one in C and one in Python, and they differ. `torch.load` runs the one in C. This
 one accepts all that either does (frames in frames, octal integers, text after a NUL), and where both would
-stop at a type it goes on: what would run is never behind the point at which it stops.
+stop at a type it goes on: what would run is never behind the point at which it stops. Where a read crosses
+the end of a frame, the one in C drops what is left of the frame if it reads from `io.BytesIO`, and keeps it
+if it reads from bytes or from a file on disk: such a pickle is refused. So is one that ends within a frame,
+behind which the one in C goes on; a frame that is longer than the file, which it refuses, is read.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from regraft.errors import FileError
+from regraft.files.tensors import ARRAY, array_bytes
 from regraft.files.values import OPAQUE, SET, Call, Long, Name, Opaque, Ordered, StatedOrdered, Storage, shown
 from regraft.files.verdicts import Verdicts
 
@@ -56,11 +60,17 @@ _Stop: Any = vars(pickle)["_Stop"]
 
 
 class InertUnpickler(_Unpickler):  # type: ignore[misc]
-    """Reads one pickle from `file` at its position; the verdicts on what it finds go to `verdicts`."""
+    """Reads one pickle from `file` at its position; the verdicts on what it finds go to `verdicts`.
 
-    def __init__(self, file: Any, size: int, budget: Budget, verdicts: Verdicts) -> None:
+    With `arrays`, the arrays that joblib writes between the opcodes are skipped, as joblib does.
+    """
+
+    def __init__(
+        self, file: Any, size: int, budget: Budget, verdicts: Verdicts, *, arrays: bool = True
+    ) -> None:
         super().__init__(file, encoding="utf-8", errors="backslashreplace")
         self.file, self.size, self.budget, self.verdicts = file, size, budget, verdicts
+        self.skips_arrays = arrays
         self.names: dict[tuple[str, str], Name] = {}
 
     def load(self) -> Any:
@@ -70,6 +80,7 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             FileError: the stream is cut short, is no pickle, or asks too much.
         """
         self.read, self.readline = self.file.read, self._line
+        self.frame_end = 0
         self.near: list[Any] = []  # the memo: a list of what stands in order, as nearly all does,
         self.far: dict[int, Any] = {}  # and the rest
         self.metastack: list[Any] = []
@@ -93,9 +104,11 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             self.__dict__.clear()  # it refers to itself, and what is remembered can be a million values
 
     def _line(self) -> bytes:
+        start = self.file.tell()
         line: bytes = self.file.readline(_LINE_LENGTH)
         if len(line) == _LINE_LENGTH:
             raise ValueError
+        self._stay_in_frame(start, start + len(line))
         return line
 
     def _text_line(self) -> bytes:
@@ -114,6 +127,7 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
                 raise ValueError
             self.budget.charge(_NAME_STEPS)
             known = self.names[module, name] = self.verdicts.name(module, name)
+            self.verdicts.has_arrays |= known.full == ARRAY
         else:
             self.verdicts.again(known)
         return known
@@ -122,7 +136,7 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         name, module = self.stack.pop(), self.stack.pop()
         if type(name) is str and type(module) is str:
             self.append(self.find_class(module, name))
-        elif Call in (type(name), type(module)):
+        elif any(type(part) is Call and _makes_text(part) for part in (name, module)):
             self.verdicts.danger("a name is imported that is made by a call")
             self.append(Name("computed", "name", "dangerous"))
         else:
@@ -173,8 +187,24 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         elif type(target) is Call:
             self.verdicts.state(target, state)
             target.state = state
+            if self.verdicts.has_arrays and self.skips_arrays and _is_array(target):
+                self._skip_array(state)
         elif type(target) not in _LITERALS:
             self.verdicts.danger(f"{shown(target)} is given a state")
+
+    def _skip_array(self, state: Any) -> None:
+        self._stay_in_frame(self.file.tell(), self.frame_end + 1)
+        try:
+            size = array_bytes(state)
+        except ValueError:
+            self.verdicts.unusual("an array of joblib whose size cannot be told")
+            raise
+        if size is None:
+            InertUnpickler(self.file, self.size, self.budget, self.verdicts, arrays=False).load()
+            return
+        padding = 0 if state.get("numpy_array_alignment_bytes") is None else self.file.read(1)[0]
+        if self.file.seek(padding + size, io.SEEK_CUR) > self.size:
+            raise EOFError
 
     def _items(self, items: list[Any]) -> None:
         if len(items) % 2:
@@ -224,9 +254,31 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         self.append(Call(SET, (self.pop_mark(),)))
 
     def load_frame(self) -> None:
-        # In C a frame only says how much to read ahead; frames in frames, and reads across them, are fine.
-        if self.file.tell() + struct.unpack("<Q", self.read(8))[0] > self.size:
-            raise EOFError
+        (length,) = struct.unpack("<Q", self.read(8))
+        start = self.file.tell()
+        if start < self.frame_end:  # a frame in a frame, which C takes if it ends there
+            self._stay_in_frame(start, start + length)
+        else:
+            self.frame_end = start + length
+            self.read = self._read_in_frame  # pickles without frames read without this check
+
+    def load_stop(self) -> None:
+        self._stay_in_frame(
+            self.file.tell(), self.frame_end + 1
+        )  # the next pickle may begin behind the frame
+        raise _Stop(self.stack.pop())
+
+    def _stay_in_frame(self, start: int, end: int) -> None:
+        """Refuse a read that begins in a frame and ends behind it."""
+        if start < self.frame_end < end:
+            self.verdicts.danger("a pickle reads across the end of a frame, which readers do differently")
+            raise ValueError
+
+    def _read_in_frame(self, size: int) -> bytes:
+        start = self.file.tell()
+        self._stay_in_frame(start, start + size)
+        data: bytes = self.file.read(size)
+        return data
 
     def _put(self, index: int) -> None:
         near, value = self.near, self.stack[-1]
@@ -279,6 +331,7 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             here = self.file.tell()
             if size > self.size - here:
                 raise EOFError
+            self._stay_in_frame(here, here + size)
             self.file.seek(size, io.SEEK_CUR)
             self.append(Long(self.file, here, size))
             return
@@ -303,6 +356,7 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             "EMPTY_SET": load_empty_set,
             "FROZENSET": load_frozenset,
             "FRAME": load_frame,
+            "STOP": load_stop,
             "PUT": load_put,
             "BINPUT": load_binput,
             "LONG_BINPUT": load_long_binput,
@@ -355,6 +409,15 @@ def _index(line: bytes) -> int:
     if not 0 <= index < 2**63:
         raise ValueError
     return index
+
+
+def _makes_text(call: Call) -> bool:
+    """Can this call return a `str`, of which alone CPython makes a name? An object is none."""
+    return getattr(call.callee, "role", "") not in ("object", "unknown")
+
+
+def _is_array(target: Call) -> bool:
+    return ARRAY in [value.full for value in (target.callee, *target.arguments[:1]) if type(value) is Name]
 
 
 def _key(value: Any) -> Any:

@@ -129,6 +129,7 @@ class Verdicts:
         dangerous: what would be run, in words, and where.
         imports: the packages that loading would import.
         nested: bytes that `torch.load` would be called with, once each; to be read as files.
+        has_arrays: whether joblib wrote arrays into a pickle, which other readers do not skip.
     """
 
     def __init__(self, allow: Sequence[str] = ()) -> None:
@@ -137,6 +138,7 @@ class Verdicts:
         self.dangerous: list[str] = []
         self.imports: set[str] = set()
         self.nested: list[bytes | Long] = []
+        self.has_arrays = False
         self._nested: set[bytes | Long] = set()
         self._encoded: dict[str, bytes] = {}
         self.where: Callable[[], str] = str
