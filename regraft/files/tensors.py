@@ -127,8 +127,9 @@ def array_bytes(state: Any) -> int | None:
     Raises:
         ValueError: that cannot be told.
     """
-    shape: Any = state.get("shape") if isinstance(state, dict) else None
-    dtype: Any = state.get("dtype") if isinstance(state, dict) else None
+    shape: Any
+    dtype: Any
+    shape, dtype = (state.get("shape"), state.get("dtype")) if isinstance(state, dict) else (None, None)
     made = type(dtype) is Call and type(dtype.callee) is Name and dtype.callee.full == "numpy.dtype"
     code = dtype.arguments[0] if made and dtype.arguments else None
     if not is_shape(shape) or not isinstance(code, str):
@@ -142,4 +143,4 @@ def array_bytes(state: Any) -> int | None:
         _, _, subarray, _, _, size, _, flags, *_ = dtype.state
         if subarray is not None or (code[0] in "SUV" and (size != width or flags & 1)):
             raise ValueError
-    return width * math.prod(shape)
+    return int(width * math.prod(shape))

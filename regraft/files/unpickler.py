@@ -36,6 +36,7 @@ _INTEGER_BYTES = 512
 _HASHES_ALIKE = 2**60
 """Integers above can be chosen so that all of them hash to the same number."""
 _LITERALS = (dict, list, tuple, str, bytes, int, float, bool, type(None), Long)
+_FOUR_BYTES = struct.Struct("<I").unpack
 _DICT_KEYS = (str, bool, bytes, type(None))
 
 
@@ -154,14 +155,17 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
     def _call(self, callee: Any, arguments: Any, *, new: bool = False) -> Any:
         if type(arguments) is list:
             arguments = tuple(arguments)
-        if type(arguments) is not tuple:
+        elif type(arguments) is not tuple:
             self.verdicts.danger(f"{shown(callee)} is called with arguments that are made by another call")
             arguments = ()
         return self.verdicts.call(callee, arguments, new=new)
 
     def load_reduce(self) -> None:
         arguments, callee = self.stack.pop(), self.stack.pop()
-        self.append(self._call(callee, arguments))
+        if arguments == () and type(callee) is Name and callee.full == "collections.OrderedDict":
+            self.append(Ordered())  # a dozen in every module
+        else:
+            self.append(self._call(callee, arguments))
 
     def load_newobj(self) -> None:
         arguments, callee = self.stack.pop(), self.stack.pop()
@@ -292,7 +296,8 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             self.far[index] = value
 
     def _get(self, index: int) -> None:
-        self.append(self.near[index] if index < len(self.near) else self.far[index])
+        near = self.near
+        self.append(near[index] if index < len(near) else self.far[index])
 
     def load_put(self) -> None:
         self._put(_index(self._text_line()))
@@ -301,7 +306,11 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         self._put(self.read(1)[0])
 
     def load_long_binput(self) -> None:
-        self._put(struct.unpack("<I", self.read(4))[0])
+        (index,) = _FOUR_BYTES(self.read(4))
+        if index == len(self.near) and not self.far:  # as nearly always: 2.5 million in a large file
+            self.near.append(self.stack[-1])
+        else:
+            self._put(index)
 
     def load_memoize(self) -> None:
         self._put(len(self.near) + len(self.far))
@@ -310,10 +319,11 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         self._get(_index(self._text_line()))
 
     def load_binget(self) -> None:
-        self._get(self.read(1)[0])
+        index, near = self.read(1)[0], self.near
+        self.append(near[index] if index < len(near) else self.far[index])
 
     def load_long_binget(self) -> None:
-        self._get(struct.unpack("<I", self.read(4))[0])
+        self._get(_FOUR_BYTES(self.read(4))[0])
 
     def load_int(self) -> None:
         line = self._text_line()

