@@ -23,64 +23,37 @@ from regraft.report.document import visible
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 """What `torch.save` wrote first before its files were archives: three short pickles, then the model's."""
+_UNPACK, _EXPORT = "unpack it first", "graft the PyTorch model, then export it"
 _OTHERS = {
     b"version https://git-lfs": (
         "a Git LFS pointer, not the file it stands for",
         "fetch it with git lfs pull",
     ),
-    b"GGUF": (
-        "a GGUF file of llama.cpp",
-        "graft the model that it was converted from, then convert it again",
-    ),
+    b"GGUF": ("a GGUF file of llama.cpp", "graft the model that it came from, then convert it again"),
     b"\x89HDF\r\n": ("an HDF5 file, as Keras writes them", "graft the PyTorch model, if there is one"),
-    b"\x1f\x8b": ("compressed by gzip", "unpack it first"),
-    b"BZh": ("compressed by bzip2", "unpack it first"),
-    b"\xfd7zXZ": ("compressed by xz", "unpack it first"),
-    b"x\x01": ("compressed by zlib", "unpack it first"),
-    b"x^": ("compressed by zlib", "unpack it first"),
-    b"x\x9c": ("compressed by zlib", "unpack it first"),
-    b"x\xda": ("compressed by zlib", "unpack it first"),
-    b"7z\xbc\xaf": ("a 7z archive", "unpack it first"),
-    b"Rar!": ("a RAR archive", "unpack it first"),
-    b"<!DOCTYPE": ("a web page", "the download went wrong: fetch it again"),
-    b"<html": ("a web page", "the download went wrong: fetch it again"),
+    b"\x1f\x8b": ("compressed by gzip", _UNPACK),
+    b"BZh": ("compressed by bzip2", _UNPACK),
+    b"\xfd7zXZ": ("compressed by xz", _UNPACK),
+    **dict.fromkeys((b"x\x01", b"x^", b"x\x9c", b"x\xda"), ("compressed by zlib", _UNPACK)),
+    b"7z\xbc\xaf": ("a 7z archive", _UNPACK),
+    b"Rar!": ("a RAR archive", _UNPACK),
+    **dict.fromkeys((b"<!DOCTYPE", b"<html"), ("a web page", "the download went wrong: fetch it again")),
     b"<?xml": ("XML", ""),
     b"#!": ("a script", ""),
-    b"\x7fELF": ("a program", ""),
-    b"MZ": ("a program", ""),
-    b"\x93NUMPY": ("an array of NumPy", ""),
-    b"\x08\x07": ("an ONNX file", "graft the PyTorch model, then export it"),
-    b"\x08\x08": ("an ONNX file", "graft the PyTorch model, then export it"),
-    b"\x08\x09": ("an ONNX file", "graft the PyTorch model, then export it"),
-    b"\x08\x0a": ("an ONNX file", "graft the PyTorch model, then export it"),
+    **dict.fromkeys((b"\x7fELF", b"MZ"), ("a program", "")),
+    **dict.fromkeys((b"\x08\x07", b"\x08\x08", b"\x08\x09", b"\x08\x0a"), ("an ONNX file", _EXPORT)),
 }
+_PROGRAM = ("a program of torch.export", "graft the Python model, then export it")
 _ARCHIVES = {
     "/constants.pkl": ("compiled TorchScript", "graft the Python model, then script or trace it"),
-    "models/model.json": ("a program of torch.export", "graft the Python model, then export it"),
-    "serialized_exported_program.json": (
-        "a program of torch.export",
-        "graft the Python model, then export it",
-    ),
-    "archive_format": ("a program of torch.export", "graft the Python model, then export it"),
+    **dict.fromkeys(("models/model.json", "serialized_exported_program.json", "archive_format"), _PROGRAM),
     "model.weights.h5": ("a Keras model", "graft the PyTorch model, if there is one"),
 }
 _GIVE = "give a .pt, .pth, .bin or .safetensors file, or a folder with a config.json"
 _INDEX = ".safetensors.index.json"
 _MODEL_ENDINGS = (
-    *(
-        ".pt",
-        ".pth",
-        ".bin",
-        ".ckpt",
-        ".th",
-        ".pkl",
-        ".pickle",
-        ".joblib",
-        ".npy",
-        ".npz",
-        ".safetensors",
-        _INDEX,
-    ),
+    *str.split(".pt .pth .bin .ckpt .th .pkl .pickle .joblib .npy .npz .safetensors"),
+    _INDEX,
 )
 _PICKLES = 16
 _NESTED = 4
@@ -89,7 +62,7 @@ _HASHED_BYTES = 2**29
 _BEST = (_INDEX, ".safetensors", "pytorch_model.bin", ".bin", ".pt", ".pth")
 
 
-@dataclass
+@dataclass(eq=False)
 class FileReport:
     """What is known of a file that was read.
 
@@ -148,6 +121,8 @@ def read_folder(folder: Path, allow: Sequence[str] = ()) -> list[FileReport]:
         FileError: there are more than 10,000.
     """
     paths = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    paths += [Path(place, name) for place, names, _ in os.walk(folder) for name in names]
+    paths = [path for path in paths if path.is_symlink() or not path.is_dir()]
     if len(paths) > _FILES:
         raise FileError(f"the folder holds more than {_FILES:,} files", where=str(folder))
     reports = [read(path, allow) for path in sorted(paths)]
@@ -172,6 +147,8 @@ def sha256(path: Path) -> str:
 
 
 def _read(path: Path, verdicts: Verdicts) -> FileModel:
+    if path.is_dir():
+        raise FileError("this is a link to a folder, which is not followed")
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise FileError("this is no file but a device, a pipe or a socket")
     with path.open("rb") as file:

@@ -32,19 +32,7 @@ _DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
-_INSIDE = (
-    *(
-        "ema",
-        "model_ema",
-        "state_dict_ema",
-        "model",
-        "state_dict",
-        "model_state_dict",
-        "module",
-        "net",
-        "weights",
-    ),
-)
+_INSIDE = str.split("ema model_ema state_dict_ema model state_dict model_state_dict module net weights")
 """What checkpoints call their model, the best first."""
 _EMBEDDINGS = ("embed", "wte", "wpe", "shared", "relative_attention_bias", "tok")
 

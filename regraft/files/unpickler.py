@@ -15,7 +15,7 @@ import io
 import pickle
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from regraft.errors import FileError
 from regraft.files.tensors import ARRAY, array_bytes
@@ -350,37 +350,19 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             raise EOFError
         self.append(convert(data))
 
-    dispatch = _Unpickler.dispatch | {
-        getattr(pickle, code)[0]: step
-        for code, step in {
-            "NEWOBJ": load_newobj,
-            "REDUCE": load_reduce,
-            "NEWOBJ_EX": load_newobj_ex,
-            "STACK_GLOBAL": load_stack_global,
-            "BUILD": load_build,
-            "SETITEM": load_setitem,
-            "SETITEMS": load_setitems,
-            "APPEND": load_append,
-            **dict.fromkeys(("APPENDS", "ADDITEMS"), load_appends),
-            "DICT": load_dict,
-            "EMPTY_SET": load_empty_set,
-            "FROZENSET": load_frozenset,
-            "FRAME": load_frame,
-            "STOP": load_stop,
-            "PUT": load_put,
-            "BINPUT": load_binput,
-            "LONG_BINPUT": load_long_binput,
-            "MEMOIZE": load_memoize,
-            "GET": load_get,
-            "BINGET": load_binget,
-            "LONG_BINGET": load_long_binget,
-            "INT": load_int,
-            "LONG": load_long,
-            "FLOAT": load_float,
-            "NEXT_BUFFER": lambda self: self.append(OPAQUE),
-            "READONLY_BUFFER": lambda _: None,
-        }.items()
-    }
+    def load_next_buffer(self) -> None:
+        self.append(OPAQUE)
+
+    def load_readonly_buffer(self) -> None:
+        pass
+
+    load_additems = load_appends
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_Unpickler.dispatch)
+
+
+for _name, _step in list(vars(InertUnpickler).items()):
+    if _name.startswith("load_"):
+        InertUnpickler.dispatch[getattr(pickle, _name[5:].upper())[0]] = _step
 
 
 def _prefixed(width: int, convert: Callable[[bytes], Any]) -> Callable[[InertUnpickler], None]:

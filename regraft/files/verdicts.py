@@ -149,6 +149,15 @@ class Verdicts:
     def verdict(self) -> str:
         return DANGEROUS if self.dangerous else UNKNOWN if self.unknown else KNOWN
 
+    def facts(self) -> dict[str, Any]:
+        """The verdicts as plain JSON values."""
+        return {
+            "verdict": self.verdict,
+            "dangerous": self.dangerous,
+            "unknown": dict(self.unknown),
+            "imports": sorted(self.imports),
+        }
+
     def add(self, other: Verdicts, name: str = "") -> None:
         """Take the verdicts on another file in, which is called `name`."""
         self.unknown += other.unknown

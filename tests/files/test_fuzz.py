@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from regraft.cli.file_view import FileInspection, Files
+from regraft.cli.file_view import Files, inspection_of
 from regraft.errors import FileError
 
 OPCODES = b"(.01e2RbcuNtl}]sa\x81\x93hqrioPQ\x82\x85\x86\x87\x8c\x94"
@@ -80,7 +80,7 @@ def test_mutated_files(count, tmp_path, monkeypatch):
         try:
             files = Files(path)
             dangerous += bool(files.verdicts.dangerous)
-            view = FileInspection(files.model, files)
+            view = inspection_of(files.model, files)
             str(view), view.to_json(), view.to_markdown(), view.to_html()
             seen += 1
         except FileError as error:

@@ -77,6 +77,7 @@ def test_what_people_have_is_known(files, tmp_path):
         assert verdicts.dangerous == [], title
         if not title.startswith(benign.UNKNOWN):
             assert verdicts.unknown == {}, title
+            assert not read(tmp_path / "file.pt").failed, title
 
 
 def test_true_unknown_names_are_listed(files, tmp_path):
@@ -401,13 +402,13 @@ AUDITED = """
 import encodings.cp437, encodings.raw_unicode_escape, json, sys  # of zipfile and of pickle
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from regraft.cli.file_view import FileInspection, Files
+from regraft.cli.file_view import Files, inspection_of
 from regraft.errors import FileError
 
 def look(path):
     try:
         files = Files(path)
-        view = FileInspection(files.model, files)
+        view = inspection_of(files.model, files)
         return str(view), view.to_json(), view.to_markdown(), view.to_html(), files.closing()
     except FileError as error:
         return str(error)
