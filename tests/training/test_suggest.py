@@ -134,7 +134,7 @@ def test_mixout_is_for_large_models_with_few_examples(monkeypatch):
     from regraft.training import suggest
 
     monkeypatch.setattr(suggest, "_LARGE_MODEL", 1000)
-    advice = regraft.suggest(tiny.bert(), 100)
+    advice = regraft.suggest(tiny.bert(), 1_001)
     assert advice.rules == {"Linear": "mixout(p=0.9)"}
     assert regraft.suggest(tiny.bert(), 20_000).rules == {}
 
