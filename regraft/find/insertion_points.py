@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
 from torch.nn.modules.container import ModuleDict, ModuleList, ParameterDict, ParameterList
 
 from regraft.errors import RuleSyntaxError
@@ -127,9 +126,12 @@ def operation(selector: Selector, place: Site) -> str:
     return f"{selector.position}:{place.op}" + (f"#{selector.field}" if selector.field else "")
 
 
-def is_block(place: Site) -> bool:
-    """Is the module one of a stack, so that what it adds to its input is what can be dropped?"""
-    return place.path.rpartition(".")[2].isdigit() and not isinstance(place.module, nn.Identity)
+def only_added(place: Site) -> bool:
+    """Whether all that is done with the result of a node is to add it to something else."""
+    node = next(one.node for one in graph_nodes(place.module) if one.called.name == place.node)
+    return bool(node.users) and all(
+        getattr(user.target, "__name__", "") in ("add", "iadd", "add_") for user in node.users
+    )
 
 
 def family_to_insert(variant: str) -> str | None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from regraft.errors import UnprovenError
 from regraft.find.insertion_points import INSERTED
-from regraft.find.inspect import Inspection, inspect, look
+from regraft.find.inspect import Inspection, inspect_flow, look
 from regraft.find.probe.example_inputs import given_inputs, made_inputs
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
 from regraft.graft.graph_nodes import (
@@ -34,7 +34,7 @@ from regraft.interrupts import HeldInterrupts
 from regraft.ops import HIDDEN, KEEPS_LAW
 from regraft.planning.plan import Edit, Plan, Rules, Skip, plain, plan_of
 from regraft.planning.resolve import acts_in_eval
-from regraft.planning.rules import read_rules
+from regraft.planning.rules import dataflow_for, read_rules
 from regraft.record import Graft, Slot, read_slot
 from regraft.report.view import SCHEMA, View
 from regraft.variants.spec import Variant
@@ -179,7 +179,7 @@ def graft_rules(
         plan = rules.located(inspection)
     else:
         read = read_rules(rules)
-        inspection = inspect(model, inputs)
+        inspection = inspect_flow(model, inputs, dataflow_for(read))
         plan = plan_of(inspection, read, fused)
     steps = _steps(inspection, plan)
     report = Report(

@@ -82,10 +82,11 @@ def insert_layer(base: type[nn.Module]) -> Namespace:
         for graft in grafts:
             if graft.slot.op == "before":
                 args, kwargs = _on_input(graft, names, args, kwargs, self.training)
+        kept = _kept(grafts, args, kwargs)
         output = own(self, *args, **kwargs)
         for graft in grafts:
             if graft.slot.op == "after":
-                output = _on_output(graft, (args, kwargs), output, self.training)
+                output = _on_output(graft, kept, output, self.training)
         return output
 
     return {"forward": forward}
@@ -118,16 +119,38 @@ def _on_input(
         raise _nothing_there(graft, "input", "before") from None
 
 
-def _on_output(graft: Inserted, given: tuple[Any, Any], output: Any, training: bool) -> Any:
+def _kept(
+    grafts: list[Inserted], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, int | None] | None:
+    """The input of a block that adds to it, before it runs, and how often it has been written to."""
+    adding = [graft for graft in grafts if graft.residual]
+    if not adding:
+        return None
+    try:
+        x = first_tensor(args or tuple(kwargs.values()))
+    except NoTensorError:
+        raise _nothing_there(adding[0], "input", "after") from None
+    if any(graft.edit.get("in_place") for graft in adding):
+        return x.clone(), None
+    return x, None if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def _on_output(graft: Inserted, kept: tuple[Tensor, int | None] | None, output: Any, training: bool) -> Any:
     drop = _drop(graft, training)
     try:
-        if not graft.residual:
+        if not graft.residual or kept is None:
             return with_first(output, graft.slot.field, drop)
-        x = first_tensor(given[0] or tuple(given[1].values()))
     except NoTensorError:
         raise _nothing_there(graft, "output", "after") from None
+    x, writes = kept
 
     def drop_what_it_adds(y: Tensor) -> Tensor:
+        if writes is not None and x._version != writes:
+            raise ModelError(
+                "it writes to its input, which it did not in the probe: what it adds is lost",
+                where=graft.edit["path"],
+                remedy="plan again with the inputs= of this forward",
+            )
         if y.shape != x.shape:
             raise ModelError(
                 f"{tuple(x.shape)} went in and {tuple(y.shape)} came out: it is no residual block",

@@ -15,6 +15,8 @@ from regraft.variants.spec import DEFAULT_RATE, Spec, Variant
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _FAMILIES = ("Dropout", "DropPath", "Linear", "Embedding")
+OF_RULES = ("fused", "adds")
+"""Options that a rule gives to the graft, and not to the variant."""
 _RATES = ("rate", "prob", "probability", "drop_prob", "drop_rate", "dropout", "dropout_rate")
 _NO_VARIANTS = {
     "rdrop": "R-Drop is two passes and no variant: regraft.rdrop(model, alpha=1.0);",
@@ -81,8 +83,8 @@ def variant(name: str, /, **options: Any) -> Variant:
 
 
 def complete_options(chosen: Spec, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options given, over the variant's defaults, without the rate and what a rule says of kernels."""
-    own = {key: value for key, value in options.items() if key not in ("p", "fused")}
+    """The options given, over the variant's defaults, without the rate and what is a rule's alone."""
+    own = {key: value for key, value in options.items() if key not in ("p", *OF_RULES)}
     return {**chosen.defaults, **own}
 
 
@@ -91,6 +93,8 @@ def check_options(chosen: Spec, options: Mapping[str, Any]) -> None:
     known = [*_rate_option(chosen), *chosen.defaults]
     if "Dropout" in chosen.families and options.get("fused", "auto") in ("auto", "write", "keep"):
         options = {key: value for key, value in options.items() if key != "fused"}
+    if chosen.name == "droppath" and isinstance(options.get("adds"), bool):
+        options = {key: value for key, value in options.items() if key != "adds"}
     for key in options:
         if key not in known:
             hint = nearest(key, known)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from regraft.find.probe.dataflow import Dataflow
 from regraft.find.probe.example_inputs import made_inputs
 from regraft.find.probe.example_inputs_hf import says_what_it_takes
+from regraft.find.probe.ledger import Recorder
 from regraft.find.probe.products import ProductRecorder
 from regraft.find.probe.run import Probe, run_probe
 
@@ -17,7 +19,13 @@ _MOST = 8
 """Parts probed: each costs a forward."""
 
 
-def probe_parts(probe: Probe, every: list[nn.Module], sites: set[int], products: ProductRecorder) -> None:
+def probe_parts(
+    probe: Probe,
+    every: list[nn.Module],
+    sites: set[int],
+    products: ProductRecorder,
+    dataflow: Dataflow | None = None,
+) -> None:
     """Add to `probe` what the parts do that it has not seen; `every` are the modules, the model first."""
     paths = {id(module): path for path, module in every[0].named_modules()}
     covered: set[int] = set()
@@ -31,12 +39,16 @@ def probe_parts(probe: Probe, every: list[nn.Module], sites: set[int], products:
         tried += 1
         try:
             own = ProductRecorder(name for name, _ in module.named_parameters())
-            part = run_probe(module, inside, made_inputs(module), sites, [own])
+            flows = None if dataflow is None else Dataflow(dataflow.fields)
+            recorders: list[Recorder] = [own] if flows is None else [own, flows]
+            part = run_probe(module, inside, made_inputs(module), sites, recorders)
         except Exception:  # no inputs could be made from its config: it stays as it is, not probed
             continue
         if part.ran:
             probe.add(part)
             products.add(own, paths[id(module)])
+            if dataflow is not None and flows is not None:
+                dataflow.add(flows)
             covered |= {id(one) for one in inside}
     if covered and not probe.ran:
         probe.how, probe.covered = "parts of the model, each by itself", covered
