@@ -18,6 +18,7 @@ from regraft.graft.calls import Pause
 from regraft.graft.classes import Namespace
 from regraft.planning.plan import Edit
 from regraft.record import RECORD, Graft, Layer, Slot, grafts_of
+from regraft.variants.module import written_options
 from regraft.variants.registry import complete_options, spec
 
 
@@ -89,7 +90,21 @@ def insert_layer(base: type[nn.Module]) -> Namespace:
                 output = _on_output(graft, kept, output, self.training)
         return output
 
-    return {"forward": forward}
+    def extra_repr(self: nn.Module) -> str:
+        shown = [
+            f"{graft.slot.op}{':' + graft.slot.field if graft.slot.field else ''}={_written(graft)}"
+            for graft in grafts_of(self).values()
+            if isinstance(graft, Inserted)
+        ]
+        return ", ".join(filter(None, [base.extra_repr(self), *shown]))
+
+    return {"forward": forward, "extra_repr": extra_repr}
+
+
+def _written(graft: Inserted) -> str:
+    title = spec(graft.variant).module_for(graft.edit["family"]).__name__
+    rate = graft.rate if isinstance(graft.rate, float) else None
+    return f"{title}({written_options(rate, graft.options)})"
 
 
 def _acting(module: nn.Module) -> list[Inserted]:
@@ -104,19 +119,29 @@ def _acting(module: nn.Module) -> list[Inserted]:
 def _on_input(
     graft: Inserted, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    drop = _drop(graft, training)
-    where = graft.slot.field or next(
-        (name for name in names if isinstance(kwargs.get(name), Tensor)), next(iter(kwargs), "")
-    )
-    if graft.slot.field and graft.slot.field in names[: len(args)]:
-        at = names.index(graft.slot.field)
-        return (*args[:at], with_first(args[at], "", drop), *args[at + 1 :]), kwargs
+    drop, field = _drop(graft, training), graft.slot.field
+    given: dict[str | int | None, Any] = {**dict(enumerate(args))}
+    given.update(kwargs.items())
+    if field:
+        where: str | int | None = names.index(field) if field in names[: len(args)] else field
+    else:
+        order = [*range(len(args)), *(name for name in names if name in kwargs), *kwargs]
+        tensors = {key: _tensor(given[key]) for key in order}
+        present = [key for key, x in tensors.items() if x is not None]
+        where = next((key for key in present if tensors[key].is_floating_point()), next(iter(present), None))
+    if where not in given or _tensor(given[where]) is None:
+        raise _nothing_there(graft, "input", "before")
+    changed = with_first(given[where], "", drop)
+    if isinstance(where, int):
+        return (*args[:where], changed, *args[where + 1 :]), kwargs
+    return args, {**kwargs, str(where): changed}
+
+
+def _tensor(value: Any) -> Any:
     try:
-        if args and not graft.slot.field:
-            return with_first(args, "", drop), kwargs
-        return args, {**kwargs, where: with_first(kwargs[where], "", drop)}
-    except (NoTensorError, KeyError):
-        raise _nothing_there(graft, "input", "before") from None
+        return first_tensor(value)
+    except NoTensorError:
+        return None
 
 
 def _kept(

@@ -36,7 +36,11 @@ def insertions(
             problems.append((rule[0], error))
             continue
         for position in found:
-            decided[position, operation(rule[1], sites[position])] = rule
+            op = operation(rule[1], sites[position])
+            if rule[2] is None:  # of the whole place: its parts are left alone, too
+                parts = [key for key in decided if key[0] == position and key[1].startswith(f"{op}#")]
+                decided.update(dict.fromkeys(parts, rule))
+            decided[position, op] = rule
     decisions = []
     rates = _growing(sites, decided, inspection.dataflow)
     for (position, op), (index, selector, variant) in sorted(decided.items(), key=lambda one: one[0]):
