@@ -9,13 +9,13 @@ from typing import Any
 from torch.nn.modules.container import ModuleDict, ModuleList, ParameterDict, ParameterList
 
 from regraft.errors import RuleSyntaxError
-from regraft.find.all_modules import places
 from regraft.find.graph_calls import graph_nodes, standing_in
 from regraft.find.graph_nodes import node_path
 from regraft.find.modules import module_sites
+from regraft.find.recognize import op_of
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site, grafted_site
-from regraft.find.ungraftable import owner_obstacle
+from regraft.find.ungraftable import own_parameter, owner_obstacle
 from regraft.find.walk import Named
 from regraft.record import grafts_of, original_class
 from regraft.variants.registry import spec
@@ -76,6 +76,31 @@ def _placed(position: str, selector: Any, field: str | None) -> Selector:
         raise RuleSyntaxError(f"field={field!r} is no name", where=f"regraft.{position}")
     text = f"{position}:{found.text}" + (f"#{field}" if field else "")
     return replace(found, text=text, position=position, field=field or "")
+
+
+def places(modules: list[Named]) -> list[Site]:
+    """A site for each module, named by its operation or else by its class; not probed."""
+    return [_place(named) for named in modules]
+
+
+def _place(named: Named) -> Site:
+    module, name = named.module, original_class(named.module).__name__
+    weight = own_parameter(module, "weight")
+    return Site(
+        path=named.paths[0],
+        paths=tuple(named.paths),
+        kind="module",
+        op=op_of(module) or name,
+        type=name,
+        p=None,
+        calls=None,
+        source=None,
+        family=None,
+        module=module,
+        device=None if weight is None else str(weight.device),
+        dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
+        training=module.training,
+    )
 
 
 def insertable(modules: list[Named]) -> list[Site]:

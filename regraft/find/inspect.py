@@ -15,10 +15,10 @@ from regraft.find.merge_probe import probed_sites
 from regraft.find.modules import module_sites
 from regraft.find.probe.dataflow import Dataflow
 from regraft.find.probe.example_inputs import given_inputs, made_inputs
+from regraft.find.probe.example_inputs_hf import says_what_it_takes
 from regraft.find.probe.ledger import Recorder
 from regraft.find.probe.products import ProductRecorder
 from regraft.find.probe.run import Probe, run_probe
-from regraft.find.probe.submodels import probe_parts
 from regraft.find.site import Site
 from regraft.find.walk import Named, inner_model, named_modules
 from regraft.find.weights import Weight, weight_sites, weights_of
@@ -144,5 +144,48 @@ def _probed(
     if not probe.ran:
         for recorder in recorders:
             recorder.start({})  # what a forward did before it broke off
-    probe_parts(probe, every, sites, products, dataflow)
+    _probe_parts(probe, every, sites, products, dataflow)
     return probe
+
+
+_MOST_PARTS = 8
+"""Parts probed: each costs a forward."""
+
+
+def _probe_parts(
+    probe: Probe,
+    every: list[nn.Module],
+    sites: set[int],
+    products: ProductRecorder,
+    dataflow: Dataflow | None = None,
+) -> None:
+    """Add to `probe` what the parts do that it has not seen; `every` are the modules, the model first.
+
+    The text inputs of a model of images and text leave its vision model out; and where the whole cannot be
+    run at all, its parts often can.
+    """
+    paths = {id(module): path for path, module in every[0].named_modules()}
+    covered: set[int] = set()
+    tried = 0
+    for module in every[1:]:
+        inside = list(module.modules())
+        if tried == _MOST_PARTS or not says_what_it_takes(module) or id(module) in covered:
+            continue
+        if any(probe.counts.get(id(one)) for one in inside):
+            continue
+        tried += 1
+        try:
+            own = ProductRecorder(name for name, _ in module.named_parameters())
+            flows = None if dataflow is None else Dataflow(dataflow.fields)
+            recorders: list[Recorder] = [own] if flows is None else [own, flows]
+            part = run_probe(module, inside, made_inputs(module), sites, recorders)
+        except Exception:  # no inputs could be made from its config: it stays as it is, not probed
+            continue
+        if part.ran:
+            probe.add(part)
+            products.add(own, paths[id(module)])
+            if dataflow is not None and flows is not None:
+                dataflow.add(flows)
+            covered |= {id(one) for one in inside}
+    if covered and not probe.ran:
+        probe.how, probe.covered = "parts of the model, each by itself", covered

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from regraft.errors import NoMatchError, RegraftError, WrongKindError, nearest
@@ -20,12 +19,9 @@ InsertRule = tuple[int, Selector, Variant | None]
 
 
 def insertions(
-    inspection: Inspection, rules: Iterable[InsertRule], fused: str
+    inspection: Inspection, rules: list[InsertRule], fused: str
 ) -> tuple[list[Decision], list[tuple[int, RegraftError]]]:
     """What the rules insert, and every problem with its rule's number; of two at one place the later wins."""
-    rules = list(rules)
-    if not rules:
-        return [], []
     sites = insertable(inspection.modules)
     problems: list[tuple[int, RegraftError]] = []
     decided: dict[tuple[int, str], InsertRule] = {}

@@ -30,8 +30,7 @@ from regraft.record import original_class
 from regraft.report.document import counted
 from regraft.report.view import SCHEMA, View
 from regraft.variants.module import written_options
-from regraft.variants.parse import parse_variant
-from regraft.variants.registry import OF_RULES, check_options, spec
+from regraft.variants.registry import OF_RULES, check_options, parse_variant, spec
 from regraft.variants.spec import DEFAULT_RATE
 from regraft.variants.strength import strength
 

@@ -24,8 +24,7 @@ from regraft.find.site import Site
 from regraft.planning.insertions import insertions
 from regraft.planning.resolve import Decision, decide
 from regraft.report.document import counted
-from regraft.variants.parse import parse_variant
-from regraft.variants.registry import spec
+from regraft.variants.registry import parse_variant, spec
 from regraft.variants.spec import Variant
 
 
@@ -119,7 +118,7 @@ def resolve(
             decisions.append(decide(site, index, selector.text, variant, fused, inspection.dataflow))
         except RegraftError as error:
             problems.append((index, error))
-    inserted, more = insertions(inspection, inserting, fused)
+    inserted, more = insertions(inspection, inserting, fused) if inserting else ([], [])
     ordered = sorted([*problems, *more], key=lambda problem: problem[0])
     return [*decisions, *inserted], [error for _, error in ordered]
 

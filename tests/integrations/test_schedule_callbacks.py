@@ -71,21 +71,14 @@ def test_max_norm_holds_while_trainer_trains(tmp_path):
 
 
 def test_a_resumed_run_keeps_the_bounds_of_its_first_step(tmp_path):
-    limits = {nn.Linear: "1.05x"}
-    first = trainer_of(
-        bert(),
-        tmp_path,
-        MaxNormCallback(limits),
-        steps=2,
-        learning_rate=0.05,
-        save_strategy="steps",
-        save_steps=2,
-    )
-    first.train()
-    bounds = first.callback_handler.callbacks[-1].held.state_dict()
-    again = trainer_of(bert(), tmp_path, MaxNormCallback(limits), learning_rate=0.05)
+    limits, saving = {nn.Linear: "1.05x"}, {"save_strategy": "steps", "save_steps": 2}
+    callback = MaxNormCallback(limits)
+    trainer_of(bert(), tmp_path, callback, steps=2, learning_rate=0.05, **saving).train()
+    bounds = callback.held.state_dict()
+    callback = MaxNormCallback(limits)
+    again = trainer_of(bert(), tmp_path, callback, learning_rate=0.05)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    held = again.callback_handler.callbacks[-1].held
+    held = callback.held
     assert bounds
     for path, bound in held.state_dict().items():
         torch.testing.assert_close(bound, bounds[path])

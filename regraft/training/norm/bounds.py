@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from regraft.errors import NoMatchError, OptionError, RateError, RuleSyntaxError, WrongKindError
-from regraft.find.all_modules import places
+from regraft.find.insertion_points import places
 from regraft.find.inspect import inspect
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
