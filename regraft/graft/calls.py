@@ -92,7 +92,7 @@ def wrap_method(method: Callable[..., Any]) -> Callable[..., Any]:
         if not acts:
             with Pause():
                 return method(self, *args, **kwargs)
-        implementation = getattr(getattr(self, "config", None), "_attn_implementation", "")
+        implementation = getattr(self.__dict__.get("config"), "_attn_implementation", "")
         if "flash" in str(implementation):
             _refuse_hidden(self, grafts, implementation)
         with CallMode(self, grafts):

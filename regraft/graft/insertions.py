@@ -120,6 +120,8 @@ def _on_input(
     graft: Inserted, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     drop, field = _drop(graft, training), graft.slot.field
+    if not field and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        return (drop(args[0]), *args[1:]), kwargs
     given: dict[str | int | None, Any] = {**dict(enumerate(args))}
     given.update(kwargs.items())
     if field:
