@@ -100,7 +100,7 @@ def _axes(
             )
         if seen[CHANNEL] != (1 if rank >= 4 else rank - 1):
             axes["channel_axis"] = -1 if seen[CHANNEL] == rank - 1 else seen[CHANNEL]
-    if found.name == "dropblock" and seen.get(CHANNEL, 1) != 1:
+    if found.name == "dropblock" and rank == 4 and seen.get(CHANNEL, 1) != 1:
         return {}, ("its channels are not on axis 1, where 'dropblock' has them", "take 'spatial'")
     by_example = "batch_axis" in given or "channel_axis" not in given
     if seen and by_example and given.get("batch_axis") is None and seen.get(BATCH) != 0:

@@ -18,11 +18,12 @@ from regraft.errors import (
 )
 from regraft.find.balance import is_whole_class
 from regraft.find.inspect import Inspection
-from regraft.find.probe.dataflow import Dataflow
+from regraft.find.probe.dataflow import BLOCK, BRANCH, Dataflow
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
 from regraft.planning.insertions import insertions
 from regraft.planning.resolve import Decision, decide
+from regraft.record import original_class
 from regraft.report.document import counted
 from regraft.variants.registry import parse_variant, spec
 from regraft.variants.spec import Variant
@@ -229,16 +230,33 @@ def _wider(sites: list[Site], selector: Selector) -> list[str]:
 def _absent(inspection: Inspection, selector: Selector) -> list[str]:
     """What puts a dropout in where the model has none, or why those that it has are not matched."""
     hints = [finding.finding for finding in inspection.findings if "quantized" in finding.finding][:1]
-    kinds = {"Dropout": "dropout", "DropPath": "droppath"}
-    if selector.type not in kinds or any(site.family == selector.type for site in inspection.sites):
+    if selector.type not in ("Dropout", "DropPath") or any(
+        site.family == selector.type for site in inspection.sites
+    ):
         return hints
     vanished = [one for one in inspection.findings if "became nn.Identity" in one.finding]
     if selector.type == "DropPath" and vanished:
         return [f"they became nn.Identity at rate 0: {vanished[0].remedy}"]
+    if selector.type == "DropPath":
+        return [*hints, f"this model has no DropPath{_drop_path_place(inspection)}"]
     layers = [site for site in inspection.sites if site.family == "Linear" and site.calls != 0]
     place = f"after:Linear@{layers[-1].path}" if layers and layers[-1].path else "after:Linear"
-    rule = f"{{'{place}': '{kinds[selector.type]}(p=0.1)'}}"
+    rule = f"{{'{place}': 'dropout(p=0.1)'}}"
     return [*hints, f"this model has no {selector.type}: {rule} puts one in"]
+
+
+def _drop_path_place(inspection: Inspection) -> str:
+    """Where a drop-path can be put in: after a block that adds to its input, or after a branch."""
+    flow, places = inspection.dataflow, dict[str, str]()
+    for named in inspection.modules:
+        role = None if flow is None else flow.role(named.module)
+        path = ".".join("*" if part.isdigit() else part for part in named.paths[0].split("."))
+        if role == BLOCK:
+            places.setdefault(BLOCK, f"after:{original_class(named.module).__name__}")
+        elif role == BRANCH:
+            places.setdefault(BRANCH, f"after:*@{path}")
+    place = places.get(BLOCK) or places.get(BRANCH)
+    return f": {{'{place}': 'droppath(p=0.1)'}} puts one in" if place else ""
 
 
 def _no_match(inspection: Inspection, selector: Selector, where: str) -> NoMatchError:
