@@ -57,6 +57,9 @@ class Spec:
     """Does it have a rate, the option `p`?"""
     attention: bool = False
     """Does it act on attention weights, (..., queries, keys), and on nothing else?"""
+    activations: bool = False
+    """Does it drop whole parts of activations? Which axes those are is then read off the forward, where they
+    are its options `channel_axis` and `batch_axis`, and attention weights are left out."""
     linear_function: Callable[..., Any] | None = None
     """Of a variant that takes the place of dropouts and of linears: the function for linears."""
     linear_module: type[nn.Module] | None = None

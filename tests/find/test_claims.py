@@ -291,7 +291,7 @@ def test_10_what_is_not_torchs_own_is_said():
         ({"Dropout": nn.Dropout(0.3)}, r"write 'dropout\(p=0\.3\)'"),
         ({"Dropout": 0.3}, r"write 'dropout\(p=0\.3\)'"),
         ({"Dropout": "rdrop"}, r"regraft\.rdrop\(model"),
-        ({"DropPath": "droppath"}, r"'after:Linear@classifier': 'droppath\(p=0\.1\)'"),
+        ({"DropPath": "droppath"}, r"layer\.\*\.attention\.output\.dense': 'droppath\(p=0\.1\)'"),
     ],
 )
 def test_11_a_rule_that_cannot_be_meant_names_the_one_that_is(rules, says):
