@@ -21,9 +21,20 @@ def obstacle(module: nn.Module, op: str) -> tuple[str, str] | None:
     found = owner_obstacle(module)
     if found is not None:
         return found
-    weight = own_parameter(module, "weight")
-    if weight is not None and type(weight).__name__ not in _PLAIN_TENSORS:
-        return f"its weight is a {type(weight).__name__}, not plain numbers", "graft before quantizing"
+    return quantized(module)
+
+
+def quantized(module: nn.Module, weight: str = "weight") -> tuple[str, str] | None:
+    """What says that a module or its weight is quantized, by name; and the remedy."""
+    homes, name = (
+        [base.__module__ for base in original_class(module).__mro__],
+        original_class(module).__name__,
+    )
+    if any(".quantized" in home or home.startswith(_QUANTIZED) for home in homes):
+        return f"{name} is quantized: quantized layers cannot be grafted", "graft before quantizing"
+    tensor = own_parameter(module, weight)
+    if tensor is not None and type(tensor).__name__ not in _PLAIN_TENSORS:
+        return f"its weight is a {type(tensor).__name__}, not plain numbers", "graft before quantizing"
     return None
 
 
@@ -53,8 +64,8 @@ def foreign(module: nn.Module) -> tuple[str, str] | None:
     """What a module is that is not grafted, since its inside is not torch's own layers; and the remedy."""
     homes = {base.__module__ for base in original_class(module).__mro__}
     name = original_class(module).__name__
-    if any(".quantized" in home for home in homes) or any(home.startswith(_QUANTIZED) for home in homes):
-        return f"{name} is quantized: quantized layers cannot be grafted", "graft before quantizing"
+    if (found := quantized(module)) is not None:
+        return found
     if any(home.startswith(("keras.", "tf_keras.")) for home in homes):
         return f"{name} is a Keras layer, whose own classes draw", "write it with torch's layers to graft it"
     if any(home.startswith("torch.jit") for home in homes):

@@ -63,7 +63,7 @@ def decide(site: Site, index: int, selector: str, variant: Variant, fused: str) 
 
 
 def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str, str] | None:
-    if site.family not in found.families:
+    if not found.fits(site.family):
         return f"{found.name!r} cannot replace {site.op}", "narrow the rule, or choose another variant"
     if found.attention and site.op not in ATTENTIONS:
         return (
@@ -110,12 +110,12 @@ def _keeps_kernel(found: Spec, variant: Variant) -> bool:
 
 def _why_not_matrix(site: Site, selector: str, found: Spec, variant: Variant) -> tuple[str, str] | None:
     """Why a matrix that multiplies is left: a router, or a form that the variant cannot act on."""
-    if site.role == "router" and selector.partition("@")[0] != "router" and site.family in found.families:
+    if site.role == "router" and selector.partition("@")[0] != "router" and found.fits(site.family):
         return (
             "it is a router: its result chooses what runs, and noise would change the choice",
             f"a rule of its own takes it: 'router@{site.path}'",
         )
-    if site.kind != "weight" or site.family not in found.families:
+    if site.kind != "weight" or not found.fits(site.family):
         return None
     if found.weight_function is None:
         return (

@@ -136,7 +136,7 @@ def _matched(inspection: Inspection, selector: Selector, variant: Variant | None
     fitting = [
         position
         for position in found
-        if sites[position].family in families
+        if found_variant.fits(sites[position].family)
         and (sites[position].kind != "weight" or found_variant.weight_function is not None)
     ]
     if not fitting:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from regraft.errors import ModelError
 from regraft.variants.draws import HALVES, fast_keep_mask, plain
 
 
@@ -48,7 +49,13 @@ def noisy_weight(weight: Tensor, noise: Noise, base: Tensor | None = None) -> Te
     if _redraws(weight):
         noisy: Tensor = _NoisyWeight.apply(weight, base, noise, _seed())
         return noisy
-    return _mixed(weight, base, noise, noise.draw(weight))
+    try:
+        return _mixed(weight, base, noise, noise.draw(weight))
+    except NotImplementedError as error:
+        raise ModelError(
+            f"the weight is of type {type(weight).__name__}, no plain numbers that could be dropped",
+            remedy="call eval(), in which it computes as before; to train, revert before quantizing",
+        ) from error
 
 
 def noisy_linear(

@@ -68,6 +68,10 @@ class Spec:
     weight_state: Callable[[Tensor], dict[str, Any]] | None = None
     """Of a weight: the tensors that `weight_function` takes as further keyword arguments, by name."""
 
+    def fits(self, family: str | None) -> bool:
+        """Can it take the place at a site of `family`? What acts on a weight fits a convolution's too."""
+        return family in self.families or (family == "Convolution" and self.weight_function is not None)
+
     def function_for(self, family: str) -> Callable[..., Any]:
         """The function that runs at a site of `family`."""
         return self.linear_function if family == "Linear" and self.linear_function else self.function

@@ -24,7 +24,7 @@ def test_every_weight_that_multiplies_has_its_kind(case):
     assert kinds(build(), X) == wanted
 
 
-def test_convolutions_and_tables_are_no_matrices():
+def test_tables_are_no_weights_and_convolutions_are_of_kinds_of_their_own():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -33,7 +33,10 @@ def test_convolutions_and_tables_are_no_matrices():
         def forward(self, ids):
             return self.head(self.conv(self.words(ids).transpose(1, 2)).transpose(1, 2))
 
-    assert kinds(Model(), torch.zeros(2, 4, dtype=torch.long)) == {"head.weight": "Linear direct"}
+    assert kinds(Model(), torch.zeros(2, 4, dtype=torch.long)) == {
+        "conv.weight": "Conv1d",
+        "head.weight": "Linear direct",
+    }
 
 
 def test_a_cast_a_transpose_and_a_stack_still_name_their_parameters():

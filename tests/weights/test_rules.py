@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 from lending import weights
-from readers import Attends, Experts, ParentReads, Recurs, TiedAutoencoder
+from readers import Attends, Convolves, Experts, ParentReads, Recurs, TiedAutoencoder
 from snapshots import assert_same, same_in_eval, snapshot
 from torch import nn
 
 import regraft
-from regraft.errors import WrongKindError
+from regraft.errors import ModelError, WrongKindError
 
 X = torch.randn(2, 5, 6)
 RULE = {"Linear": "dropconnect(p=0.3)"}
@@ -122,6 +122,38 @@ def test_a_tied_model_stays_tied_and_trains():
     optimizer.step()
     assert not torch.equal(model.lm_head.weight, first)
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_what_no_rule_selects_is_in_a_row_of_its_own():
+    report = regraft.apply(nn.Sequential(Attends(), Experts()), {"in_proj": "dropconnect(p=0.3)"}, X)
+    rows = [(row["name"], row["count"], row["paths"]) for row in report.to_dict()["left"]]
+    assert rows == [
+        ("out_proj", 1, ["0.attention.out_proj.weight"]),
+        ("experts", 2, ["1.down", "1.up"]),
+        ("router", 1, ["1.gate.weight"]),
+    ]
+    assert "a rule for 'experts'" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("selector", "paths"),
+    [
+        ("Conv1d", ["down"]),
+        ("ConvTranspose1d@up", ["up"]),
+        (nn.Conv2d, ["image"]),
+        ("Linear", ["head"]),
+        ("*", ["down", "up", "image", "head"]),
+    ],
+    ids=str,
+)
+def test_convolutions_are_kinds_of_their_own(selector, paths):
+    model = Convolves()
+    plain = model.eval()(X)
+    model.train()
+    report = regraft.apply(model, {selector: "dropconnect(p=0.3)"}, X)
+    assert [edit.path for edit in report.grafted] == paths
+    assert not torch.equal(model(X), model(X))
+    assert torch.equal(model.eval()(X), plain)
 
 
 def test_the_balance_counts_what_multiplies():
@@ -282,11 +314,69 @@ def test_one_draw_serves_a_weight_that_is_called_and_read():
     assert [(edit.path, edit.kind) for edit in report.grafted] == [("encode", "weight")]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_quantized_layer_is_skipped_by_name():
-    model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), {nn.Linear})
-    model.append(nn.Linear(4, 2))
-    report = regraft.apply(model, RULE, X)
-    assert [edit.path for edit in report.grafted] == ["2"]
+    ao = torch.ao.quantization
+    packed = ao.quantize_dynamic(nn.Sequential(nn.Linear(6, 4), nn.LSTM(4, 4)), {nn.Linear, nn.LSTM})
+    fake = nn.Sequential(nn.Linear(4, 4))
+    fake.qconfig = ao.get_default_qat_qconfig("fbgemm")
+    ao.prepare_qat(fake, inplace=True)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.packed, self.fake, self.plain = packed, fake, nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.plain(self.fake(self.packed(x)[0]))
+
+    report = regraft.apply(Model(), RULE, X)
+    assert [edit.path for edit in report.grafted] == ["plain"]
+    assert [(skip.path, skip.op) for skip in report.skipped] == [
+        ("packed.0", "Linear"),
+        ("packed.1", "recurrent"),
+        ("fake.0", "Linear"),
+    ]
+    assert all("is quantized" in skip.reason for skip in report.skipped)
+
+
+class Packed(torch.Tensor):
+    """A weight that knows a product and nothing else, as quantized tensors do."""
+
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight):
+        self.weight = weight.detach().half()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            return func(args[0], args[1].weight.float(), *args[2:])
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return Packed(args[0].weight)
+        raise NotImplementedError(func)
+
+
+class Doubles(nn.Linear):
+    def forward(self, x):
+        return 2 * nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("build", [nn.Linear, Doubles], ids=["module", "lent"])
+def test_quantized_after_a_graft_it_evaluates_and_says_what_to_do_in_training(build):
+    model = nn.Sequential(build(6, 4))
+    regraft.apply(model, RULE, X)
+    model[0].weight = nn.Parameter(Packed(model[0].weight), requires_grad=False)
+    model.eval()(X)
+    with pytest.raises(ModelError, match="type Packed(.|\n)*revert before quantizing"):
+        model.train()(X)
+    regraft.revert(model)
+    model.train()(X)
 
 
 def test_a_traced_model_and_its_eager_twin_have_the_same_balance():

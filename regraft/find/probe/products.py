@@ -41,6 +41,8 @@ _OPERANDS: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 _AS_STORED = ("aten::linear", "aten::mkldnn_linear")
 """Operators that take a weight as `nn.Linear` stores it, (out, in)."""
+_CONVOLUTIONS = ("aten::convolution", "aten::_convolution")
+_TRANSPOSED = 6  # its position among a convolution's arguments
 _RECURRENT = ("aten::mkldnn_rnn_layer", "aten::_cudnn_rnn", "aten::miopen_rnn")
 _SELECT = ("aten::topk", "aten::argmax", "aten::argmin")
 _INDEX = ("aten::index", "aten::index_select", "aten::gather", "aten::embedding")
@@ -63,7 +65,8 @@ class Product:
     Attributes:
         parameters: names of the parameters that the weight is made of, each its first name.
         module: the innermost module whose forward ran it.
-        form: "matrix", "batched", "grouped", "recurrent", "bilinear" or "convolution".
+        form: "matrix", "batched", "grouped", "recurrent", "bilinear", "convolution" or "transposed
+            convolution".
         weight: the shape of the weight as it multiplied: of one expert, where each is multiplied alone.
         contracted: the axis of the parameter that the product sums over, where it is known: the others are
             those of output units.
@@ -189,15 +192,17 @@ class ProductRecorder:
                 *(kwargs[one.name] for one in func._schema.arguments[len(args) :] if one.name in kwargs),
             ]
             x, weight = (bound[place] for place in places)
+            if form == "convolution" and bound[_TRANSPOSED]:
+                form = "transposed convolution"
             if form == "bilinear" and name == "aten::_trilinear":
                 yield form, args[1], args[0], None
             elif self._roots(weight) and weight.dim() > 1:
                 yield form, weight, x, None if form == "bilinear" else -1 if name in _AS_STORED else -2
                 # Both made of parameters: either an input that is learned (a layer's latents), or, of two
                 # whole parameters, factors of a weight.
-                if form != "convolution" and self._is_whole(x) and self._is_whole(weight):
+                if name not in _CONVOLUTIONS and self._is_whole(x) and self._is_whole(weight):
                     yield form, x, weight, -1
-            elif self._roots(x) and x.dim() > 1 and form != "convolution":
+            elif self._roots(x) and x.dim() > 1 and name not in _CONVOLUTIONS:
                 yield form, x, weight, -1
             return
         if not name.startswith("aten::") and not name.startswith("prims::"):
