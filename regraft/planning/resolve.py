@@ -123,9 +123,10 @@ def _why_not_matrix(site: Site, selector: str, found: Spec, variant: Variant) ->
             "multiplies by the weight",
             "choose 'dropconnect' or 'mixout'",
         )
-    unfit = found.weight_unfit(complete_options(found, variant.options)) if found.weight_unfit else None
-    if unfit is not None:
-        return unfit, "leave that option out"
+    if found.weight_unfit is not None:
+        unfit = found.weight_unfit(complete_options(found, variant.options), site)
+        if unfit is not None:
+            return unfit
     if isinstance(site.owner, nn.RNNCellBase) and (site.calls or 0) > 1:
         return (
             "its cell runs once a step, and each step would draw anew",

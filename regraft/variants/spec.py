@@ -63,8 +63,8 @@ class Spec:
     weight_function: Callable[..., Any] | None = None
     """Of a variant that can act on a weight by itself: `function(weight, p, **options)` is the weight that
     multiplies in its place, whoever multiplies by it. Called only where the variant acts."""
-    weight_unfit: Callable[[Mapping[str, Any]], str | None] | None = None
-    """Of the complete options: why they cannot act on a weight by itself."""
+    weight_unfit: Callable[[Mapping[str, Any], Any], tuple[str, str] | None] | None = None
+    """Of the complete options and the site of a weight: why it cannot act there, and the remedy."""
     weight_state: Callable[[Tensor], dict[str, Any]] | None = None
     """Of a weight: the tensors that `weight_function` takes as further keyword arguments, by name."""
 

@@ -39,6 +39,30 @@ def test_tables_are_no_weights_and_convolutions_are_of_kinds_of_their_own():
     }
 
 
+@pytest.mark.parametrize(
+    ("use", "chooses"),
+    [
+        (lambda scores, x: (scores.argmax(-1) == 1).float().mean(), False),  # an accuracy
+        (lambda scores, x: x[scores.argmax(-1) == 1].sum(), True),
+        (lambda scores, x: (scores.topk(1).indices == 1) * x, True),
+        (lambda scores, x: x.gather(-1, scores.topk(1).indices.unsqueeze(-1).squeeze(-1)), True),
+    ],
+    ids=["counted", "mask", "product", "gather"],
+)
+def test_a_router_is_one_whose_choice_is_used(use, chooses):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scores = nn.Linear(6, 4)
+
+        def forward(self, x):
+            scores = self.scores(x)
+            return scores.sum(), use(scores, x)
+
+    kind = "router direct" if chooses else "Linear direct"
+    assert kinds(Model(), X) == {"scores.weight": kind}
+
+
 def test_a_cast_a_transpose_and_a_stack_still_name_their_parameters():
     class Model(nn.Module):
         def __init__(self):

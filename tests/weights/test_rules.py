@@ -244,6 +244,43 @@ def test_a_variant_that_cannot_act_on_a_form_is_skipped_and_an_error_where_it_fi
     assert "a mask for each example" in report.skipped[0].reason
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.LSTM, {}),
+        (nn.GRU, {"num_layers": 3}),
+        (nn.RNN, {"bidirectional": True}),
+        (nn.LSTM, {"num_layers": 2, "bidirectional": True, "proj_size": 3}),
+    ],
+    ids=["lstm", "gru of 3 layers", "bidirectional rnn", "projected"],
+)
+def test_weightdrop_drops_hidden_to_hidden_weights_once_a_sequence(kind, options):
+    torch.manual_seed(0)
+    seen = {}
+
+    class Looks(kind):
+        def forward(self, *args):
+            seen.update((name, getattr(self, name)) for name in self._flat_weights_names)
+            return super().forward(*args)
+
+    model, plain = Recurs(Looks, **options), Recurs(kind, **options)
+    report = regraft.apply(model, {"Linear": "weightdrop(p=0.5)"}, X)
+    hidden = [name for name, _ in model.rnn.named_parameters() if name.startswith("weight_hh")]
+    assert [edit.path for edit in report.grafted] == [f"rnn.{name}" for name in hidden]
+    assert {skip.reason for skip in report.skipped} == {"it is no hidden-to-hidden matrix"}
+    model(X).square().sum().backward()
+    for name, parameter in model.rnn.named_parameters():
+        kept = (seen[name] / parameter).detach()
+        assert set(kept.unique().tolist()) == ({0.0, 2.0} if name in hidden else {1.0})
+        dropped = parameter.grad[kept == 0]
+        assert dropped.numel() == 0 or (dropped == 0).all()  # one mask for all steps
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(X), plain.eval()(X))
+    other = Recurs(kind, **options)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(X), other.eval()(X))
+
+
 def test_dropconnect_samples_in_eval_where_it_is_asked_to():
     model = nn.Sequential(Attends(), nn.Linear(6, 3)).eval()
     regraft.apply(model, {"Linear": "dropconnect(p=0.3, eval='sample')"}, X)

@@ -45,6 +45,15 @@ _CONVOLUTIONS = ("aten::convolution", "aten::_convolution")
 _TRANSPOSED = 6  # its position among a convolution's arguments
 _RECURRENT = ("aten::mkldnn_rnn_layer", "aten::_cudnn_rnn", "aten::miopen_rnn")
 _SELECT = ("aten::topk", "aten::argmax", "aten::argmin")
+_COMPARES = (
+    "aten::eq",
+    "aten::ne",
+    "aten::bitwise_and",
+    "aten::logical_and",
+    "aten::_to_copy",
+    "aten::clone",
+)
+_COUNTS = ("aten::sum", "aten::mean", "aten::any", "aten::all")
 _INDEX = ("aten::index", "aten::index_select", "aten::gather", "aten::embedding")
 _LEADS_ON = frozenset(
     f"aten::{name}"
@@ -157,9 +166,8 @@ class ProductRecorder:
         name = func._schema.name
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        for tensor in given if self._choices else ():
-            for product in self._choices.get(_storage(tensor), ()):  # type: ignore[arg-type]
-                product.selects = True
+        if self._choices:
+            self._choose(func, name, given, returned)
         if name in _SELECT:
             # The choice is made once its indices are used: the largest values alone are a statistic.
             for tensor in returned:
@@ -176,6 +184,19 @@ class ProductRecorder:
         else:
             self._derive(func, given, returned)
         self._lead_on(func, name, given, returned)
+
+    def _choose(self, func: Any, name: str, given: list[Tensor], returned: list[Tensor]) -> None:
+        """A choice that is compared and counted, as an accuracy is, chooses nothing; any other use does."""
+        chosen = [one for tensor in given for one in self._choices.get(_storage(tensor), ())]  # type: ignore[arg-type]
+        if not chosen or func.is_view or name in _COUNTS:
+            return
+        if name in _COMPARES:
+            for tensor in returned:
+                if (key := _storage(tensor)) is not None:
+                    self._choices[key] = chosen
+            return
+        for product in chosen:
+            product.selects = True
 
     def _weights(
         self, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
