@@ -177,6 +177,7 @@ def _compare(
     before: Look,
     after: Look,
     report: dict[str, Any],
+    given: bool,
 ) -> None:
     grafted = {path for edit in report["grafted"] for path in [edit["path"], *edit["paths"]]}
     aliases = _aliases(model)

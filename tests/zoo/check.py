@@ -48,6 +48,8 @@ class Row:
     """What the report says of the draws that its probe saw."""
     unlisted: list[str] = field(default_factory=list)
     """Lines that draw and are no dropout, which the report does not list."""
+    unseen: list[str] = field(default_factory=list)
+    """Sites that the report calls unconfirmed, though they are called on the inputs that it was given."""
     lost: int = 0
     """Calls gone with no draw of a variant in their place."""
     unmatched: list[str] = field(default_factory=list)
@@ -89,7 +91,7 @@ def examine(
     look: Callable[[nn.Module, Inputs], Any],
     count: Callable[[Any, nn.Module, Any], None],
     graft: Callable[[Any, nn.Module, Inputs | None], dict[str, Any] | None] | None = None,
-    compare: Callable[[Any, nn.Module, Any, Any, dict[str, Any]], None] | None = None,
+    compare: Callable[[Any, nn.Module, Any, Any, dict[str, Any], bool], None] | None = None,
     given: bool | None = None,
 ) -> Any:
     """Fill a row: look at a model, graft it, look again, compare, and revert.
@@ -101,7 +103,7 @@ def examine(
         count: puts what the model shows as it is into the row.
         graft: returns the report as plain values, or None if there is nothing to graft; without it the
             row is that of the model as it is.
-        compare: puts into the row what became of it, given both looks and the report.
+        compare: puts into the row what became of it, given both looks, the report and `given`.
         given: hand the zoo's inputs to the probe; by default only where regraft makes none itself.
     """
     start, step = time.perf_counter(), "zoo"
@@ -129,7 +131,7 @@ def examine(
             _backward(getattr(after, "output", None))
             _put_back(kept)
             step = "compare"
-            compare(row, model, before, after, report)
+            compare(row, model, before, after, report, given)
             step = "eval"
             row.eval_differs = not report["mended"] and not _equal(reference, _eval(model, inputs))
             model.train()
@@ -176,11 +178,15 @@ def _apply(row: Row, model: nn.Module, inputs: Inputs | None) -> dict[str, Any] 
     return None
 
 
-def _compare(row: Row, model: nn.Module, before: Any, after: Any, report: dict[str, Any]) -> None:
+def _compare(
+    row: Row, model: nn.Module, before: Any, after: Any, report: dict[str, Any], given: bool
+) -> None:
     row.balance = report["balance"]
     listed = {str(one["source"]) for one in report["left"]} | {
         str(one["source"]) for one in report["skipped"]
     }
+    unconfirmed = {item["path"] for item in report["grafted"] if item["calls"] is None}
+    row.unseen = sorted({call.path for call in before.calls} & unconfirmed) if given else []
     row.unlisted = [source for source in row.other_draws if source not in listed]
     left_plain, left_path = after.plain, after.drop_path
     row.reached_plain = row.plain - len(left_plain)
