@@ -52,7 +52,8 @@ def owner_obstacle(module: nn.Module) -> tuple[str, str] | None:
 def weight_of(module: nn.Module) -> Tensor | None:
     """The weight, also where a parametrization or weight norm computes it."""
     weight = own_parameter(module, "weight")
-    return weight if weight is not None else getattr(module, "weight", None)
+    computed = getattr(module, "weight", None)
+    return weight if weight is not None or not isinstance(computed, Tensor) else computed
 
 
 def own_parameter(module: nn.Module, name: str) -> Tensor | None:

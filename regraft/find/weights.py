@@ -8,7 +8,7 @@ that contains everything that multiplies by it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -94,38 +94,9 @@ def weight_sites(sites: list[Site], weights: list[Weight], modules: list[Named])
     ]
     # The sites come in an order of their own, which a call that takes its rate from a module may leave.
     keys = list(accumulate((order[id(site.module)] for site in own), max))
-    more = [(order[id(weight.holder)], _site(weight, paths)) for weight in lent]
-    known = {id(site.module) for site in own} | {id(weight.holder) for weight in lent}
-    more += [(order[id(one.module)], _packed(one)) for one in modules if _is_packed(one.module, known)]
-    for place, site in reversed(sorted(more, key=lambda pair: pair[0])):  # noqa: C413 - keeps ties in order
-        own.insert(bisect_right(keys, place), site)
+    for weight in reversed(lent):
+        own.insert(bisect_right(keys, order[id(weight.holder)]), _site(weight, paths))
     return own
-
-
-def _is_packed(module: nn.Module, known: Container[int]) -> bool:
-    """Is it a quantized layer with matrices, which are no parameters that multiply?"""
-    has_matrices = hasattr(module, "in_features") or hasattr(module, "input_size")
-    return id(module) not in known and has_matrices and quantized(module) is not None
-
-
-def _packed(named: Named) -> Site:
-    module: Any = named.module
-    linear = hasattr(module, "in_features")
-    return Site(
-        path=named.paths[0],
-        paths=tuple(named.paths),
-        kind="module",
-        op="Linear" if linear else "recurrent",
-        type=original_class(module).__name__,
-        p=None,
-        calls=None,
-        source=None,
-        family="Linear",
-        module=module,
-        shape=(module.in_features, module.out_features) if linear else None,
-        training=module.training,
-        obstacle=quantized(module),
-    )
 
 
 def matrices(

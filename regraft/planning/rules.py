@@ -143,7 +143,7 @@ def _matched(inspection: Inspection, selector: Selector, variant: Variant | None
         kinds = sorted({sites[position].op for position in found})
         if all(found_variant.fits(sites[position].family) for position in found):
             raise WrongKindError(
-                f"{variant.name!r} acts in a linear layer's own forward, and here others multiply by the weight",
+                f"{variant.name!r} acts in a linear layer's own forward, and here others multiply",
                 where=f"{where}, first at {sites[found[0]].path!r}",
                 remedy="choose 'dropconnect' or 'mixout'",
             )
