@@ -109,7 +109,7 @@ def matrices(
         grafted: sites of matrices that get a variant.
         selected: all that a rule selects; without any, the rules are not about matrices.
     """
-    matrices = [weight for weight in weights if not weight.convolves]
+    matrices = [weight for weight in weights if weight.calls and not weight.convolves]
     if not selected or not matrices:
         return {}, []
     reached, named = ({path for site in sites for path in site.paths} for sites in (grafted, selected))
@@ -204,7 +204,20 @@ def weights_of(recorder: ProductRecorder, modules: list[Named]) -> list[Weight]:
         for weight in [_weight(tree, recorder, slot, products)]
         if weight is not None
     ]
+    weights += _idle(tree, recorder.used)
     return sorted(weights, key=lambda weight: (order[id(weight.holder)], weight.name))
+
+
+def _idle(tree: _Tree, used: set[str]) -> Iterator[Weight]:
+    """Matrices of somebody's own modules that no operation used, as experts to which nothing was routed."""
+    for slots in tree.aliases.values() if used else ():
+        path, name = slots[0]
+        holder, names = tree.by_path[path], tuple(".".join(filter(None, slot)) for slot in slots)
+        shape = holder._parameters[name].shape  # type: ignore[union-attr]
+        own = op_of(holder) is None and not original_class(holder).__module__.startswith("torch.")
+        if own and used.isdisjoint(names) and sum(length > 1 for length in shape) > 1:
+            kind = "experts" if len(shape) > 2 else "Linear"
+            yield Weight(names[0], names, kind, holder, name, holder, path, "", 0, direct=False)
 
 
 class _Tree:

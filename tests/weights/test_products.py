@@ -10,6 +10,8 @@ from recording import record_products
 from torch import nn
 from torch.nn import functional as F
 
+import regraft
+
 X = torch.randn(2, 5, 6)
 
 
@@ -61,6 +63,24 @@ def test_a_router_is_one_whose_choice_is_used(use, chooses):
 
     kind = "router direct" if chooses else "Linear direct"
     assert kinds(Model(), X) == {"scores.weight": kind}
+
+
+def test_a_matrix_that_nothing_used_is_no_part_of_the_count_and_skipped():
+    class Sleeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts, self.token = nn.Parameter(torch.randn(3, 6, 6)), nn.Parameter(torch.randn(1, 1, 6))
+            self.places, self.head = nn.Parameter(torch.randn(5, 6)), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(x + self.places)
+
+    report = regraft.apply(Sleeps(), {"Linear": "dropconnect"}, X)
+    assert [edit.path for edit in report.grafted] == ["head"]
+    assert [(skip.path, skip.reason) for skip in report.skipped] == [
+        ("experts", "nothing used it in the probe")
+    ]
+    assert report.balance["matrices"] == {"multiply": 1, "reached": 1, "left": {}}
 
 
 def test_a_cast_a_transpose_and_a_stack_still_name_their_parameters():

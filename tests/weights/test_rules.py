@@ -69,10 +69,14 @@ def swin():
     return timm.create_model("swinv2_tiny_window8_256", **sizes)
 
 
+LEFT = {
+    "it is a router: its result chooses what runs, and noise would change the choice": "router",
+    "nothing used it in the probe": "idle",
+}
 MODELS = {
     # Builder, inputs, how many matrices multiply in each form; routers are left.
     "GPT-2": (gpt2, IDS, {"Conv1D": 8, "Linear": 1}),
-    "XLNet": (xlnet, IDS, {"Linear": 14}),
+    "XLNet": (xlnet, IDS, {"Linear": 14, "idle": 4}),  # those of segments, which are not given
     "Mixtral": (mixtral, IDS, {"Linear": 8, "experts": 4, "router": 2}),
     "Mamba": (mamba, IDS, {"Linear": 8}),
     "Falcon": (falcon, IDS, {"Linear": 8}),
@@ -91,13 +95,10 @@ def test_every_matrix_of_a_model_is_reached_or_left_with_its_reason(name):
     report = regraft.apply(model, RULE)
     counts: dict[str, int] = {}
     for line in [*report.grafted, *report.skipped]:
-        kind = "router" if line in report.skipped else line.op
+        kind = LEFT[line.reason] if line in report.skipped else line.op
         counts[kind] = counts.get(kind, 0) + 1
     if wanted is not None:
         assert counts == wanted
-    assert {skip.reason for skip in report.skipped} <= {
-        "it is a router: its result chooses what runs, and noise would change the choice"
-    }
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     assert same_in_eval(model, twin, *args, **kwargs)
     assert list(model.state_dict()) == keys

@@ -114,6 +114,8 @@ class ProductRecorder:
         """Forget what was recorded; `state` is what the forward will see, by name."""
         self.lookups: dict[str, list[nn.Module | None]] = {}
         """Parameters that are looked up in, by name: the modules that do."""
+        self.used: set[str] = set()
+        """Parameters that an operation was given."""
         self._products: dict[tuple[Any, ...], Product] = {}
         # A storage of several parameters (a flattened recurrent network) tells them apart by offset.
         self._parameters: dict[StorageWeakRef, list[tuple[int, int, str]]] = {}
@@ -138,6 +140,7 @@ class ProductRecorder:
         for key, product in part._products.items():
             names = tuple(f"{path}.{name}" for name in product.parameters)
             self._products.setdefault((path, *key), replace(product, parameters=names))
+        self.used.update(f"{path}.{name}" for name in part.used)
         for name, modules in part.lookups.items():
             self.lookups.setdefault(f"{path}.{name}", []).extend(modules)
 
@@ -166,6 +169,9 @@ class ProductRecorder:
         name = func._schema.name
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for tensor in given:
+            parts = self._parameters.get(_storage(tensor), ())  # type: ignore[arg-type]
+            self.used.update(name for *_, name in parts)
         if self._choices:
             self._choose(func, name, given, returned)
         if name in _SELECT:
