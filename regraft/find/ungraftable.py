@@ -26,12 +26,9 @@ def obstacle(module: nn.Module, op: str) -> tuple[str, str] | None:
 
 def quantized(module: nn.Module, weight: str = "weight") -> tuple[str, str] | None:
     """What says that a module or its weight is quantized, by name; and the remedy."""
-    homes, name = (
-        [base.__module__ for base in original_class(module).__mro__],
-        original_class(module).__name__,
-    )
-    if any(".quantized" in home or home.startswith(_QUANTIZED) for home in homes):
-        return f"{name} is quantized: quantized layers cannot be grafted", "graft before quantizing"
+    cls = original_class(module)
+    if any(".quantized" in base.__module__ or base.__module__.startswith(_QUANTIZED) for base in cls.__mro__):
+        return f"{cls.__name__} is quantized: quantized layers cannot be grafted", "graft before quantizing"
     tensor = own_parameter(module, weight)
     if tensor is not None and type(tensor).__name__ not in _PLAIN_TENSORS:
         return f"its weight is a {type(tensor).__name__}, not plain numbers", "graft before quantizing"

@@ -213,9 +213,10 @@ def _idle(tree: _Tree, used: set[str]) -> Iterator[Weight]:
     for slots in tree.aliases.values() if used else ():
         path, name = slots[0]
         holder, names = tree.by_path[path], tuple(".".join(filter(None, slot)) for slot in slots)
+        if op_of(holder) is not None or original_class(holder).__module__.startswith("torch."):
+            continue
         shape = holder._parameters[name].shape  # type: ignore[union-attr]
-        own = op_of(holder) is None and not original_class(holder).__module__.startswith("torch.")
-        if own and used.isdisjoint(names) and sum(length > 1 for length in shape) > 1:
+        if used.isdisjoint(names) and sum(length > 1 for length in shape) > 1:
             kind = "experts" if len(shape) > 2 else "Linear"
             yield Weight(names[0], names, kind, holder, name, holder, path, "", 0, direct=False)
 

@@ -75,9 +75,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
         return site.obstacle
     if site.calls == 0:
         return (
-            "nothing used it in the probe"
-            if site.kind == "weight"
-            else "its forward was never called in the probe",
+            f"{'nothing used it' if site.kind == 'weight' else 'its forward was never called'} in the probe",
             "nothing to regularize unless another input runs it: then give that as inputs=",
         )
     if site.op in RECURRENT_OPS and getattr(site.module, "num_layers", 2) == 1:

@@ -26,7 +26,7 @@ class Noise(NamedTuple):
     exact: bool = False
 
     def draw(self, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """What multiplies a weight, up to `scale`: the same for the same state of the generator."""
+        """What multiplies a weight, the mask not yet scaled: the same for the same state of the generator."""
         if self.kind == "bernoulli":
             return fast_keep_mask(weight, self.p, self.exact, generator)
         deviation = (self.p / (1 - self.p)) ** 0.5
