@@ -23,6 +23,7 @@ from regraft.find.insertion_points import INSERTED, family_to_insert
 from regraft.find.inspect import Inspection, inspect_flow
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site, grafted_site
+from regraft.find.weights import matrices
 from regraft.ops import FAMILIES, FUSED, KEEPS_LAW
 from regraft.planning.resolve import Decision, acts_in_eval
 from regraft.planning.rules import Rule, dataflow_for, read_rules, resolve
@@ -374,9 +375,9 @@ def _check_edit(edit: Edit) -> None:
             raise FileError(f"{name} is {value!r}", remedy=f"it is of type {Edit.__annotations__[name]}")
     found = spec(edit.variant)
     check_options(found, edit.options)
-    families: Iterable[str | None] = found.families
+    fits = found.fits(edit.family)
     if edit.kind == INSERTED:
-        families = [family_to_insert(edit.variant)]
+        fits = edit.family == family_to_insert(edit.variant)
         text = f"{edit.position}:{edit.place}" + (f"#{edit.field}" if edit.field else "")
         if edit.position not in ("before", "after") or edit.op != text:
             raise FileError(f"op is {edit.op!r}", remedy=f"its position, place and field say {text!r}")
@@ -384,7 +385,7 @@ def _check_edit(edit: Edit) -> None:
         raise FileError(f"kind is {edit.kind!r}", remedy="'module', 'call', 'node', 'weight' or 'inserted'")
     elif edit.kind == "call" and FAMILIES.get(edit.op) != edit.family:
         raise FileError(f"no call is of op {edit.op!r} and family {edit.family!r}")
-    if edit.family not in families:
+    if not fits:
         raise WrongKindError(f"{edit.variant!r} cannot take the place of {edit.op} ({edit.family})")
 
 
@@ -489,6 +490,11 @@ def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> P
     skips = [_skip_of(decision) for decision in decisions if decision.reason is not None]
     selected = [_marked(decision.site) for decision in sorted(decisions, key=lambda one: one.variant is None)]
     grafted = [decision.site for decision in decisions if decision.reason is None]
+    counts, unselected = matrices(
+        inspection.weights,
+        [site for site in grafted if site.family == "Linear"],
+        [decision.site for decision in decisions if decision.site.family == "Linear"],
+    )
     return Plan(
         model=type(inspection.root).__name__,
         rules=[
@@ -502,11 +508,8 @@ def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> P
         notes=[*inspection.notes, *_notes(edits, skips, decisions), *_unseen(inspection, decisions)],
         probe=inspection.probe.to_dict(),
         boundaries=_boundaries(inspection, edits),
-        balance={
-            **balance_of_grafts(inspection.sites, inspection.probe, grafted),
-            **_matrices(inspection, decisions),
-        },
-        left=left(inspection.sites, inspection.modules, inspection.probe, grafted),
+        balance={**balance_of_grafts(inspection.sites, inspection.probe, grafted), **counts},
+        left=[*left(inspection.sites, inspection.modules, inspection.probe, grafted), *unselected],
     )
 
 
@@ -545,18 +548,3 @@ def _unseen(inspection: Inspection, decisions: list[Decision]) -> list[str]:
         "weights that other modules multiply by (attention projections, experts, recurrent layers) are seen "
         f"only by the probe, which did not run: {reason}"
     ]
-
-
-def _matrices(inspection: Inspection, decisions: list[Decision]) -> dict[str, Any]:
-    """How many matrices multiply and how many the rules reach, if they are about matrices at all."""
-    about = [one for one in decisions if one.site.family == "Linear"]
-    if not about or not inspection.weights:
-        return {}
-    reached = {path for one in about if one.variant is not None for path in one.site.paths}
-    left: dict[str, int] = {}
-    for weight in inspection.weights:
-        owners = {name.rpartition(".")[0] for name in weight.names if name.endswith("weight")}
-        if reached.isdisjoint({*weight.names, *owners}):
-            left[weight.kind] = left.get(weight.kind, 0) + 1
-    count = len(inspection.weights)
-    return {"matrices": {"multiply": count, "reached": count - sum(left.values()), "left": left}}

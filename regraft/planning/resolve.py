@@ -128,7 +128,7 @@ def _values(site: Site, dataflow: Dataflow) -> list[Value]:
 
 
 def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str, str] | None:
-    if site.family not in found.families:
+    if not found.fits(site.family):
         return f"{found.name!r} cannot replace {site.op}", "narrow the rule, or choose another variant"
     if found.attention and site.op not in ATTENTIONS:
         return (
@@ -140,7 +140,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
         return site.obstacle
     if site.calls == 0:
         return (
-            "its forward was never called in the probe",
+            f"{'nothing used it' if site.kind == 'weight' else 'its forward was never called'} in the probe",
             "nothing to regularize unless another input runs it: then give that as inputs=",
         )
     if site.op in RECURRENT_OPS and getattr(site.module, "num_layers", 2) == 1:
@@ -175,12 +175,12 @@ def _keeps_kernel(found: Spec, variant: Variant) -> bool:
 
 def _why_not_matrix(site: Site, selector: str, found: Spec, variant: Variant) -> tuple[str, str] | None:
     """Why a matrix that multiplies is left: a router, or a form that the variant cannot act on."""
-    if site.role == "router" and selector.partition("@")[0] != "router" and site.family in found.families:
+    if site.role == "router" and selector.partition("@")[0] != "router" and found.fits(site.family):
         return (
             "it is a router: its result chooses what runs, and noise would change the choice",
             f"a rule of its own takes it: 'router@{site.path}'",
         )
-    if site.kind != "weight" or site.family not in found.families:
+    if site.kind != "weight" or not found.fits(site.family):
         return None
     if found.weight_function is None:
         return (
@@ -188,9 +188,10 @@ def _why_not_matrix(site: Site, selector: str, found: Spec, variant: Variant) ->
             "multiplies by the weight",
             "choose 'dropconnect' or 'mixout'",
         )
-    unfit = found.weight_unfit(complete_options(found, variant.options)) if found.weight_unfit else None
-    if unfit is not None:
-        return unfit, "leave that option out"
+    if found.weight_unfit is not None:
+        unfit = found.weight_unfit(complete_options(found, variant.options), site)
+        if unfit is not None:
+            return unfit
     if isinstance(site.owner, nn.RNNCellBase) and (site.calls or 0) > 1:
         return (
             "its cell runs once a step, and each step would draw anew",

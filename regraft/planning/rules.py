@@ -202,11 +202,17 @@ def _matched(inspection: Inspection, selector: Selector, variant: Variant | None
     fitting = [
         position
         for position in found
-        if sites[position].family in families
+        if found_variant.fits(sites[position].family)
         and (sites[position].kind != "weight" or found_variant.weight_function is not None)
     ]
     if not fitting:
         kinds = sorted({sites[position].op for position in found})
+        if all(found_variant.fits(sites[position].family) for position in found):
+            raise WrongKindError(
+                f"{variant.name!r} acts in a linear layer's own forward, and here others multiply",
+                where=f"{where}, first at {sites[found[0]].path!r}",
+                remedy="choose 'dropconnect' or 'mixout'",
+            )
         raise WrongKindError(
             f"{variant.name!r} cannot replace {', '.join(kinds)}: it takes the place of "
             f"{' or '.join(families)}",

@@ -105,7 +105,8 @@ def _limitable(root: nn.Module, rules: list[tuple[Selector, Bound | None]], inpu
     every = places(named_modules(root))
     if not any(selector.type in KINDS for selector, _ in rules):
         return every
-    lent = [site for site in inspect(root, inputs).sites if site.kind == "weight"]
+    sites = inspect(root, inputs).sites
+    lent = [site for site in sites if site.kind == "weight" and site.family == "Linear"]
     held = {id(site.owner) for site in lent if site.attribute == "weight"}
     return [*(site for site in every if id(site.module) not in held), *lent]
 
