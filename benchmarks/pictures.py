@@ -1,4 +1,4 @@
-"""The pictures of docs/schedules-and-max-norm.md, from what models really do.
+"""The pictures of docs/guides/schedules.md and max-norm.md, from what models really do.
 
     python benchmarks/pictures.py                  # a few seconds; writes docs/images/*.png
 

@@ -86,7 +86,7 @@ _HOMES = {
     "variant": "variants.registry",
     "Variant": "variants.spec",
 }
-_MODULES = ("errors", "nn")
+_MODULES = ("errors", "integrations", "nn")
 
 __all__ = sorted([*_HOMES, *_MODULES, "__version__"])  # noqa: PLE0605
 

@@ -6,6 +6,7 @@ The classes are made when they are first asked for, so that reading this file do
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from regraft.training.mc_eval import mc_eval
@@ -185,12 +186,19 @@ if TYPE_CHECKING:
         """See `_Limited`."""
 
 
+__all__ = ["MaxNormCallback", "MonteCarloCallback", "RDropCallback", "ScheduleCallback"]
+
 _METHODS = {
     "RDropCallback": _RDrop,
     "MonteCarloCallback": _MonteCarlo,
     "ScheduleCallback": _Scheduled,
     "MaxNormCallback": _Limited,
 }
+
+
+def __dir__() -> list[str]:
+    there = find_spec("transformers") is not None
+    return [*globals(), *(_METHODS if there else ())]
 
 
 def __getattr__(name: str) -> Any:
