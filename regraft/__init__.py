@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from regraft.variants.registry import variant as variant
     from regraft.variants.spec import Variant as Variant
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded on first use (PEP 562), so that `import regraft` and the command line start without torch.
 _HOMES = {

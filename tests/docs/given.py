@@ -83,7 +83,7 @@ def _files():
 
 
 GIVEN = {
-    "README.md": [_readme],
+    "README.md": [dict, _readme],
     "docs/api/cli.md": [_files],
     "docs/passes.md": [_passes],
     "docs/many-gpus.md": [_many_gpus],
