@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from regraft.errors import FileError, MisfitError, OptionError, RegraftError, WrongKindError, raise_all
-from regraft.find.balance import balance_of_grafts, left
+from regraft.find.balance import NOISE, balance_of_grafts, left
 from regraft.find.graph_nodes import node_marks, owner_path
 from regraft.find.insertion_points import INSERTED, family_to_insert
 from regraft.find.inspect import Inspection, inspect
@@ -32,6 +32,7 @@ from regraft.variants.module import written_options
 from regraft.variants.parse import parse_variant
 from regraft.variants.registry import check_options, spec
 from regraft.variants.spec import DEFAULT_RATE
+from regraft.variants.strength import strength
 
 Rules = Mapping[Any, Any] | Sequence[tuple[Any, Any]]
 """Selector -> variant, in order; a mapping or a list of pairs."""
@@ -54,6 +55,7 @@ class Edit:
         residual: of an insertion, is what the module adds to its input dropped, and not its whole output?
         fixes_eval: did the call drop in eval too, and does the graft end that?
         cost: what the graft costs beyond the variant itself.
+        strength: the variance of the site's noise before and after, where it is known and changes.
         role: "router" of a product whose result chooses.
         reader: of a weight that is lent, the path of the module that multiplies by it; `holder` leads from
             there to the module that has it, as its `attribute`.
@@ -83,6 +85,7 @@ class Edit:
     residual: bool = False
     fixes_eval: bool = False
     cost: str | None = None
+    strength: str | None = None
     role: str = ""
     reader: str = ""
     holder: str = ""
@@ -98,8 +101,7 @@ class Edit:
 
     def with_options(self, options: Mapping[str, Any]) -> Edit:
         """The edit with other options of its variant, and `after` to match."""
-        edit = replace(self, options=dict(options))
-        return replace(edit, after=rendered(edit))
+        return _told(replace(self, options=dict(options)))
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,20 @@ def _edit_of(decision: Decision) -> Edit:
         attribute=site.attribute,
         site=site,
     )
-    return replace(edit, after=rendered(edit))
+    return _told(edit)
+
+
+def _told(edit: Edit) -> Edit:
+    """The edit with what a reader is told of it, which follows from its other fields."""
+    return replace(edit, after=rendered(edit), strength=_strength(edit))
+
+
+def _strength(edit: Edit) -> str | None:
+    p = _rate(edit)
+    if edit.family not in NOISE or (p is None and spec(edit.variant).rated):
+        return None
+    change = strength(edit.p, edit.variant, p, {**spec(edit.variant).defaults, **edit.options})
+    return str(change) if change and change.before != change.after else None
 
 
 def _skip_of(decision: Decision) -> Skip:

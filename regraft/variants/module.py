@@ -93,7 +93,7 @@ def linear_weight(module: nn.Module) -> Tensor:
     return weight.T if any(base.__name__ == "Conv1D" for base in type(module).__mro__) else weight
 
 
-_QUIET = {"exact": False, "couple_channels": False, "noise": "bernoulli", "eval": "plain"}
+_QUIET = {"exact": False, "couple_channels": False, "noise": "bernoulli", "eval": "plain", "match": "rate"}
 """What is printed only where it is something else."""
 
 

@@ -25,7 +25,7 @@ WIDTH = 6
 OPTIONS = {
     "standout": ["", "rescale=False", f"gate='learned', features={WIDTH}"],
     "dropconnect": ["mask='batch'", "mask='example'", "exact=True"],
-    "multisample": ["", "num_samples=3, exact=True"],
+    "multisample": ["", "num_samples=3, match='variance', exact=True"],
     "gaussian": ["", "sigma=0.5"],
     "dropkey": ["", "keys='element'"],
     "shaped": ["noise_shape=None"],

@@ -29,6 +29,13 @@ REFUSED = [
     ),
     ("multisample", nn.MultiSampleDropout, {"num_samples": 2.0}, OptionError, "2.0 is not a whole number"),
     ("multisample", nn.MultiSampleDropout, {"exact": 1}, OptionError, "exact=1 is not True or False"),
+    (
+        "multisample",
+        nn.MultiSampleDropout,
+        {"match": "mean"},
+        OptionError,
+        "match=.mean. is not .rate. or .variance.",
+    ),
     ("standout", nn.StandoutDropout, {"alpha": True}, OptionError, "alpha=True is not a number"),
     ("standout", nn.StandoutDropout, {"min_keep": 0}, RateError, "min_keep=0 (?s:.*)above 0 and at most 1"),
     (
