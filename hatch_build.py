@@ -1,7 +1,8 @@
 """Metadata that depends on where the repository is: the README's links as absolute addresses, and the URLs.
 
-The address is that of the environment variable REGRAFT_REPOSITORY, or the one that GitHub Actions gives. Without
-any, the long description has its pictures left out and its relative links as plain text, and there are no URLs.
+The address is that of the environment variable REGRAFT_REPOSITORY, or the one that GitHub Actions gives.
+Without any, the long description has its pictures left out and its relative links as plain text, and there
+are no URLs.
 """
 
 from __future__ import annotations
