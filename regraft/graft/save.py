@@ -18,6 +18,7 @@ from regraft.graft.calls import BOUNDARY
 from regraft.graft.graph_nodes import placed_grafts
 from regraft.graft.rates import unscheduled_edit
 from regraft.planning.plan import Edit, Plan, fingerprint
+from regraft.variants.registry import rate_matters, spec
 from regraft.variants.spec import Variant
 
 FILE_NAME = "regraft.json"
@@ -80,7 +81,9 @@ def plan_of_grafts(model: nn.Module) -> Plan:
             continue  # passes of the whole model: no site is edited
         edit = Edit(**{**unscheduled_edit(graft), "path": named.paths[0], "rule": len(rules)})
         edits.append(edit)
-        rules.append([_selector(edit), str(Variant(edit.variant, edit.options))])
+        matters = rate_matters(spec(edit.variant), edit.options)
+        options = {key: value for key, value in edit.options.items() if key != "p" or matters}
+        rules.append([_selector(edit), str(Variant(edit.variant, options))])
     return Plan(
         model=type(inspection.root).__name__,
         rules=rules,

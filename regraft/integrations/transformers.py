@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -220,12 +221,19 @@ if TYPE_CHECKING:
         """See `_Limited`."""
 
 
+__all__ = ["MaxNormCallback", "MonteCarloCallback", "RDropCallback", "ScheduleCallback"]
+
 _METHODS = {
     "RDropCallback": _RDrop,
     "MonteCarloCallback": _MonteCarlo,
     "ScheduleCallback": _Scheduled,
     "MaxNormCallback": _Limited,
 }
+
+
+def __dir__() -> list[str]:
+    there = find_spec("transformers") is not None
+    return [*globals(), *(_METHODS if there else ())]
 
 
 def __getattr__(name: str) -> Any:

@@ -108,7 +108,10 @@ _QUIET = {"exact": False, "couple_channels": False, "noise": "bernoulli", "eval"
 
 
 def written_options(p: float | None, options: dict[str, Any]) -> str:
-    """`p=0.1, num_samples=8`, as a module's repr shows it, without options at None and at rest."""
-    shown = {} if p is None else {"p": p}
+    """`p=0.1, num_samples=8`, as a module's repr shows it, without options at None and at rest.
+
+    The rate is left out where a `sigma` takes its place.
+    """
+    shown = {} if p is None or options.get("sigma") is not None else {"p": p}
     shown |= {key: value for key, value in options.items() if value is not None and _QUIET.get(key) != value}
     return ", ".join(f"{key}={written_value(value)}" for key, value in shown.items())

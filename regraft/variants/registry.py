@@ -81,6 +81,11 @@ def variant(name: str, /, **options: Any) -> Variant:
     """
     chosen = spec(name)
     check_options(chosen, options)
+    if "p" in options and not rate_matters(chosen, options):
+        given = ", ".join(key for key in options if key != "p")
+        raise OptionError(
+            f"p plays no part beside {given}", where=f"variant {chosen.name!r}", remedy=f"give p, or {given}"
+        )
     return Variant(name, dict(options))
 
 
@@ -88,6 +93,11 @@ def complete_options(chosen: Spec, options: Mapping[str, Any]) -> dict[str, Any]
     """The options given, over the variant's defaults, without the rate and what is a rule's alone."""
     own = {key: value for key, value in options.items() if key not in ("p", *OF_RULES)}
     return {**chosen.defaults, **own}
+
+
+def rate_matters(chosen: Spec, options: Mapping[str, Any]) -> bool:
+    """False where another option says how strong the noise is, as `sigma` of "gaussian" does."""
+    return chosen.needs_rate is None or chosen.needs_rate(complete_options(chosen, options))
 
 
 def check_options(chosen: Spec, options: Mapping[str, Any]) -> None:
