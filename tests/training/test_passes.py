@@ -708,3 +708,19 @@ def test_what_only_reads_a_tensors_data_is_shared():
     assert torch.equal(passes, model(x).expand(2, 3, 2))
     model.drop.p = 0.5
     assert not torch.equal(*regraft.stochastic_passes(model, 2, x, strategy="shared"))
+
+
+def test_a_model_with_several_main_inputs():
+    class Two(nn.Module):
+        main_input_name = ["x", "names"]  # as OneFormer has
+
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x, names=None):
+            return self.drop(x)
+
+    for strategy in ("auto", "shared", "batch", "loop"):
+        inputs = {"x": torch.rand(4, 3), "names": [1, [2], {}]}
+        assert regraft.stochastic_passes(Two(), 2, strategy=strategy, **inputs).shape == (2, 4, 3)

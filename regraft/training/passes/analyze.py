@@ -155,7 +155,7 @@ def analysis_of(model: nn.Module, inputs: Inputs) -> PassAnalysis:
 
 def work_of(model: nn.Module, call: Call, fork: str | None = None) -> tuple[float, float]:
     """The part of one pass that passes can share, in [0, 1]; and about how many flops a pass has."""
-    analysis = analysis_of(model, Inputs(call, getattr(model, "main_input_name", None), fork=fork))
+    analysis = analysis_of(model, Inputs(call, main_input(model), fork=fork))
     prefix = 0.0 if analysis.no_sharing is not None else analysis.prefix
     if analysis.plain is None:
         return prefix, math.inf
@@ -190,6 +190,14 @@ def _state(model: nn.Module, inputs: Inputs) -> Any:
 
 def _number(value: Any) -> Any:
     return value if isinstance(value, (int, float)) else None
+
+
+def main_input(model: nn.Module) -> str | None:
+    """The argument that says how long a Transformers model's batch is: of several, the first."""
+    name = getattr(model, "main_input_name", None)
+    if isinstance(name, (list, tuple)):
+        name = next(iter(name), None)
+    return name if isinstance(name, str) else None
 
 
 def _analyzed(model: nn.Module, inputs: Inputs) -> PassAnalysis:

@@ -13,7 +13,7 @@ from torch import nn
 
 from regraft.errors import InputsError, ModelError, RateError, nearest
 from regraft.find.walk import inner_model
-from regraft.training.passes.analyze import Inputs, PassAnalysis, analysis_of, log, why
+from regraft.training.passes.analyze import Inputs, PassAnalysis, analysis_of, log, main_input, why
 from regraft.training.passes.caches import Call
 from regraft.training.passes.compiled import compiled_forward, is_compiled
 from regraft.training.passes.fork import Fork, ForkError, Parting, fork_path
@@ -108,9 +108,12 @@ def run_passes(
     strategy: str,
     chunk: int,
     unbatched: Collection[str] = (),
-    fork: str | float | None = None,
+    fork: str | float | Fork | None = None,
 ) -> Any:
-    """What `stochastic_passes` does, by a `forward` of `model` that need not be the model's own."""
+    """What `stochastic_passes` does, by a `forward` of `model` that need not be the model's own.
+
+    Calls that are given one `Fork` have what is drawn in front of it in common.
+    """
     inner = inner_model(model)[0]
     if fork is not None and (is_compiled(model) or torch.compiler.is_compiling()):
         raise ForkError(
@@ -118,14 +121,11 @@ def run_passes(
             remedy="pass the model uncompiled; its blocks may be compiled, each by compile()",
         )
     args, kwargs = call
-    inputs = Inputs(
-        (args, _without_cache(inner, kwargs)),
-        getattr(inner, "main_input_name", None),
-        unbatched,
-        None if fork is None else fork_path(inner, fork),
-    )
+    path = fork.path if isinstance(fork, Fork) else None if fork is None else fork_path(inner, fork)
+    inputs = Inputs((args, _without_cache(inner, kwargs)), main_input(inner), unbatched, path)
+    shared = fork if isinstance(fork, Fork) else None
     with passing(inner):
-        return getattr(_Passes(model, forward, n, min(chunk, n), inputs), strategy)()
+        return getattr(_Passes(model, forward, n, min(chunk, n), inputs, shared), strategy)()
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,8 @@ class _Passes:
     n: int
     chunk: int
     inputs: Inputs
+    fork: Fork | None
+    """One that other calls have in common with this one."""
 
     @property
     def analysis(self) -> PassAnalysis:
@@ -208,8 +210,8 @@ class _Passes:
         sizes = [min(chunk, self.n - start) for start in range(0, self.n, chunk)]
         parting = None
         if self.inputs.fork is not None:
-            fork = Fork(inner_model(self.model)[0], self.inputs.fork)
-            parting = fork.watched if len(sizes) == 1 else fork.replayed
+            fork = self.fork or Fork(inner_model(self.model)[0], self.inputs.fork)
+            parting = fork.watched if len(sizes) == 1 and self.fork is None else fork.replayed
         return joined([run(size, parting) for size in sizes])
 
     def _why_no_batch(self) -> str | InputsError | None:
