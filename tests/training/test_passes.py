@@ -712,10 +712,9 @@ def test_what_only_reads_a_tensors_data_is_shared():
 
 def test_a_model_with_several_main_inputs():
     class Two(nn.Module):
-        main_input_name = ["x", "names"]  # as OneFormer has
-
         def __init__(self):
             super().__init__()
+            self.main_input_name = ["x", "names"]  # as OneFormer has
             self.drop = nn.Dropout(0.5)
 
         def forward(self, x, names=None):
