@@ -14,7 +14,8 @@ from regraft.errors import FileError
 from regraft.graft import save
 from regraft.graft.apply import Report
 from regraft.training.rdrop.options import RDropOptions
-from regraft.training.rdrop.rdrop import graft_rdrop, state_of
+from regraft.training.rdrop.rdrop import graft_rdrop
+from regraft.training.rdrop.state import state_of
 
 _RDROP = "rdrop"
 

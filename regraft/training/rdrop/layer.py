@@ -49,7 +49,7 @@ def arm(root: nn.Module, passes: Passes, fork: str | float | None = None) -> Non
                 "R-Drop",
                 where="accelerate does so in mixed precision, and TRL's trainers",
                 remedy="call regraft.rdrop before accelerator.prepare, or before the Trainer is made; with "
-                "TRL give compute_loss_func=regraft.rdrop_criterion(model, ...)",
+                "TRL SFTTrainer(..., callbacks=[RDropCallback()])",
             )
 
 
@@ -106,8 +106,8 @@ def _not_reached(model: nn.Module) -> ModelError:
     return ModelError(
         f"{name} is grafted with R-Drop, and this training forward did not reach it",
         where=f"a forward stands on the model itself, {_home_of(model.__dict__.get('forward'))}",
-        remedy="regraft.revert(model) trains plain; TRL's trainers and others with a loss of their own "
-        "take compute_loss_func=regraft.rdrop_criterion(model, ...)",
+        remedy="regraft.revert(model) trains plain; TRL's SFTTrainer takes callbacks=[RDropCallback()] from "
+        "regraft.integrations.transformers, others compute_loss_func=regraft.rdrop_criterion(model, ...)",
     )
 
 
