@@ -12,8 +12,7 @@ from regraft.training.mc_eval import mc_eval
 from regraft.training.norm.max_norm import MaxNorm, max_norm
 from regraft.training.rdrop.layer import disarm
 from regraft.training.rdrop.rdrop import RDropLog, rdrop
-from regraft.training.rdrop.state import state_of
-from regraft.training.rdrop.trainers import use_logits
+from regraft.training.rdrop.state import state_of, use_logits
 from regraft.training.schedule import Schedule, schedule
 
 

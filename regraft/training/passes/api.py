@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regraft.errors import InputsError, ModelError, RateError, nearest
 from regraft.find.walk import inner_model
@@ -20,6 +21,7 @@ from regraft.training.passes.fork import Fork, ForkError, Parting, fork_path
 from regraft.training.passes.intercept import RecomputeError
 from regraft.training.passes.loop import joined, single_forward
 from regraft.training.passes.measure import Forward
+from regraft.training.passes.nested import leaves
 from regraft.training.passes.per_pass_modules import modules_of
 from regraft.training.passes.reentrancy import passing
 from regraft.training.passes.repeat import NoBatchAxisError, repeated_forward
@@ -74,6 +76,9 @@ def stochastic_passes(
     asked for by `use_cache=True` is None among the outputs. A table of what works under which strategy:
     docs/passes.md.
 
+    Warns:
+        If the model is in eval and the passes are equal.
+
     Raises:
         InputsError: an input that cannot be repeated, or an output without a value for each pass.
         ModelError: the strategy asked for cannot run this model, or its passes would not be independent.
@@ -87,7 +92,7 @@ def stochastic_passes(
         torch.Size([2, 5, 3])
     """
     check_strategy(strategy)
-    return run_passes(
+    outputs = run_passes(
         model,
         model,
         _check_count("n", n),
@@ -97,6 +102,19 @@ def stochastic_passes(
         unbatched=unbatched,
         fork=fork,
     )
+    if n > 1 and not torch.compiler.is_compiling() and not any(m.training for m in model.modules()):
+        _warn_if_equal(model, outputs)
+    return outputs
+
+
+def _warn_if_equal(model: nn.Module, outputs: Any) -> None:
+    tensors = [leaf for _, leaf in leaves("", outputs) if isinstance(leaf, Tensor)]
+    if all(bool((x[0] == x[1]).all()) for x in tensors if len(x) > 1):
+        warnings.warn(
+            f"the passes of {type(inner_model(model)[0]).__name__} are equal, for it is in eval: "
+            "model.train() for training, regraft.mc_predict for a prediction",
+            stacklevel=3,
+        )
 
 
 def run_passes(

@@ -28,7 +28,7 @@ from regraft.training.rdrop.labels import infer_task
 from regraft.training.rdrop.layer import Call, Forward, armed
 from regraft.training.rdrop.options import RDropOptions
 from regraft.training.rdrop.rdrop_loss import RDropTerms, rdrop_terms
-from regraft.training.rdrop.trainers import loss_of_trainer
+from regraft.training.rdrop.trainers import fused_trainer, loss_of_trainer
 
 _CHECK_EVERY = 100
 """Steps after which the model's own loss is compared with the plain one again: one forward of 600."""
@@ -96,8 +96,10 @@ class RDrop:
                     remedy="SFTTrainer(..., callbacks=[RDropCallback()]) instead of rdrop, or "
                     "compute_loss_func=regraft.rdrop_criterion(model, ...)",
                 )
-            if any(call[1].get(name) is None for name in self.labels) and not self._take_over(model):
-                raise _no_labels(model, self.labels)
+            if any(call[1].get(name) is None for name in self.labels):
+                compiling = torch.compiler.is_compiling()
+                if compiling or not self.take_over(model, *loss_of_trainer()):
+                    raise _no_labels(model, self.labels)
         if self.outside:
             return self._first_pass(model, forward, call)
         self.counted = call[1].get("num_items_in_batch") is not None
@@ -107,14 +109,13 @@ class RDrop:
         plain = self.own is not None and self.own.plain
         return (self._by_logits if plain else self._by_own_loss)(model, forward, call)
 
-    def _take_over(self, model: nn.Module) -> bool:
-        """Whether the loss that Trainer computes from the outputs, as label smoothing, is R-Drop's now."""
-        if self.options.label_smoothing or torch.compiler.is_compiling():
+    def take_over(self, model: nn.Module, trainer: Any, name: str) -> bool:
+        """Whether the loss that this Trainer computes from the outputs is R-Drop's from now on."""
+        criterion = getattr(trainer, name, None)
+        if criterion is None or self.options.label_smoothing:
             return False
-        trainer, name = loss_of_trainer()
-        if trainer is None:
-            return False
-        criterion = getattr(trainer, name)
+        if isinstance(criterion, RDropCriterion):
+            criterion = criterion.criterion
         self.reading = read_criterion(criterion, self.options) if self.options.alpha else None
         setattr(trainer, name, RDropCriterion(model, criterion, strict=False))
         self.outside = True
@@ -265,6 +266,13 @@ def state_of(model: nn.Module) -> RDrop | None:
     """What `rdrop` or `rdrop_criterion` put on a model, with the terms of its last step; None without it."""
     state: RDrop | None = armed(inner_model(model)[0])
     return state
+
+
+def use_logits(model: nn.Module) -> None:
+    """Let a TRL trainer that calls this compute its loss from logits, by R-Drop."""
+    root, state = inner_model(model)[0], state_of(model)
+    if state is not None:
+        state.take_over(root, *fused_trainer(root))
 
 
 def _no_labels(model: nn.Module, names: tuple[str, ...], *, criterion: bool = False) -> LossError:
