@@ -180,6 +180,22 @@ def test_a_criterion_is_asked_for_when_a_plan_is_loaded(tmp_path):
     assert state_of(again).options == state_of(model).options
 
 
+def test_the_criterion_outside_is_asked_for_too(tmp_path):
+    model, again = vit(drop_rate=0.3), vit(drop_rate=0.3)
+    regraft.apply(model, {"Dropout@head_drop": "gaussian"})
+    regraft.rdrop_criterion(model, F.cross_entropy, alpha=0.5, fork=0.5)
+    regraft.save_plan(model, tmp_path)
+    for criterion in (None, F.cross_entropy, regraft.rdrop_criterion(model, F.cross_entropy)):
+        with pytest.raises(LossError, match=r"rdrop_criterion with cross_entropy, which a file cannot hold"):
+            regraft.load_plan(again, tmp_path, criterion=criterion)
+        assert all("_regraft" not in vars(module) for module in again.modules())
+    criterion = regraft.rdrop_criterion(again, F.cross_entropy)
+    assert len(regraft.load_plan(again, tmp_path, criterion=criterion).grafted) == 1
+    assert (state_of(again).options.alpha, state_of(again).options.fork) == (0.5, 0.5)
+    criterion(again.train()(images()), Y.repeat(2)[: len(images())]).backward()
+    assert criterion.terms.kl > 0
+
+
 def quiet(build):
     """A model whose dropouts are all at 0: R-Drop is then its own loss, exactly."""
     model = build()

@@ -342,9 +342,15 @@ class RDropCriterion(nn.Module):
         self.terms: RDropTerms | None = None
         self.__dict__["_model"] = model  # no submodule: its parameters are not the criterion's
 
+    @property
+    def model(self) -> nn.Module:
+        """The model whose passes it fetches."""
+        model: nn.Module = self.__dict__["_model"]
+        return model
+
     def forward(self, outputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The R-Drop loss in training; the criterion of the outputs otherwise."""
-        model: nn.Module = self.__dict__["_model"]
+        model = self.model
         state: RDrop | None = armed(model)
         grafted = state is not None and state.outside
         trains = model.training and torch.is_grad_enabled() and _has_gradient(outputs)
