@@ -13,8 +13,7 @@ from regraft.errors import LossError, ModelError
 from regraft.find.probe.preserve_state import buffers_kept, random_state_kept
 from regraft.find.walk import inner_model
 from regraft.training.passes.api import run_passes
-from regraft.training.passes.nested import leaves, mapped
-from regraft.training.passes.outputs import pass_of
+from regraft.training.passes.nested import leaves, mapped, pass_of
 from regraft.training.rdrop.criteria import Reading, divergence_of, read_criterion
 from regraft.training.rdrop.fields import logits_in, loss_in, named_call, with_loss
 from regraft.training.rdrop.infer_loss import (
