@@ -171,9 +171,8 @@ class _Target:
 
     def rows(self, rows: slice) -> _Target:
         """The same for some of its positions, which are on one axis."""
-        tensors = ("kept", "compared", "labels", "weights")
-        cut = {name: getattr(self, name) for name in tensors}
-        return replace(self, **{name: x if x is None else x[rows] for name, x in cut.items()})
+        tensors: Any = {name: getattr(self, name) for name in ("kept", "compared", "labels", "weights")}
+        return replace(self, **{name: x[rows] for name, x in tensors.items() if x is not None})
 
 
 def _target(

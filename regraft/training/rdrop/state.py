@@ -51,7 +51,7 @@ class RDrop:
         own: what the model's own loss is; None before the first step, and with a criterion.
         terms: the task's loss and the KL of the last step, for a log.
         counted: whether that step was given a count of items.
-        reached: see `Passes`.
+        reached: whether a forward came to it.
         kept: the first pass and all passes of a forward whose loss is not computed yet.
     """
 
