@@ -188,16 +188,16 @@ class MarkedRate(float):
 def marked(modules: list[nn.Module]) -> Iterator[None]:
     """The originals of all modules in training mode; afterwards everything is as it was.
 
-    LayerDrop is at 0, so that no layer is missed. Each dropout's rate is marked, so that a call that uses
-    it tells which module it got it from.
+    LayerDrop draws, but at a rate so small that no layer is missed. Each dropout's rate is marked, so that a
+    call that uses it tells which module it got it from.
     """
     with unchanged(modules), temporarily_ungrafted(modules):
         set_training(modules, mode=True)
         for module in modules:
             attributes = module.__dict__
             for name in _LAYER_DROPS:
-                if isinstance(attributes.get(name), float):
-                    attributes[name] = 0.0
+                if isinstance(attributes.get(name), float) and attributes[name] > 0:
+                    attributes[name] = sys.float_info.min
             rate: Any = attributes.get("p")
             if isinstance(rate, (float, int)) and not isinstance(rate, bool) and 0 <= rate <= 1:
                 attributes["p"] = MarkedRate(rate)
