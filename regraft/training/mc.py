@@ -27,7 +27,7 @@ from regraft.interrupts import HeldInterrupts
 from regraft.ops import DROP_BLOCK
 from regraft.record import grafts_of
 from regraft.training.passes.analyze import work_of
-from regraft.training.passes.api import check_strategy, run_passes
+from regraft.training.passes.api import call_of, check_strategy, run_passes
 from regraft.training.passes.fork import Fork, fork_path
 from regraft.training.passes.nested import leaves, mapped
 from regraft.training.rdrop.fields import logits_in, parts_of
@@ -103,7 +103,7 @@ def mc_predict(
     Args:
         model: any that has dropout with rates above 0.
         n: how many passes, 2 or more.
-        args: for the model's forward.
+        args: for the model's forward, as are `kwargs`; or `inputs=` with all of them, as of `regraft.apply`.
         batches: instead of `args`, many inputs: a `DataLoader` or any iterable of dicts (their labels are
             left out), tensors, or tuples, whose first is the input. They are moved to the model's device;
             the results are joined along the first axis, on the CPU.
@@ -146,7 +146,7 @@ def mc_predict(
         raise RateError(f"n={n!r} passes have no variance", remedy="give 2 or more")
     check_strategy(strategy)
     reading = Reading(task, class_axis, output)
-    calls = [(args, kwargs)] if batches is None else _calls(batches, model, kwargs)
+    calls = [call_of(model, args, kwargs)] if batches is None else _calls(batches, model, kwargs)
     done: list[MCPrediction] = []
     sampler = Sampler(model, rules, droppath)
     with torch.no_grad():

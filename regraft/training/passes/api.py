@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import InputsError, ModelError, RateError, nearest
+from regraft.find.probe.example_inputs import given_inputs
 from regraft.find.walk import inner_model
 from regraft.training.passes.analyze import Inputs, PassAnalysis, analysis_of, log, main_input, why
 from regraft.training.passes.caches import Call
@@ -51,7 +52,7 @@ def stochastic_passes(
     Args:
         model: as it is, in training or in eval; it is not switched.
         n: how many passes.
-        args: for the model's forward.
+        args: for the model's forward, as are `kwargs`; or `inputs=` with all of them, as of `regraft.apply`.
         strategy: "auto", "shared", "batch" or "loop".
         chunk: at most this many passes at once, to bound the memory.
         unbatched: names of keyword arguments that "batch" must not repeat, although their first axis is
@@ -96,7 +97,7 @@ def stochastic_passes(
         model,
         model,
         _check_count("n", n),
-        (args, kwargs),
+        call_of(model, args, kwargs),
         strategy=strategy,
         chunk=n if chunk is None else _check_count("chunk", chunk),
         unbatched=unbatched,
@@ -115,6 +116,23 @@ def _warn_if_equal(model: nn.Module, outputs: Any) -> None:
             "model.train() for training, regraft.mc_predict for a prediction",
             stacklevel=3,
         )
+
+
+def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The arguments of a forward, also given as one `inputs=`, as `regraft.apply` takes them.
+
+    Raises:
+        InputsError: both are given, or the inputs do not fit the forward.
+    """
+    inner = inner_model(model)[0]
+    if "inputs" not in kwargs or "inputs" in inspect.signature(inner.forward).parameters:
+        return args, kwargs
+    if args or len(kwargs) > 1:
+        raise InputsError(
+            "inputs= has all of a forward's arguments, and more are given", where=type(inner).__name__
+        )
+    made = given_inputs(inner, kwargs["inputs"])
+    return made.args, dict(made.kwargs)
 
 
 def run_passes(
