@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from regraft.training.passes.api import stochastic_passes as stochastic_passes
     from regraft.training.penalty import penalty as penalty
     from regraft.training.rdrop.criterion import rdrop_criterion as rdrop_criterion
-    from regraft.training.rdrop.rdrop import RDropOutput as RDropOutput
     from regraft.training.rdrop.rdrop import rdrop as rdrop
     from regraft.training.rdrop.rdrop_loss import rdrop_loss as rdrop_loss
+    from regraft.training.rdrop.state import RDropOutput as RDropOutput
     from regraft.training.saved import load_plan as load_plan
     from regraft.training.saved import save_plan as save_plan
     from regraft.training.schedule import Schedule as Schedule
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from regraft.variants.registry import variant as variant
     from regraft.variants.spec import Variant as Variant
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded on first use (PEP 562), so that `import regraft` and the command line start without torch.
 _HOMES = {
@@ -73,7 +73,7 @@ _HOMES = {
     "MCPrediction": "training.mc",
     "mc_predict": "training.mc",
     "multisample_loss": "training.multisample",
-    "RDropOutput": "training.rdrop.rdrop",
+    "RDropOutput": "training.rdrop.state",
     "stochastic_passes": "training.passes.api",
     "rdrop": "training.rdrop.rdrop",
     "rdrop_criterion": "training.rdrop.criterion",
@@ -86,7 +86,7 @@ _HOMES = {
     "variant": "variants.registry",
     "Variant": "variants.spec",
 }
-_MODULES = ("errors", "nn")
+_MODULES = ("errors", "integrations", "nn")
 
 __all__ = sorted([*_HOMES, *_MODULES, "__version__"])  # noqa: PLE0605
 

@@ -18,8 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import regraft
 from regraft.errors import RateError
-from regraft.variants.parse import parse_variant
-from regraft.variants.registry import complete_options, names, spec
+from regraft.variants.registry import complete_options, names, parse_variant, spec
 
 WIDTH = 6
 OPTIONS = {

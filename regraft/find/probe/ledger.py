@@ -32,6 +32,7 @@ from regraft.find.calls import Called
 from regraft.find.frames import caller_line, calling_frames, in_a_variant, line_of
 from regraft.find.graph_calls import running_node
 from regraft.find.probe.copied import NotCopiedError, original
+from regraft.find.probe.dataflow import Dataflow
 from regraft.find.probe.masks import ROWS, Masks
 from regraft.find.recognize import op_of
 from regraft.find.tensor_io import Flow, flow
@@ -168,7 +169,11 @@ def observe(
             stack.enter_context(_Operations(observer))
         stack.enter_context(_Functions(observer))
         stack.enter_context(torch.no_grad())
-        forward(*args, **kwargs)
+        if observer.dataflow is not None:
+            observer.dataflow.begin(args, kwargs)
+        returned = forward(*args, **kwargs)
+        if observer.dataflow is not None:
+            observer.dataflow.end(returned)
     return observer.finish()
 
 
@@ -189,6 +194,7 @@ class Observer:
         self.known = known
         self.sites = sites
         self.recorders = recorders
+        self.dataflow = next((one for one in recorders if isinstance(one, Dataflow)), None)
         self.modules_too = modules_too
         self.keep_layers = keep_layers
         self.locate = locate
@@ -209,7 +215,7 @@ class Observer:
         """The innermost module of the model that is running."""
         return next((owner for owner in reversed(self.owners) if id(owner) in self.known), self.root)
 
-    def enter(self, module: nn.Module, _: Any) -> None:
+    def enter(self, module: nn.Module, given: Any) -> None:
         if threading.get_ident() != self._thread:
             return
         entered, module = module, original(module)
@@ -219,6 +225,8 @@ class Observer:
         if self.locate:
             self._check_generators()
         self.owners.append(module)
+        if self.dataflow is not None:
+            self.dataflow.enter(module, given)
         counts, lines = self.ledger.counts, self.ledger.lines
         counts[id(module)] = counts.get(id(module), 0) + 1
         if id(module) in self.sites and id(module) not in lines:
@@ -231,6 +239,8 @@ class Observer:
                 self._check_generators()
             self.owners.pop()
             self.ledger.flows.setdefault(id(module), (flow(given), flow(returned)))
+            if self.dataflow is not None:
+                self.dataflow.leave(module, given, returned)
 
     def begin_call(self, parsed: Parsed) -> None:
         """A function that drops is called."""
@@ -244,6 +254,8 @@ class Observer:
             return  # a module site: it is counted as the module
         frames = calling_frames()
         owner, node = running_node(owners, frames)
+        if self.dataflow is not None:
+            self.dataflow.call(owner, parsed.op, node, parsed.x)
         called = self._call(owner, parsed.op, node)
         called.rates.append(parsed.p if parsed.training or parsed.p == 0 else 0.0)  # as it came: marked
         called.sources.append(line_of(frames))
