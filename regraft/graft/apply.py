@@ -202,7 +202,7 @@ def graft_rules(
             for edit in plan.grafted
             if edit.fixes_eval
         ],
-        state_keys=_state_keys(steps),
+        state_keys=_state_keys(steps, inspection),
         notes=[*plan.notes],
         probe=plan.probe,
         balance=plan.balance,
@@ -353,9 +353,15 @@ def _covering(grafts: Iterable[Graft], graft: Graft) -> Iterator[Graft]:
         yield from _covering(above.covered.values(), graft)
 
 
-def _state_keys(steps: list[Step]) -> list[str]:
-    """Keys of the state dict that the grafts have brought, also those that stood already."""
-    return [key for _, _, graft in steps for key in _keys(graft).values()]
+def _state_keys(steps: list[Step], inspection: Inspection) -> list[str]:
+    """Keys of the state dict that the grafts have brought, by every name of a shared module."""
+    paths = {path: named.paths for named in inspection.modules for path in named.paths}
+    keys = []
+    for _, _, graft in steps:
+        first = graft.edit.get("reader") or graft.edit.get("path", "")
+        for name in _keys(graft):
+            keys += [f"{path}.{name}".lstrip(".") for path in paths.get(first, [first])]
+    return keys
 
 
 def _keys(graft: Graft) -> dict[str, str]:
