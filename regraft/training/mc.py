@@ -27,8 +27,8 @@ from regraft.interrupts import HeldInterrupts
 from regraft.ops import DROP_BLOCK
 from regraft.record import grafts_of
 from regraft.training.passes.analyze import work_of
-from regraft.training.passes.api import call_of, stochastic_passes
-from regraft.training.passes.fork import fork_path
+from regraft.training.passes.api import call_of, check_strategy, run_passes
+from regraft.training.passes.fork import Fork, fork_path
 from regraft.training.passes.nested import leaves, mapped
 from regraft.training.rdrop.fields import logits_in, parts_of
 from regraft.training.rdrop.options import TASKS, Key
@@ -144,6 +144,7 @@ def mc_predict(
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 2:
         raise RateError(f"n={n!r} passes have no variance", remedy="give 2 or more")
+    check_strategy(strategy)
     reading = Reading(task, class_axis, output)
     calls = [call_of(model, args, kwargs)] if batches is None else _calls(batches, model, kwargs)
     done: list[MCPrediction] = []
@@ -173,12 +174,14 @@ def _predict(
     chunk: int | None,
     progress: bool | None,
 ) -> MCPrediction:
-    fork = options["fork"]
-    parting = None if fork is None else fork_path(inner_model(model)[0], fork)
+    root = inner_model(model)[0]
+    # One fork for all chunks, so that they have what is drawn in front of it in common too.
+    path = None if options["fork"] is None else fork_path(root, options["fork"])
+    options = {**options, "fork": None if path is None else Fork(root, path)}
     sums = _Sums(reading, samples)
-    at_once = chunk or _at_once(n, *work_of(model, call, parting), _on_cpu(model))
+    at_once = chunk or _at_once(n, *work_of(model, call, path), _on_cpu(model))
     for passes in _bar(_sizes(n, at_once), progress):
-        outputs = stochastic_passes(model, passes, *call[0], **options, **call[1])
+        outputs = run_passes(model, model, passes, call, chunk=passes, **options)
         sums.add(*reading.logits(outputs, type(model).__name__))
     return sums.prediction()
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regraft.errors import InputsError, ModelError, RateError, nearest
 from regraft.find.probe.example_inputs import given_inputs
 from regraft.find.walk import inner_model
-from regraft.training.passes.analyze import Inputs, PassAnalysis, analysis_of, log, why
+from regraft.training.passes.analyze import Inputs, PassAnalysis, analysis_of, log, main_input, why
 from regraft.training.passes.caches import Call
 from regraft.training.passes.compiled import compiled_forward, is_compiled
 from regraft.training.passes.fork import Fork, ForkError, Parting, fork_path
 from regraft.training.passes.intercept import RecomputeError
 from regraft.training.passes.loop import joined, single_forward
 from regraft.training.passes.measure import Forward
+from regraft.training.passes.nested import leaves
 from regraft.training.passes.per_pass_modules import modules_of
 from regraft.training.passes.reentrancy import passing
 from regraft.training.passes.repeat import NoBatchAxisError, repeated_forward
@@ -75,6 +77,9 @@ def stochastic_passes(
     asked for by `use_cache=True` is None among the outputs. A table of what works under which strategy:
     docs/passes.md.
 
+    Warns:
+        If the model is in eval and the passes are equal.
+
     Raises:
         InputsError: an input that cannot be repeated, or an output without a value for each pass.
         ModelError: the strategy asked for cannot run this model, or its passes would not be independent.
@@ -88,7 +93,7 @@ def stochastic_passes(
         torch.Size([2, 5, 3])
     """
     check_strategy(strategy)
-    return run_passes(
+    outputs = run_passes(
         model,
         model,
         _check_count("n", n),
@@ -98,6 +103,19 @@ def stochastic_passes(
         unbatched=unbatched,
         fork=fork,
     )
+    if n > 1 and not torch.compiler.is_compiling() and not any(m.training for m in model.modules()):
+        _warn_if_equal(model, outputs)
+    return outputs
+
+
+def _warn_if_equal(model: nn.Module, outputs: Any) -> None:
+    tensors = [leaf for _, leaf in leaves("", outputs) if isinstance(leaf, Tensor)]
+    if all(bool((x[0] == x[1]).all()) for x in tensors if len(x) > 1):
+        warnings.warn(
+            f"the passes of {type(inner_model(model)[0]).__name__} are equal, for it is in eval: "
+            "model.train() for training, regraft.mc_predict for a prediction",
+            stacklevel=3,
+        )
 
 
 def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -126,9 +144,12 @@ def run_passes(
     strategy: str,
     chunk: int,
     unbatched: Collection[str] = (),
-    fork: str | float | None = None,
+    fork: str | float | Fork | None = None,
 ) -> Any:
-    """What `stochastic_passes` does, by a `forward` of `model` that need not be the model's own."""
+    """What `stochastic_passes` does, by a `forward` of `model` that need not be the model's own.
+
+    Calls that are given one `Fork` have what is drawn in front of it in common.
+    """
     inner = inner_model(model)[0]
     if fork is not None and (is_compiled(model) or torch.compiler.is_compiling()):
         raise ForkError(
@@ -136,14 +157,11 @@ def run_passes(
             remedy="pass the model uncompiled; its blocks may be compiled, each by compile()",
         )
     args, kwargs = call
-    inputs = Inputs(
-        (args, _without_cache(inner, kwargs)),
-        getattr(inner, "main_input_name", None),
-        unbatched,
-        None if fork is None else fork_path(inner, fork),
-    )
+    path = fork.path if isinstance(fork, Fork) else None if fork is None else fork_path(inner, fork)
+    inputs = Inputs((args, _without_cache(inner, kwargs)), main_input(inner), unbatched, path)
+    shared = fork if isinstance(fork, Fork) else None
     with passing(inner):
-        return getattr(_Passes(model, forward, n, min(chunk, n), inputs), strategy)()
+        return getattr(_Passes(model, forward, n, min(chunk, n), inputs, shared), strategy)()
 
 
 @dataclass(frozen=True)
@@ -155,6 +173,8 @@ class _Passes:
     n: int
     chunk: int
     inputs: Inputs
+    fork: Fork | None
+    """One that other calls have in common with this one."""
 
     @property
     def analysis(self) -> PassAnalysis:
@@ -226,8 +246,8 @@ class _Passes:
         sizes = [min(chunk, self.n - start) for start in range(0, self.n, chunk)]
         parting = None
         if self.inputs.fork is not None:
-            fork = Fork(inner_model(self.model)[0], self.inputs.fork)
-            parting = fork.watched if len(sizes) == 1 else fork.replayed
+            fork = self.fork or Fork(inner_model(self.model)[0], self.inputs.fork)
+            parting = fork.watched if len(sizes) == 1 and self.fork is None else fork.replayed
         return joined([run(size, parting) for size in sizes])
 
     def _why_no_batch(self) -> str | InputsError | None:
