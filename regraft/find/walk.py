@@ -85,7 +85,8 @@ def inner_model(model: object) -> tuple[nn.Module, list[str]]:
 
 
 def _no_module(model: object) -> ModelError:
-    what = f"this is no torch.nn.Module but a {type(model).__name__}"
+    name = type(model).__name__
+    what = f"expected a torch.nn.Module, got {'an' if name[0] in 'AEIOU' else 'a'} {name}"
     remedy = "give the model itself"
     if isinstance(model, dict):
         remedy = "a state dict holds weights, not layers: build the model and load them into it"
