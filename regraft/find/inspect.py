@@ -11,6 +11,7 @@ from regraft.find.balance import balance, left
 from regraft.find.diagnose import Finding, diagnose
 from regraft.find.graph_nodes import node_sites
 from regraft.find.insertion_points import inserted_sites
+from regraft.find.locks import one_at_a_time
 from regraft.find.merge_probe import probed_sites
 from regraft.find.modules import module_sites
 from regraft.find.probe.dataflow import Dataflow
@@ -98,6 +99,7 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
     return inspect_flow(model, inputs, None)
 
 
+@one_at_a_time
 def inspect_flow(model: nn.Module, inputs: Any, dataflow: Dataflow | None) -> Inspection:
     """As `inspect`, with a record of where values come from and go to, if there is a `dataflow`."""
     seen = inspect_static(model)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ _MOST_RUNS = 16
 """One draw for the whole batch may well be the same twice."""
 _SIMPLE = (bool, int, float, str, type(None), tuple)
 _OWN = frozenset(vars(nn.Module()))
-_known: dict[Any, str | None] = {}
+_known: WeakKeyDictionary[type, dict[Any, str | None]] = WeakKeyDictionary()
 
 
 def law_of(module: nn.Module, rate: str | None) -> str | None:
@@ -43,11 +44,12 @@ def law_of(module: nn.Module, rate: str | None) -> str | None:
         for name, value in vars(module).items()
         if name != rate and name not in _OWN and type(value) in _SIMPLE and not name.startswith("_regraft")
     }
-    key = (cls, rate, repr(sorted(settings.items())))
-    if key not in _known:
+    known = _known.setdefault(cls, {})
+    key = (rate, repr(sorted(settings.items())))
+    if key not in known:
         with _alone():
-            _known[key] = _observed(module, rate)
-    return _known[key]
+            known[key] = _observed(module, rate)
+    return known[key]
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from regraft.errors import LossError, NoMatchError, RateError, nearest
 from regraft.find.inspect import inspect as inspect_sites
+from regraft.find.locks import one_at_a_time
 from regraft.find.walk import inner_model
 from regraft.graft.apply import grafted
 from regraft.graft.insertions import inserted_on
@@ -76,6 +77,7 @@ class MCPrediction:
     samples: Tensor | None = field(default=None, repr=False)
 
 
+@one_at_a_time
 def mc_predict(
     model: nn.Module,
     n: int,
@@ -436,7 +438,7 @@ def _warn_if_equal(model: nn.Module, result: MCPrediction) -> None:
     warnings.warn(
         f"all passes of {name} are equal: none of its dropouts at a rate above 0 has run; "
         "rules={'Dropout': 'mc(p=0.1)'} gives them a rate, droppath=True samples drop-paths too",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from regraft.find.calls import Called
 from regraft.find.frames import caller_line, calling_frames, in_a_variant, line_of
 from regraft.find.graph_calls import running_node
+from regraft.find.probe.copied import NotCopiedError, original
 from regraft.find.probe.dataflow import Dataflow
 from regraft.find.probe.masks import ROWS, Masks
 from regraft.find.recognize import op_of
@@ -207,6 +208,7 @@ class Observer:
         self._called: dict[tuple[int, str, str], Called] = {}
         self._generators = _generators()
         self._thread = threading.get_ident()
+        self._copies = False
 
     @property
     def here(self) -> nn.Module:
@@ -216,6 +218,10 @@ class Observer:
     def enter(self, module: nn.Module, given: Any) -> None:
         if threading.get_ident() != self._thread:
             return
+        entered, module = module, original(module)
+        self._copies |= entered is not module
+        if self._copies and entered is module and id(module) in self.known:
+            raise NotCopiedError(type(module).__name__)
         if self.locate:
             self._check_generators()
         self.owners.append(module)
@@ -227,6 +233,7 @@ class Observer:
             lines[id(module)] = caller_line()
 
     def leave(self, module: nn.Module, given: Any, returned: Any) -> None:
+        module = original(module)
         if threading.get_ident() == self._thread and self.owners and self.owners[-1] is module:
             if self.locate:
                 self._check_generators()
@@ -408,7 +415,7 @@ def _methods(owner: nn.Module, frames: list[FrameType]) -> set[str]:
     found = set()
     for frame in frames:
         name = frame.f_code.co_name
-        if frame.f_locals.get("self") is owner and callable(getattr(type(owner), name, None)):
+        if original(frame.f_locals.get("self")) is owner and callable(getattr(type(owner), name, None)):
             found.add(name)
     return found - _NO_METHODS
 

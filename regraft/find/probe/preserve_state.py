@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from regraft.find.probe.copied import original
 from regraft.interrupts import HeldInterrupts
 from regraft.record import temporarily_ungrafted
 
@@ -201,7 +202,7 @@ def marked(modules: list[nn.Module]) -> Iterator[None]:
             rate: Any = attributes.get("p")
             if isinstance(rate, (float, int)) and not isinstance(rate, bool) and 0 <= rate <= 1:
                 attributes["p"] = MarkedRate(rate)
-                attributes["p"].module = module
+                attributes["p"].module = original(module)
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_map
 from regraft.errors import InputsError
 from regraft.find.calls import Called
 from regraft.find.frames import own_line
+from regraft.find.probe.copied import NotCopiedError, copied
 from regraft.find.probe.example_inputs import Inputs, describe
 from regraft.find.probe.fake import fake, fake_state
 from regraft.find.probe.ledger import Draw, ObservedFakeMode, Recorder, observe
@@ -118,11 +120,14 @@ def run_probe(
         # A lazy module makes its weights in its first forward, which is not the probe's to run.
         return Probe(reason="a module of it is lazy, and has no weights before its first forward")
     began = time.perf_counter()
-    probe = _first_that_runs(_Look(model, every, sites, recorders, given), candidates)
+    with _probing:
+        probe = _first_that_runs(_Look(model, every, sites, recorders, given), candidates)
     probe.seconds = None if probe.reason == _UNKNOWN else round(time.perf_counter() - began, 3)
     return probe
 
 
+_probing = threading.RLock()
+"""One probe at a time: they share the generators, the filters of warnings and the caches of model files."""
 _UNKNOWN = "regraft does not know this model's inputs; give inputs="
 
 
@@ -179,16 +184,34 @@ _FAKE_ERRORS = (
 
 def _on_fake_tensors(look: _Look, inputs: Inputs) -> Probe:
     mode = ObservedFakeMode(allow_non_fake_inputs=True)
-    with preserving(silent(), forgotten(look.every), marked(look.every), random_state_kept()):
+    with preserving(silent(), forgotten(look.every), random_state_kept()):
         state = fake_state(look.model, mode)
         device = next(reversed(state.values())).device if state else torch.device("cpu")
         args, kwargs = tree_map(lambda leaf: fake(leaf, mode, device), (inputs.args, inputs.kwargs))
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def in_place(*args: Any, **kwargs: Any) -> Any:
             return functional_call(look.model, state, args, kwargs)
 
         with mode:
-            return _both(look, (forward, args, kwargs), state, mode)
+            return _on_copies(look, (in_place, args, kwargs), state, mode)
+
+
+def _on_copies(
+    look: _Look, forward: Forward, state: dict[str, Tensor], mode: ObservedFakeMode | None = None
+) -> Probe:
+    """The probe by copies of the modules on the tensors of `state`.
+
+    Where those would reach the modules themselves, the modules are run, by `forward`, and put back.
+    """
+    run, args, kwargs = forward
+    own = dict([*look.model.named_parameters(), *look.model.named_buffers()])
+    try:
+        copies = copied(look.every, {id(own[name]): tensor for name, tensor in state.items()})
+        with marked(copies):
+            return _both(look, (copies[0], args, kwargs), state, copies, mode)
+    except NotCopiedError:
+        with preserving(marked(look.every)):
+            return _both(look, (run, args, kwargs), state, look.every, mode)
 
 
 def _for_real(look: _Look, inputs: Inputs, reason: str) -> Probe:
@@ -197,10 +220,11 @@ def _for_real(look: _Look, inputs: Inputs, reason: str) -> Probe:
     if torch.device("meta") in devices or len(devices) > 1:
         return Probe(reason=reason)
     args, kwargs = tree_map(lambda leaf: _moved(leaf, devices), (inputs.args, inputs.kwargs))
-    state = dict([*model.named_parameters(), *model.named_buffers()])
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    state = {**dict(model.named_parameters()), **buffers}
     try:
-        with preserving(silent(), buffers_kept(every), marked(every), random_state_kept()):
-            probe = _both(look, (model, args, kwargs), state)
+        with preserving(silent(), buffers_kept(every), random_state_kept()):
+            probe = _on_copies(look, (model, args, kwargs), state)
     except Exception as error:
         if look.given:
             raise InputsError(
@@ -214,8 +238,13 @@ def _for_real(look: _Look, inputs: Inputs, reason: str) -> Probe:
 
 
 def _both(
-    look: _Look, forward: Forward, state: Mapping[str, Tensor], mode: ObservedFakeMode | None = None
+    look: _Look,
+    forward: Forward,
+    state: Mapping[str, Tensor],
+    running: list[nn.Module],
+    mode: ObservedFakeMode | None = None,
 ) -> Probe:
+    """The probe by `forward`, in training and then in eval; `running` are the modules that it runs."""
     known = {id(module): module for module in look.every}
     seen = observe(
         *forward, known=known, sites=look.sites, state=state, recorders=look.recorders, fake_mode=mode
@@ -231,7 +260,7 @@ def _both(
         read=_modules_read(look.model, seen.read),
     )
     # With those that the first forward made and kept.
-    set_training([*look.every, *look.model.modules()], mode=False)
+    set_training([*running, *running[0].modules()], mode=False)
     try:
         by_hand = any(draw.call is None for draw in seen.draws)
         in_eval = observe(*forward, known=known, modules_too=True, operations=by_hand, fake_mode=mode)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import InputsError
+from regraft.find.locks import lock_of
 from regraft.find.walk import inner_model
 from regraft.record import grafts_of
 from regraft.training.passes.caches import Call
@@ -142,14 +143,15 @@ def analysis_of(model: nn.Module, inputs: Inputs) -> PassAnalysis:
     """
     if torch.compiler.is_compiling():
         return PassAnalysis(no_sharing=_COMPILING, no_batch=[_COMPILING])
-    known = _known.setdefault(model, {})
-    key = _state(model, inputs)
-    if key not in known:
-        known[key] = _analyzed(model, inputs)
-        known[key].elements = _elements(inputs.call)
-        if known[key].no_sharing is not None:
-            log.info("%s: passes share nothing: %s", type(model).__name__, known[key].no_sharing)
-    return known[key]
+    with lock_of(model):
+        known = _known.setdefault(model, {})
+        key = _state(model, inputs)
+        if key not in known:
+            known[key] = _analyzed(model, inputs)
+            known[key].elements = _elements(inputs.call)
+            if known[key].no_sharing is not None:
+                log.info("%s: passes share nothing: %s", type(model).__name__, known[key].no_sharing)
+        return known[key]
 
 
 def work_of(model: nn.Module, call: Call, fork: str | None = None) -> tuple[float, float]:

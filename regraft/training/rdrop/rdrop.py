@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from regraft.errors import ModelError
 from regraft.find.inspect import inspect as inspect_sites
+from regraft.find.locks import one_at_a_time
 from regraft.find.walk import inner_model
 from regraft.training.rdrop.fields import argument_name
 from regraft.training.rdrop.layer import arm
@@ -107,6 +108,7 @@ def rdrop(
     return graft_rdrop(model, RDropOptions.of(locals()), inputs)
 
 
+@one_at_a_time
 def graft_rdrop(model: nn.Module, options: RDropOptions, inputs: Any = None) -> nn.Module:
     """What `rdrop` and `rdrop_criterion` do to a model, with their options as one value."""
     root, _ = inner_model(model)
@@ -189,5 +191,5 @@ def warn_of_no_noise(model: nn.Module, alpha: float, inputs: Any) -> None:
         f"R-Drop on {type(inner_model(model)[0]).__name__} has nothing to compare, {there}: the passes are "
         "equal and the KL is 0. Build the model with rates above 0, or give them one: "
         "regraft.apply(model, {'Dropout': 'dropout(p=0.1)'})",
-        stacklevel=4,
+        stacklevel=5,
     )
