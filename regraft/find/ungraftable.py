@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from regraft.find.recognize import never_runs
+from regraft.libraries import is_sharded
 from regraft.record import original_class
 
-_PLAIN_TENSORS = ("Parameter", "Tensor", "DTensor", "FakeTensor", "Buffer", "UninitializedParameter")
+_PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer, nn.UninitializedParameter, FakeTensor)
 
 
 def obstacle(module: nn.Module, op: str) -> tuple[str, str] | None:
@@ -22,14 +25,14 @@ def obstacle(module: nn.Module, op: str) -> tuple[str, str] | None:
     if found is not None:
         return found
     weight = own_parameter(module, "weight")
-    if weight is not None and type(weight).__name__ not in _PLAIN_TENSORS:
+    if weight is not None and type(weight) not in _PLAIN_TENSORS and not is_sharded(weight):
         return f"its weight is a {type(weight).__name__}, not plain numbers", "graft before quantizing"
     return None
 
 
 def owner_obstacle(module: nn.Module) -> tuple[str, str] | None:
     """Why a change of what the forward of `module` does would be lost, and the remedy."""
-    if original_class(module).__module__.startswith("torch.jit"):
+    if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled TorchScript, which ignores a change of class", "graft before scripting"
     if isinstance(module, LazyModuleMixin):
         return "it is lazy and changes its class at its first forward", "run one forward first"
@@ -57,7 +60,7 @@ def foreign(module: nn.Module) -> tuple[str, str] | None:
         return f"{name} is quantized: quantized layers cannot be grafted", "graft before quantizing"
     if any(home.startswith(("keras.", "tf_keras.")) for home in homes):
         return f"{name} is a Keras layer, whose own classes draw", "write it with torch's layers to graft it"
-    if any(home.startswith("torch.jit") for home in homes):
+    if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled TorchScript: what it draws is not grafted", "graft before scripting"
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from regraft.find.calls import Called
 from regraft.find.frames import own_line
 from regraft.find.probe.example_inputs import Inputs, describe
 from regraft.find.probe.fake import fake, fake_state
-from regraft.find.probe.ledger import Draw, ObservedFakeMode, Recorder, observe
+from regraft.find.probe.ledger import GENERATORS, Draw, Ledger, ObservedFakeMode, observe
 from regraft.find.probe.preserve_state import (
     MarkedRate,
     buffers_kept,
@@ -28,9 +28,11 @@ from regraft.find.probe.preserve_state import (
     marked,
     preserving,
     random_state_kept,
+    seed_generators,
     set_training,
     silent,
 )
+from regraft.find.probe.products import ProductRecorder
 from regraft.find.tensor_io import Flow
 
 
@@ -101,7 +103,7 @@ def run_probe(
     every: list[nn.Module],
     candidates: Iterable[Inputs],
     sites: set[int],
-    recorders: Sequence[Recorder] = (),
+    products: ProductRecorder,
     *,
     given: bool = False,
 ) -> Probe:
@@ -109,7 +111,7 @@ def run_probe(
 
     `every` are its modules, `sites` those whose calling lines are wanted. Of the candidates the first that
     runs is taken. Where fake tensors do not carry the forward (it branches on data), it is run for real.
-    `recorders` are told every operation of the training forward.
+    `products` gets every product of the training forward.
 
     Raises:
         InputsError: the inputs are `given` by the user, and the forward does not run on them.
@@ -118,7 +120,7 @@ def run_probe(
         # A lazy module makes its weights in its first forward, which is not the probe's to run.
         return Probe(reason="a module of it is lazy, and has no weights before its first forward")
     began = time.perf_counter()
-    probe = _first_that_runs(_Look(model, every, sites, recorders, given), candidates)
+    probe = _first_that_runs(_Look(model, every, sites, products, given), candidates)
     probe.seconds = None if probe.reason == _UNKNOWN else round(time.perf_counter() - began, 3)
     return probe
 
@@ -133,7 +135,7 @@ class _Look:
     model: nn.Module
     every: list[nn.Module]
     sites: set[int]
-    recorders: Sequence[Recorder]
+    products: ProductRecorder
     given: bool
 
 
@@ -167,6 +169,10 @@ def _is_for_being_fake(error: Exception) -> bool:
     return isinstance(error, (InputsError, *_FAKE_ERRORS))
 
 
+_FORWARDS = 8
+"""Training forwards of a model that goes by numbers whose range is not known."""
+_LAST = 1 - 2**-24
+"""The greatest number that `torch.rand` gives; the smallest is 0."""
 _MOST_REAL = 3
 """Real forwards tried: they take time."""
 _FAKE_ERRORS = (
@@ -217,11 +223,7 @@ def _both(
     look: _Look, forward: Forward, state: Mapping[str, Tensor], mode: ObservedFakeMode | None = None
 ) -> Probe:
     known = {id(module): module for module in look.every}
-    seen = observe(
-        *forward, known=known, sites=look.sites, state=state, recorders=look.recorders, fake_mode=mode
-    )
-    if any(draw.op in ("numpy", "python") for draw in seen.draws):
-        seen.draws = observe(*forward, known=known, state=state, fake_mode=mode, locate=True).draws
+    seen = _train(look, forward, known, state, mode)
     probe = Probe(
         counts=seen.counts,
         lines=seen.lines,
@@ -234,12 +236,65 @@ def _both(
     set_training([*look.every, *look.model.modules()], mode=False)
     try:
         by_hand = any(draw.call is None for draw in seen.draws)
-        in_eval = observe(*forward, known=known, modules_too=True, operations=by_hand, fake_mode=mode)
+        in_eval = observe(
+            *forward, known=known, modules_too=True, operations=by_hand, fake_mode=mode, number=_LAST
+        )
     except Exception:  # only the diagnosis of eval is lost; the training forward stands
         return _with_twins(probe)
     probe.eval_called = [called for called in in_eval.called if called.p != 0]
     probe.eval_draws = in_eval.draws
     return _with_twins(probe)
+
+
+def _train(
+    look: _Look,
+    forward: Forward,
+    known: dict[int, nn.Module],
+    state: Mapping[str, Tensor],
+    mode: ObservedFakeMode | None,
+) -> Ledger:
+    """The ledger of the training forward; of several, where it goes by numbers that it draws.
+
+    Such a forward leaves modules out. It runs again with other numbers, and what it does then in modules
+    that have not run is taken over. A draw by which modules below its own run or do not is LayerDrop.
+    """
+
+    def run(products: ProductRecorder, seed: int, *, locate: bool) -> Ledger:
+        seed_generators(seed)
+        number = 0.0 if seed == 1 else _LAST
+        return observe(
+            *forward,
+            known=known,
+            sites=look.sites,
+            state=state,
+            recorders=[products],
+            fake_mode=mode,
+            number=number,
+            locate=locate,
+        )
+
+    seen = run(look.products, 0, locate=False)
+    locate = any(draw.op in GENERATORS for draw in seen.draws)
+    if locate:
+        seen = run(look.products, 0, locate=True)
+    deciding = [draw for draw in seen.draws if draw.may_decide]
+    if not deciding:
+        return seen
+    forced = all(draw.op == "rand" for draw in deciding)  # by both ends of its range
+    first, differ = dict(seen.counts), set[int]()
+    for seed in range(1, 2 if forced else _FORWARDS):
+        own = ProductRecorder(name for name, _ in look.model.named_parameters())
+        again = run(own, seed, locate=locate)
+        differ |= {key for key in known if first.get(key, 0) != again.counts.get(key, 0)}
+        seen.take(again)
+        look.products.add(own, "")
+    below = {id(draw.module): {id(one) for one in draw.module.modules()} for draw in deciding}
+    for draw in deciding:
+        inside = below[id(draw.module)] - {id(draw.module)}
+        inner = [below[key] - {key} for key in inside & below.keys()]
+        if differ & inside.difference(*inner):
+            draw.kind = "LayerDrop"
+    return seen
 
 
 def _modules_read(model: nn.Module, names: set[str]) -> set[int]:
