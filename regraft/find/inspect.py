@@ -119,9 +119,9 @@ def _probed(
 ) -> Probe:
     every = [named.module for named in modules]
     if inputs is not None:
-        return run_probe(root, every, [given_inputs(root, inputs)], sites, products, given=True)
+        return run_probe(root, every, [given_inputs(root, inputs)], sites, [products], given=True)
     try:
-        probe = run_probe(root, every, made_inputs(root), sites, products)
+        probe = run_probe(root, every, made_inputs(root), sites, [products])
     except Exception as error:
         probe = Probe(reason=f"no inputs could be made from the model's config: {error}; give inputs=")
     if not probe.ran:

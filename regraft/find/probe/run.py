@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from regraft.find.calls import Called
 from regraft.find.frames import own_line
 from regraft.find.probe.example_inputs import Inputs, describe
 from regraft.find.probe.fake import fake, fake_state
-from regraft.find.probe.ledger import GENERATORS, Draw, Ledger, ObservedFakeMode, observe
+from regraft.find.probe.ledger import GENERATORS, Draw, Ledger, ObservedFakeMode, Recorder, observe
 from regraft.find.probe.preserve_state import (
     MarkedRate,
     buffers_kept,
@@ -103,7 +103,7 @@ def run_probe(
     every: list[nn.Module],
     candidates: Iterable[Inputs],
     sites: set[int],
-    products: ProductRecorder,
+    recorders: Sequence[Recorder] = (),
     *,
     given: bool = False,
 ) -> Probe:
@@ -111,7 +111,7 @@ def run_probe(
 
     `every` are its modules, `sites` those whose calling lines are wanted. Of the candidates the first that
     runs is taken. Where fake tensors do not carry the forward (it branches on data), it is run for real.
-    `products` gets every product of the training forward.
+    `recorders` are told every operation of the training forward.
 
     Raises:
         InputsError: the inputs are `given` by the user, and the forward does not run on them.
@@ -120,7 +120,7 @@ def run_probe(
         # A lazy module makes its weights in its first forward, which is not the probe's to run.
         return Probe(reason="a module of it is lazy, and has no weights before its first forward")
     began = time.perf_counter()
-    probe = _first_that_runs(_Look(model, every, sites, products, given), candidates)
+    probe = _first_that_runs(_Look(model, every, sites, recorders, given), candidates)
     probe.seconds = None if probe.reason == _UNKNOWN else round(time.perf_counter() - began, 3)
     return probe
 
@@ -135,7 +135,7 @@ class _Look:
     model: nn.Module
     every: list[nn.Module]
     sites: set[int]
-    products: ProductRecorder
+    recorders: Sequence[Recorder]
     given: bool
 
 
@@ -169,8 +169,8 @@ def _is_for_being_fake(error: Exception) -> bool:
     return isinstance(error, (InputsError, *_FAKE_ERRORS))
 
 
-_FORWARDS = 8
-"""Training forwards of a model that goes by numbers whose range is not known."""
+_FEWEST_FORWARDS, _MOST_FORWARDS = 4, 8
+"""Training forwards with other numbers, of a model that goes by numbers whose range is not known."""
 _LAST = 1 - 2**-24
 """The greatest number that `torch.rand` gives; the smallest is 0."""
 _MOST_REAL = 3
@@ -259,7 +259,7 @@ def _train(
     that have not run is taken over. A draw by which modules below its own run or do not is LayerDrop.
     """
 
-    def run(products: ProductRecorder, seed: int, *, locate: bool) -> Ledger:
+    def run(recorders: Sequence[Recorder], seed: int) -> Ledger:
         seed_generators(seed)
         number = 0.0 if seed == 1 else _LAST
         return observe(
@@ -267,27 +267,32 @@ def _train(
             known=known,
             sites=look.sites,
             state=state,
-            recorders=[products],
+            recorders=recorders,
             fake_mode=mode,
             number=number,
             locate=locate,
         )
 
-    seen = run(look.products, 0, locate=False)
+    locate = False
+    seen = run(look.recorders, 0)
     locate = any(draw.op in GENERATORS for draw in seen.draws)
     if locate:
-        seen = run(look.products, 0, locate=True)
+        seen = run(look.recorders, 0)
     deciding = [draw for draw in seen.draws if draw.may_decide]
     if not deciding:
         return seen
     forced = all(draw.op == "rand" for draw in deciding)  # by both ends of its range
     first, differ = dict(seen.counts), set[int]()
-    for seed in range(1, 2 if forced else _FORWARDS):
+    for seed in range(1, _MOST_FORWARDS):
         own = ProductRecorder(name for name, _ in look.model.named_parameters())
-        again = run(own, seed, locate=locate)
+        again = run([own], seed)
         differ |= {key for key in known if first.get(key, 0) != again.counts.get(key, 0)}
         seen.take(again)
-        look.products.add(own, "")
+        for recorder in look.recorders:
+            if isinstance(recorder, ProductRecorder):
+                recorder.add(own, "")
+        if forced or (seed >= _FEWEST_FORWARDS and all(map(seen.counts.get, differ))):
+            break
     below = {id(draw.module): {id(one) for one in draw.module.modules()} for draw in deciding}
     for draw in deciding:
         inside = below[id(draw.module)] - {id(draw.module)}

@@ -31,7 +31,7 @@ def probe_parts(probe: Probe, every: list[nn.Module], sites: set[int], products:
         tried += 1
         try:
             own = ProductRecorder(name for name, _ in module.named_parameters())
-            part = run_probe(module, inside, made_inputs(module), sites, own)
+            part = run_probe(module, inside, made_inputs(module), sites, [own])
         except Exception:  # no inputs could be made from its config: it stays as it is, not probed
             continue
         if part.ran:
