@@ -101,17 +101,18 @@ def left(
     With the sites that are `grafted`, also the draws at all others.
     """
     paths = {id(named.module): named.paths[0] for named in modules}
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
     untouched = [] if grafted is None else sites
     done = {id(site) for site in _taken(sites, grafted or [])}
     for site in untouched:
         if site.draws and is_known(site) and id(site) not in done:
             selector = KINDS.get(site.op, site.op)
-            row = rows.setdefault(site.op, _row(site.op, site.source, f"a rule for '{selector}'"))
+            row = rows.setdefault((site.op,), _row(site.op, site.source, f"a rule for '{selector}'"))
             _add(row, site.path, site.draws)
     for draw in probe.draws:
         if draw.kind:
-            row = rows.setdefault(draw.kind, _row(draw.kind, draw.source, named_remedy(draw.kind)))
+            remedy = named_remedy(draw.kind)
+            row = rows.setdefault((draw.kind, draw.source), _row(draw.kind, draw.source, remedy))
             _add(row, paths[id(draw.module)])
     taken = {id(site.module) for site in grafted or [] if is_whole_class(site)}
     unknown = unrecognized_draws(sites, modules, probe, taken)

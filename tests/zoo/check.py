@@ -47,6 +47,8 @@ class Row:
     """What the report says of the draws that its probe saw."""
     unlisted: list[str] = field(default_factory=list)
     """Lines that draw and are no dropout, which the report does not list."""
+    unseen: list[str] = field(default_factory=list)
+    """Sites that the report calls unconfirmed, though they are called on the inputs that it was given."""
     lost: int = 0
     """Calls gone with no draw of a variant in their place."""
     unmatched: list[str] = field(default_factory=list)
@@ -109,7 +111,7 @@ def graft_row(entry: Entry, given: bool | None = None) -> Row:
             _backward(after.output)
             _put_back(kept)
             step = "compare"
-            _compare(row, before.calls, after, report)
+            _compare(row, before.calls, after, report, given)
             step = "eval"
             mended = {path for item in report["mended"] for path in (item["path"],)}
             row.eval_differs = not mended and not _equal(reference, _eval(model, inputs))
@@ -157,11 +159,13 @@ def _apply(row: Row, model: nn.Module, inputs: Inputs | None) -> dict[str, Any] 
     return None
 
 
-def _compare(row: Row, before: list[Call], after: Any, report: dict[str, Any]) -> None:
+def _compare(row: Row, before: list[Call], after: Any, report: dict[str, Any], given: bool) -> None:
     row.balance = report["balance"]
     listed = {str(one["source"]) for one in report["left"]} | {
         str(one["source"]) for one in report["skipped"]
     }
+    unconfirmed = {item["path"] for item in report["grafted"] if item["calls"] is None}
+    row.unseen = sorted({call.path for call in before} & unconfirmed) if given else []
     row.unlisted = [source for source in row.other_draws if source not in listed]
     left_plain, left_path = after.plain, after.drop_path
     row.reached_plain = row.plain - len(left_plain)
