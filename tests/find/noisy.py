@@ -244,3 +244,31 @@ class Distribution(nn.Module):
         if self.training:
             y = y * torch.distributions.Bernoulli(probs=torch.tensor(0.8)).sample(y.shape) / 0.8
         return y
+
+
+def _rows() -> tuple[Tensor]:
+    return (torch.randn(6, WIDTH),)
+
+
+def _steps() -> tuple[Tensor]:
+    return (torch.randn(6, 4, WIDTH),)
+
+
+NOISY = {
+    # name: (model, inputs, draws at sites, named draws, unrecognized draws)
+    "Gaussian by the name of dropout": (GaussianNamed, _rows, 0, 0, 1),
+    "stochastic depth": (StochasticDepth, _rows, 4, 4, 0),
+    "a coin": (CoinResidual, _rows, 1, 1, 0),
+    "a random scale": (RandomScale, _rows, 1, 0, 1),
+    "numpy": (NumpyNoise, _rows, 0, 0, 1),
+    "an autograd function": (AutogradNoise, _rows, 0, 0, 1),
+    "a closure": (Closure, _rows, 2, 0, 0),
+    "always on": (AlwaysOn, _rows, 1, 0, 0),
+    "Gumbel": (GumbelGate, _rows, 0, 1, 1),
+    "VAE": (VAE, _rows, 0, 0, 1),
+    "mixup": (Mixup, _rows, 1, 0, 2),
+    "locked RNN": (LockedRNN, _steps, 0, 0, 1),
+    "token dropping": (TokenDrop, _steps, 1, 0, 1),
+    "a private generator": (PrivateGenerator, _rows, 0, 0, 1),
+    "a distribution": (Distribution, _rows, 0, 0, 1),
+}
