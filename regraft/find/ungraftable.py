@@ -56,7 +56,7 @@ def foreign(module: nn.Module) -> tuple[str, str] | None:
     """What a module is that is not grafted, since its inside is not torch's own layers; and the remedy."""
     homes = {base.__module__ for base in original_class(module).__mro__}
     name = original_class(module).__name__
-    if any(".quantized" in home for home in homes) or any(home.startswith(_QUANTIZED) for home in homes):
+    if any(home.startswith(_QUANTIZED) for home in homes):
         return f"{name} is quantized: quantized layers cannot be grafted", "graft before quantizing"
     if any(home.startswith(("keras.", "tf_keras.")) for home in homes):
         return f"{name} is a Keras layer, whose own classes draw", "write it with torch's layers to graft it"
@@ -65,4 +65,12 @@ def foreign(module: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-_QUANTIZED = ("torch.ao.nn.qat", "bitsandbytes.", "auto_gptq.", "gptqmodel.", "awq.", "hqq.")
+_QUANTIZED = (
+    *(
+        "torch.ao.nn.quantized.",
+        "torch.ao.nn.qat.",
+        "torch.ao.nn.intrinsic.quantized.",
+        "torch.ao.nn.intrinsic.qat.",
+    ),
+    *("bitsandbytes.", "auto_gptq.", "gptqmodel.", "awq.", "hqq."),
+)
