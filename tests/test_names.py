@@ -27,6 +27,7 @@ ALLOWED = {
     "find/tensor_io.py: _key": "a field of a tuple, given as text",
     "find/trace.py: is_leaf_module": "whose class it is, by the package it comes from",
     "find/ungraftable.py: foreign": "whose class it is, by the library that it comes from",
+    "find/ungraftable.py: _is_kerass": "whose class it is, by the library that it comes from",
     "graft/classes.py: _rebuild_foreign": "names a rebuilt class of torch's as the one that it stands for",
     "graft/proof.py: record": "the name of an operator, which is what it is",
     "graft/verify.py: _travels": "a copy has classes of the same names, as promised",

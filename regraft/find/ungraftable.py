@@ -34,6 +34,8 @@ def owner_obstacle(module: nn.Module) -> tuple[str, str] | None:
     """Why a change of what the forward of `module` does would be lost, and the remedy."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled TorchScript, which ignores a change of class", "graft before scripting"
+    if _is_kerass(module):
+        return "it is a Keras layer, which copies and saves itself in its own way", _REWRITE
     if isinstance(module, LazyModuleMixin):
         return "it is lazy and changes its class at its first forward", "run one forward first"
     if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
@@ -58,13 +60,18 @@ def foreign(module: nn.Module) -> tuple[str, str] | None:
     name = original_class(module).__name__
     if any(home.startswith(_QUANTIZED) for home in homes):
         return f"{name} is quantized: quantized layers cannot be grafted", "graft before quantizing"
-    if any(home.startswith(("keras.", "tf_keras.")) for home in homes):
-        return f"{name} is a Keras layer, whose own classes draw", "write it with torch's layers to graft it"
+    if _is_kerass(module):
+        return f"{name} is a Keras layer, whose own classes draw", _REWRITE
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled TorchScript: what it draws is not grafted", "graft before scripting"
     return None
 
 
+def _is_kerass(module: nn.Module) -> bool:
+    return any(base.__module__.startswith(("keras.", "tf_keras.")) for base in original_class(module).__mro__)
+
+
+_REWRITE = "write it with torch's layers to graft it"
 _QUANTIZED = (
     *(
         "torch.ao.nn.quantized.",
