@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -31,46 +33,50 @@ import linear
 from zoo.check import Row, graft_row, quiet, walk_row
 from zoo.entries import LIBRARIES, entries, entry
 
-from regraft.report.document import percent
-
-NAMES = {"hf": "transformers", "torch": "torch"}
-COLUMNS = (
-    "library",
-    "models",
-    "calls + DropPath",
-    "module walk",
-    "regraft",
-    "with DropPath",
-    "skipped",
-    "silent",
-    "broken",
-    "eval differs",
-    "revert differs",
-)
+NAMES = {"hf": "transformers"}
+COLUMNS = ("calls + DropPath", "module walk", "regraft", "with DropPath", "skipped", "silent")
+LAST = ("broken", "eval differs", "revert differs")
 
 
 def main() -> None:
     options = _options()
     quiet()
-    names = [one.id for one in _chosen(options)]
-    rows: list[Row] = []
+    names = [entry.id for entry in _chosen(options)]
+    rows = _read(options)
+    done = {f"{row.library}:{row.name}" for row in rows}
     start = time.perf_counter()
-    for row in _rows(names, options):
+    for row in _rows([name for name in names if name not in done], options):
         rows.append(row)
-        wrong = row.error or row.silent or row.eval_differs or row.revert_differs
-        if options.verbose or wrong or (row.bypassed if options.linear else row.lost):
-            print(linear.line(row) if options.linear else _line(row), file=sys.stderr, flush=True)
+        if options.verbose or _problems(row):
+            print(" | ".join([_line(row), *_problems(row)]), file=sys.stderr, flush=True)
+        if options.json:
+            kept = {"of": _measured(), "rows": [asdict(row) for row in rows]}
+            options.json.write_text(json.dumps(kept, indent=1) + "\n")
         if options.seconds and time.perf_counter() - start > options.seconds:
             print(f"stopped after {len(rows)} of {len(names)} models: --seconds", file=sys.stderr)
             break
-    if options.linear:
-        print(linear.table(rows, walk_only=options.walk_only))
-        print(counted(rows))
-    else:
-        print(table(rows, walk_only=options.walk_only))
-        print(reasons(rows))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    print(table(rows, options.walk_only))
+    print(reasons(rows))
+
+
+def _measured() -> str:
+    """What the rows are of: the code of regraft, as git names it, and whether it has been changed since."""
+    git = ["git", "-C", str(ROOT)]
+    tree = subprocess.run([*git, "rev-parse", "HEAD:regraft"], capture_output=True, text=True, check=True)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "regraft"], capture_output=True, check=True
+    ).stdout
+    return tree.stdout.strip() + (" changed" if changed else "")
+
+
+def _read(options: argparse.Namespace) -> list[Any]:
+    """The rows of a run that was stopped, if it was of the same code."""
+    if not options.resume:
+        return []
+    kept = json.loads(options.json.read_text())
+    if kept["of"] != _measured():
+        raise SystemExit(f"{options.json} is of other code: run without --resume")
+    return [(linear.LinearRow if options.linear else Row)(**row) for row in kept["rows"]]
 
 
 def _options() -> argparse.Namespace:
@@ -87,6 +93,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=1, help="take only each n-th model")
     parser.add_argument("--given", action="store_true", help="hand the zoo's inputs to the probe everywhere")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--resume", action="store_true", help="go on with the rows in --json")
     parser.add_argument("--verbose", action="store_true", help="a line for every model")
     return parser.parse_args()
 
@@ -112,67 +119,58 @@ def _row(name: str, walk_only: bool, given: bool, weights: bool) -> Row:
     return walk(entry(name)) if walk_only else graft(entry(name), True if given else None)
 
 
-def table(rows: list[Row], walk_only: bool = False) -> str:
+def table(rows: list[Any], walk_only: bool = False) -> str:
     """The coverage of each library, as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for library in dict.fromkeys(row.library for row in rows):
-        lines.append(_table_line(library, [row for row in rows if row.library == library], walk_only))
-    lines.append(_table_line("all", rows, walk_only))
+    weights = isinstance(rows[0], linear.LinearRow)
+    inside, columns = (linear.cells, linear.COLUMNS) if weights else (_cells, COLUMNS)
+    columns = ("library", "models", *columns, *LAST)
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for library in [*dict.fromkeys(row.library for row in rows), "all"]:
+        own = [row for row in rows if library in (row.library, "all")]
+        good = [row for row in own if row.error is None]
+        cells = [NAMES.get(library, library), str(len(own)), *inside(good, walk_only)]
+        cells += [str(len(own) - len(good)), str(sum(row.eval_differs for row in good))]
+        lines.append("| " + " | ".join([*cells, str(sum(bool(row.revert_differs) for row in good))]) + " |")
     return "\n".join(lines)
 
 
-def _table_line(library: str, rows: list[Row], walk_only: bool) -> str:
-    good = [row for row in rows if row.error is None]
-    plain = sum(row.plain for row in good)
-    calls = sum(row.calls for row in good)
-    cells = [NAMES.get(library, library), str(len(rows)), f"{plain} + {calls - plain}"]
-    cells.append(_share(sum(row.walked for row in good), plain))
+def _cells(rows: list[Row], walk_only: bool) -> list[str]:
+    plain, calls = sum(row.plain for row in rows), sum(row.calls for row in rows)
+    walked = [f"{plain} + {calls - plain}", linear.share(sum(row.walked for row in rows), plain)]
     if walk_only:
-        cells += ["-"] * 4
-    else:
-        cells.append(_share(sum(row.reached_plain for row in good), plain))
-        cells.append(_share(sum(row.reached for row in good), calls))
-        cells.append(str(sum(sum(row.skipped.values()) for row in good)))
-        cells.append(str(sum(len(row.silent) for row in good)))
-    cells.append(str(len(rows) - len(good)))
-    cells += [str(sum(row.eval_differs for row in good)), str(sum(bool(row.revert_differs) for row in good))]
-    return "| " + " | ".join(cells) + " |"
+        return [*walked, *["-"] * 4]
+    reached = [(sum(row.reached_plain for row in rows), plain), (sum(row.reached for row in rows), calls)]
+    skipped, silent = sum(sum(row.skipped.values()) for row in rows), sum(len(row.silent) for row in rows)
+    return [*walked, *(linear.share(*pair) for pair in reached), str(skipped), str(silent)]
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part} ({percent(part, whole)})" if whole else "-"
-
-
-def counted(rows: list[Row]) -> str:
-    """Why sites were skipped, most frequent first."""
+def reasons(rows: list[Any]) -> str:
+    """Why sites were skipped, most frequent first; of dropouts also the median of the module walk."""
     skipped: Counter[str] = Counter()
     for row in rows:
         skipped.update(row.skipped)
-    return "\n".join(f"{count:6d}  {reason}" for reason, count in skipped.most_common())
-
-
-def reasons(rows: list[Row]) -> str:
-    """Why calls were skipped, most frequent first; and the median of the module walk."""
-    lines = counted(rows).splitlines()
-    shares = sorted(row.walked / row.plain for row in rows if row.plain)
+    lines = [f"{count:6d}  {reason}" for reason, count in skipped.most_common()]
+    shares = sorted(row.walked / row.plain for row in rows if getattr(row, "plain", 0))
     if shares:
         lines.append(f"median architecture, module walk: {shares[len(shares) // 2]:.0%}")
     return "\n".join(lines)
 
 
-def _line(row: Row) -> str:
+def _line(row: Any) -> str:
+    if isinstance(row, linear.LinearRow):
+        return f"{linear.line(row)} {row.seconds:.2f}s"
     text = f"{row.library}:{row.name} ({row.model}) plain {row.reached_plain}/{row.plain}"
-    text += f" walked {row.walked} droppath {row.reached_drop_path}/{row.drop_path} {row.seconds:.2f}s"
-    problems = {
-        row.error or "": row.error,
-        f"no probe: {row.probe}": row.probe,
-        f"no match: {row.unmatched}": row.unmatched,
-        f"silent: {row.silent[:3]}": row.silent,
-        f"lost {row.lost}": row.lost,
-        "eval differs": row.eval_differs,
-        f"revert: {row.revert_differs[:3]}": row.revert_differs,
-    }
-    return " | ".join([text, *(text for text, true in problems.items() if true)])
+    return f"{text} walked {row.walked} droppath {row.reached_drop_path}/{row.drop_path} {row.seconds:.2f}s"
+
+
+def _problems(row: Any) -> list[str]:
+    names = ("error", "probe", "unmatched", "silent", "bypassed", "lost", "eval_differs", "revert_differs")
+    values = {name: getattr(row, name, None) for name in names}
+    return [
+        f"{name}: {value[:3] if isinstance(value, list) else value}"
+        for name, value in values.items()
+        if value
+    ]
 
 
 if __name__ == "__main__":

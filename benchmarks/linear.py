@@ -8,17 +8,16 @@ it is reached if no such edge is left that looks as it did before.
 
 from __future__ import annotations
 
-import copy
-import gc
 import re
-import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from zoo.check import _buffers, _equal, _eval, _first_line, _put_back, differences, snapshot
+from zoo.check import examine
 from zoo.entry import Entry, forward, tensors
+
+from regraft.report.document import percent
 
 RULE = {"Linear": "dropconnect(p=0.3)"}
 _PRODUCT = re.compile(
@@ -36,6 +35,8 @@ _LEARNED_INPUT = {"Addmm": 1, "Mm": 0, "Bmm": 0, "Baddbmm": 1}
 """Position of a layer's input among the edges: made of parameters, as the weight is, it is still an input."""
 
 Path = tuple[str, ...]
+Look = tuple[dict[str, set[Path]], set[str]]
+"""The weights that multiply, with the ways to them; and those that a walk over the modules reaches."""
 
 
 @dataclass
@@ -118,59 +119,27 @@ def _leaves(node: Any, names: dict[int, str], depth: int = 0) -> list[tuple[str,
 
 def linear_row(entry: Entry, given: bool | None = None) -> LinearRow:
     """Graft DropConnect on every Linear, look again, compare, revert."""
-    row, start, step = LinearRow(entry.library, entry.name), time.perf_counter(), "zoo"
-    try:
-        model, inputs = entry.build()
-        row.model = type(model).__name__
-        twin = copy.deepcopy(model)
-        fresh = snapshot(twin.train())
-        reference = _eval(twin, inputs)
-        before, own = _look(twin.train(), inputs)
-        own_doing = differences(fresh, snapshot(twin))
-        row.weights, row.walked = len(before), sum(name in own for name in before)
-        del twin
-        if not before:
-            return row
-        kept, was = _buffers(model), snapshot(model)
-        step = "apply"
-        given = entry.library not in ("hf", "timm", "peft") if given is None else given
-        import regraft
-
-        report = regraft.apply(model, RULE, inputs=inputs if given else None).to_dict()
-        step = "training"
-        after, _ = _look(model, inputs)
-        _put_back(kept)
-        step = "compare"
-        _compare(row, model, before, after, report)
-        step = "eval"
-        row.eval_differs = not _equal(reference, _eval(model, inputs))
-        model.train()
-        step = "revert"
-        regraft.revert(model)
-        row.revert_differs = [name for name in differences(was, snapshot(model)) if name not in own_doing]
-    except Exception as error:
-        row.error = f"{step}: {_first_line(error)}"
-    row.seconds = round(time.perf_counter() - start, 3)
-    gc.collect()
-    return row
+    row = LinearRow(entry.library, entry.name)
+    return examine(row, entry, _look, _count, _apply, _compare, given)
 
 
 def walk_row(entry: Entry) -> LinearRow:
     """The row of a model as it is, without regraft."""
-    row, start = LinearRow(entry.library, entry.name), time.perf_counter()
-    try:
-        model, inputs = entry.build()
-        row.model = type(model).__name__
-        before, own = _look(model, inputs)
-        row.weights, row.walked = len(before), sum(name in own for name in before)
-    except Exception as error:
-        row.error = f"zoo: {_first_line(error)}"
-    row.seconds = round(time.perf_counter() - start, 3)
-    gc.collect()
-    return row
+    return examine(LinearRow(entry.library, entry.name), entry, _look, _count)
 
 
-def _look(model: nn.Module, inputs: Any) -> tuple[dict[str, set[Path]], set[str]]:
+def _count(row: LinearRow, model: nn.Module, before: Look) -> None:
+    found, own = before
+    row.weights, row.walked = len(found), sum(name in own for name in found)
+
+
+def _apply(row: LinearRow, model: nn.Module, inputs: Any) -> dict[str, Any] | None:
+    import regraft
+
+    return regraft.apply(model, RULE, inputs=inputs).to_dict() if row.weights else None
+
+
+def _look(model: nn.Module, inputs: Any) -> Look:
     """What multiplies in a training forward, and the weights that a walk over the modules would reach."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     ran: dict[str, int] = defaultdict(int)
@@ -205,14 +174,15 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
 def _compare(
     row: LinearRow,
     model: nn.Module,
-    before: dict[str, set[Path]],
-    after: dict[str, set[Path]],
+    before: Look,
+    after: Look,
     report: dict[str, Any],
+    given: bool,
 ) -> None:
     grafted = {path for edit in report["grafted"] for path in [edit["path"], *edit["paths"]]}
     aliases = _aliases(model)
-    for name, paths in before.items():
-        if not paths & after.get(name, set()):
+    for name, paths in before[0].items():
+        if not paths & after[0].get(name, set()):
             row.reached += 1
             continue
         places = {*aliases[name], *(one.rpartition(".")[0] for one in aliases[name])}
@@ -225,54 +195,24 @@ def _compare(
             row.silent.append(name)
 
 
-COLUMNS = (
-    "library",
-    "models",
-    "weights",
-    "module walk",
-    "regraft",
-    "skipped",
-    "bypassed",
-    "silent",
-    "broken",
-    "eval differs",
-    "revert differs",
-)
+COLUMNS = ("weights", "module walk", "regraft", "skipped", "bypassed", "silent")
 
 
-def table(rows: list[LinearRow], walk_only: bool = False) -> str:
-    """What is reached in each library, as a Markdown table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for library in [*dict.fromkeys(row.library for row in rows), "all"]:
-        own = [row for row in rows if library in (row.library, "all")]
-        good = [row for row in own if row.error is None]
-        weights = sum(row.weights for row in good)
-        reached = sum(row.reached for row in good)
-        cells = [library, str(len(own)), str(weights), _share(sum(row.walked for row in good), weights)]
-        if walk_only:
-            cells += ["-"] * 4
-        else:
-            cells += [_share(reached, weights), str(sum(sum(row.skipped.values()) for row in good))]
-            cells += [str(sum(len(row.bypassed) for row in good)), str(sum(len(row.silent) for row in good))]
-        cells += [str(len(own) - len(good)), str(sum(row.eval_differs for row in good))]
-        cells += [str(sum(bool(row.revert_differs) for row in good))]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def cells(rows: list[LinearRow], walk_only: bool = False) -> list[str]:
+    """What is reached in rows without an error, one cell for each column from "weights" on."""
+    weights = sum(row.weights for row in rows)
+    walked = [str(weights), share(sum(row.walked for row in rows), weights)]
+    if walk_only:
+        return [*walked, *["-"] * 4]
+    skipped = sum(sum(row.skipped.values()) for row in rows)
+    bypassed, silent = (str(sum(len(getattr(row, name)) for row in rows)) for name in ("bypassed", "silent"))
+    return [*walked, share(sum(row.reached for row in rows), weights), str(skipped), bypassed, silent]
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part} ({part / whole:.1%})" if whole else "-"
+def share(part: int, whole: int) -> str:
+    return f"{part} ({percent(part, whole)})" if whole else "-"
 
 
 def line(row: LinearRow) -> str:
-    """A model's row as one line."""
-    text = f"{row.library}:{row.name} ({row.model}) {row.reached}/{row.weights}"
-    text += f" walked {row.walked} {row.seconds:.2f}s"
-    problems = {
-        row.error or "": row.error,
-        f"silent: {row.silent[:3]}": row.silent,
-        f"bypassed: {row.bypassed[:3]}": row.bypassed,
-        "eval differs": row.eval_differs,
-        f"revert: {row.revert_differs[:3]}": row.revert_differs,
-    }
-    return " | ".join([text, *(text for text, true in problems.items() if true)])
+    """A model's row as one line, without its problems."""
+    return f"{row.library}:{row.name} ({row.model}) {row.reached}/{row.weights} walked {row.walked}"

@@ -1,4 +1,4 @@
-"""The pictures of docs/schedules-and-max-norm.md, from what models really do.
+"""The pictures of docs/guides/schedules.md and max-norm.md, from what models really do.
 
     python benchmarks/pictures.py                  # a few seconds; writes docs/images/*.png
 
@@ -75,13 +75,13 @@ def digits():
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return (x[order[:1000]], y[order[:1000]]), (x[order[1000:]], y[order[1000:]])
+    return x[order[:1000]], y[order[:1000]]
 
 
 def norms_of(bound):
-    """Quantiles of the row norms of the first layer after each step, and the accuracy at the end."""
+    """Quantiles of the row norms of the first layer after each step."""
     torch.manual_seed(0)
-    (x, y), (x_test, y_test) = digits()
+    x, y = digits()
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
     regraft.apply(model, {"after:ReLU": f"dropout(p={RATE})"})
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
@@ -96,15 +96,13 @@ def norms_of(bound):
         optimizer.step()
         with torch.no_grad():
             quantiles.append(torch.linalg.vector_norm(model[0].weight, dim=1).quantile(points))
-    with torch.no_grad():
-        right = model.eval()(x_test).argmax(1) == y_test
-    return torch.stack(quantiles).T, float(right.float().mean())
+    return torch.stack(quantiles).T
 
 
 def draw_norms(plt):
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     for axis, bound in zip(axes, (None, BOUND), strict=True):
-        (low, middle, high, most), accuracy = norms_of(bound)
+        low, middle, high, most = norms_of(bound)
         steps = range(1, STEPS + 1)
         axis.fill_between(
             steps, low, high, color=BLUE, alpha=0.2, linewidth=0, label="5 % to 95 % of the rows"
@@ -115,12 +113,7 @@ def draw_norms(plt):
             axis.axhline(bound, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"bound {bound:g}")
         name = "without a bound" if bound is None else f'max_norm(model, {{"Linear": {bound:g}}})'
         left = axis.get_subplotspec().is_first_col()
-        style(
-            axis,
-            "step",
-            "norm of a row, first layer" if left else "",
-            f"{name}: {100 * accuracy:.1f} % right",
-        )
+        style(axis, "step", "norm of a row, first layer" if left else "", name)
         axis.legend(frameon=False, loc="upper left", fontsize=9)
     axes[0].set_ylim(0)
     return figure

@@ -73,6 +73,19 @@ def linear(rows: int, inside: int, outside: int, target: float, mask: str) -> li
     return found
 
 
+class Recurrent(nn.Module):
+    """Two layers of LSTM, under weight drop at a rate."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(512, 512, num_layers=2)
+        if p:
+            regraft.apply(self, {"recurrent": f"weightdrop(p={p})"}, torch.zeros(2, 1, 512))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(x)[0]
+
+
 def linears() -> list[Row]:
     return [
         *linear(2048, 768, 3072, 1.10, "batch"),
@@ -84,6 +97,12 @@ def linears() -> list[Row]:
             lambda: rnn.MixoutLinear(768, 3072, p=RATE),
             shape=(2048, 768),
             base=lambda: nn.Linear(768, 3072),
+        ),
+        Row(
+            "weightdrop, LSTM of 512, 2 layers, (64, 64, 512)",
+            lambda: Recurrent(RATE),
+            shape=(64, 64, 512),
+            base=Recurrent,
         ),
     ]
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from regraft.variants.registry import variant as variant
     from regraft.variants.spec import Variant as Variant
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded on first use (PEP 562), so that `import regraft` and the command line start without torch.
 _HOMES = {
@@ -86,7 +86,7 @@ _HOMES = {
     "variant": "variants.registry",
     "Variant": "variants.spec",
 }
-_MODULES = ("errors", "nn")
+_MODULES = ("errors", "integrations", "nn")
 
 __all__ = sorted([*_HOMES, *_MODULES, "__version__"])  # noqa: PLE0605
 

@@ -30,6 +30,7 @@ from regraft.variants.spatial import SpatialDropout
 from regraft.variants.standout import StandoutDropout, StandoutLinear
 from regraft.variants.token import TokenDropout
 from regraft.variants.uniform import UniformDropout
+from regraft.variants.weightdrop import WeightDropLinear
 
 __all__ = [
     "AlphaDropout",
@@ -55,4 +56,5 @@ __all__ = [
     "StandoutLinear",
     "TokenDropout",
     "UniformDropout",
+    "WeightDropLinear",
 ]

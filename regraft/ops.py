@@ -24,6 +24,8 @@ MULTI_HEAD = "multi_head_attention_forward"
 DROP_PATH = "DropPath"
 DROP_BLOCK = "DropBlock"
 LINEAR = "linear"
+CONVOLUTION = "Convolution"
+"""The family of a convolution's weight: what acts on a weight fits it."""
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,8 @@ class Graft:
     """Parameters and buffers that the graft adds, by name: their values while the graft is not in place."""
     transient: tuple[str, ...] = ()
     """Names of the buffers among them that stay out of the state dict."""
+    awaited: tuple[str, ...] = ()
+    """Names of the state that a saved plan says was trained, and that no checkpoint has brought yet."""
     covered: dict[str, Graft] = field(default_factory=dict)
     """Of a temporary graft: the grafts whose places it took, by slot; they come back when it goes."""
     holders: int = 0

@@ -31,7 +31,7 @@ BAD_RULES = [
     ({"Dropout": "gausian"}, "UnknownVariantError", LookupError,
      "no variant is called 'gausian'\n  help: did you mean 'gaussian'? the variants are alpha, "),
     ({"Dropout": "multisample(num_sample=4)"}, "OptionError", TypeError,
-     "'multisample' has no option 'num_sample'\n  --> variant 'multisample'\n  help: did you mean 'num_samples'? its options are p, num_samples, exact"),
+     "'multisample' has no option 'num_sample'\n  --> variant 'multisample'\n  help: did you mean 'num_samples'? its options are p, num_samples, match, exact"),
     ({"Dropout": "off(p=0.1)"}, "OptionError", TypeError, "'off' has no option 'p'\n  --> variant 'off'\n  help: it has no options"),
     # options out of range
     ({"Dropout": "multisample(num_samples=0)"}, "RateError", ValueError, "num_samples=0 is out of range\n  --> variant 'multisample'\n  help: give a whole number from 1 to 255"),

@@ -6,8 +6,11 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import pydoc
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,8 +21,9 @@ FIXED = {
     "register", "save_plan", "load_plan", "rdrop_loss", "rdrop", "stochastic_passes", "errors", "nn",
     "multisample_loss", "mc_predict", "MCPrediction", "after", "before", "max_norm", "MaxNorm", "schedule",
     "Schedule", "suggest", "Advice", "penalty", "trace", "diff", "Difference", "verify", "Verification",
-    "Variant", "RegraftError",
+    "Variant", "RegraftError", "integrations",
 }  # fmt: skip
+DOCS = Path(__file__).parents[1] / "docs"
 HEAVY = ("torch", "timm", "transformers", "typer", "rich", "matplotlib", "numpy", "accelerate")
 MODULES = [
     info.name
@@ -74,6 +78,35 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = regraft.aply
     with pytest.raises(ImportError):
         exec("from regraft import aply")
+
+
+@pytest.mark.parametrize("library", ["transformers", "lightning"])
+def test_help_lists_the_callbacks(library):
+    module = getattr(regraft.integrations, library)
+    text = pydoc.render_doc(module, renderer=pydoc.plaintext)
+    for name in module.__all__:
+        assert f"class {name}(" in text
+
+
+def test_the_pages_of_the_api_list_what_is_public():
+    index = (DOCS / "api" / "index.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[?`regraft\.(\w+)`", index, re.MULTILINE)
+    assert sorted(listed) == regraft.__all__
+    documented = re.findall(r"^::: regraft\.(\w+)$", index, re.MULTILINE)
+    assert set(listed) - set(documented) == {"nn", "integrations", "errors", "__version__"}
+    page = (DOCS / "api" / "integrations.md").read_text(encoding="utf-8")
+    for library in ("transformers", "lightning"):
+        section = re.findall(
+            rf"^::: regraft\.integrations\.{library}\..*\n.*heading: (\w+)", page, re.MULTILINE
+        )
+        assert sorted(section) == getattr(regraft.integrations, library).__all__
+
+
+def test_every_error_has_its_section():
+    headings = re.findall(r"^## (\w+Error)$", (DOCS / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
+    errors = vars(regraft.errors).values()
+    classes = [value for value in errors if isinstance(value, type) and issubclass(value, Exception)]
+    assert sorted(headings) == sorted(one.__name__ for one in classes if one is not regraft.RegraftError)
 
 
 def test_nn_lists_a_module_for_every_variant():

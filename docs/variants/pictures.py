@@ -18,6 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
+import regraft
 from regraft import nn
 
 HERE = Path(__file__).parent
@@ -191,6 +192,24 @@ def dropconnect(figure: Figure) -> None:
     curve(right, y, "mask='example': an output of mean 1", density, "output over the examples")
 
 
+class Looks(torch.nn.LSTM):
+    """Keeps the weights that multiply in its forward."""
+
+    def forward(self, x: Tensor, hx: object = None) -> object:
+        self.__dict__["seen"] = {name: getattr(self, name).detach() for name in self._flat_weights_names}
+        return super().forward(x, hx)
+
+
+def weightdrop(figure: Figure) -> None:
+    lstm, x = Looks(6, 12, num_layers=2, bias=False), torch.ones(3, 1, 6)
+    for weight in lstm.parameters():
+        torch.nn.init.ones_(weight)
+    regraft.apply(lstm, {"recurrent": "weightdrop(p=0.5)"}, x)
+    lstm(x)
+    for axes, (name, mask) in zip(figure.subplots(1, 4), lstm.__dict__["seen"].items(), strict=True):
+        field(axes, mask, name, "from", "to")
+
+
 def mixout(figure: Figure) -> None:
     p = 0.3
     left, right = figure.subplots(1, 2, width_ratios=[1.3, 1])
@@ -325,7 +344,7 @@ PICTURES = {
     picture.__name__: picture
     for picture in (
         *(alpha, concrete, consistent, dropblock, dropconnect, dropout, droppath, gaussian, mc, mixout),
-        *(multisample, neftune, off, spatial, standout, token, uniform),
+        *(multisample, neftune, off, spatial, standout, token, uniform, weightdrop),
         *(dropkey, drophead, elementwise, noise, shaped),
     )
 }

@@ -34,7 +34,7 @@ Arch = Annotated[
     str,
     typer.Option(metavar="MODEL", help="The architecture of a file that holds weights alone: timm:NAME, …"),
 ]
-As = Annotated[Format, typer.Option("--format", "-f", help="How to print the result.")]
+As = Annotated[Format, typer.Option("--format", "-f", case_sensitive=False, help="How to print the result.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Load the file for real, which runs the code that it names.")

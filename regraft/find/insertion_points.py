@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
 from torch.nn.modules.container import ModuleDict, ModuleList, ParameterDict, ParameterList
 
 from regraft.errors import RuleSyntaxError
-from regraft.find.all_modules import places
 from regraft.find.graph_calls import graph_nodes, standing_in
 from regraft.find.graph_nodes import node_path
 from regraft.find.modules import module_sites
+from regraft.find.recognize import op_of
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site, grafted_site
-from regraft.find.ungraftable import owner_obstacle
+from regraft.find.ungraftable import own_parameter, owner_obstacle
 from regraft.find.walk import Named
 from regraft.record import grafts_of, original_class
 from regraft.variants.registry import spec
@@ -79,6 +78,31 @@ def _placed(position: str, selector: Any, field: str | None) -> Selector:
     return replace(found, text=text, position=position, field=field or "")
 
 
+def places(modules: list[Named]) -> list[Site]:
+    """A site for each module, named by its operation or else by its class; not probed."""
+    return [_place(named) for named in modules]
+
+
+def _place(named: Named) -> Site:
+    module, name = named.module, original_class(named.module).__name__
+    weight = own_parameter(module, "weight")
+    return Site(
+        path=named.paths[0],
+        paths=tuple(named.paths),
+        kind="module",
+        op=op_of(module) or name,
+        type=name,
+        p=None,
+        calls=None,
+        source=None,
+        family=None,
+        module=module,
+        device=None if weight is None else str(weight.device),
+        dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
+        training=module.training,
+    )
+
+
 def insertable(modules: list[Named]) -> list[Site]:
     """Every module whose forward can be called, as a site to insert at."""
     shapes = {id(site.module): site for site in module_sites(modules)}
@@ -127,9 +151,12 @@ def operation(selector: Selector, place: Site) -> str:
     return f"{selector.position}:{place.op}" + (f"#{selector.field}" if selector.field else "")
 
 
-def is_block(place: Site) -> bool:
-    """Is the module one of a stack, so that what it adds to its input is what can be dropped?"""
-    return place.path.rpartition(".")[2].isdigit() and not isinstance(place.module, nn.Identity)
+def only_added(place: Site) -> bool:
+    """Whether all that is done with the result of a node is to add it to something else."""
+    node = next(one.node for one in graph_nodes(place.module) if one.called.name == place.node)
+    return bool(node.users) and all(
+        getattr(user.target, "__name__", "") in ("add", "iadd", "add_") for user in node.users
+    )
 
 
 def family_to_insert(variant: str) -> str | None:

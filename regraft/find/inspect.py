@@ -13,10 +13,12 @@ from regraft.find.graph_nodes import node_sites
 from regraft.find.insertion_points import inserted_sites
 from regraft.find.merge_probe import probed_sites
 from regraft.find.modules import module_sites
+from regraft.find.probe.dataflow import Dataflow
 from regraft.find.probe.example_inputs import given_inputs, made_inputs
+from regraft.find.probe.example_inputs_hf import says_what_it_takes
+from regraft.find.probe.ledger import Recorder
 from regraft.find.probe.products import ProductRecorder
 from regraft.find.probe.run import Probe, run_probe
-from regraft.find.probe.submodels import probe_parts
 from regraft.find.site import Site
 from regraft.find.walk import Named, inner_model, named_modules
 from regraft.find.weights import Weight, weight_sites, weights_of
@@ -35,6 +37,7 @@ class Inspection(View):
         probe: how the sites were probed.
         root: the model (inside any wrappers).
         weights: every matrix that multiplied in the probe.
+        dataflow: where values came from and went to, if that was asked for and the probe ran.
     """
 
     root: nn.Module
@@ -44,6 +47,7 @@ class Inspection(View):
     probe: Probe = field(default_factory=Probe)
     modules: list[Named] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
+    dataflow: Dataflow | None = None
 
     @property
     def balance(self) -> dict[str, Any]:
@@ -91,13 +95,20 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
         >>> [site.written for site in regraft.inspect(net).sites]
         ['Linear(4, 8)', 'Dropout(p=0.1)']
     """
+    return inspect_flow(model, inputs, None)
+
+
+def inspect_flow(model: nn.Module, inputs: Any, dataflow: Dataflow | None) -> Inspection:
+    """As `inspect`, with a record of where values come from and go to, if there is a `dataflow`."""
     seen = inspect_static(model)
     products = ProductRecorder(name for name, _ in seen.root.named_parameters())
-    probe = _probed(seen.root, seen.modules, inputs, {id(site.module) for site in seen.sites}, products)
+    places = {id(site.module) for site in seen.sites}
+    probe = _probed(seen.root, seen.modules, inputs, places, products, dataflow)
     weights = weights_of(products, seen.modules)
     sites = weight_sites(probed_sites(seen.sites, seen.modules, probe), weights, seen.modules)
     findings = diagnose(sites, seen.modules, probe)
-    return replace(seen, sites=sites, findings=findings, probe=probe, weights=weights)
+    flow = dataflow if probe.ran else None
+    return replace(seen, sites=sites, findings=findings, probe=probe, weights=weights, dataflow=flow)
 
 
 def inspect_static(model: nn.Module) -> Inspection:
@@ -115,16 +126,66 @@ look = inspect_static
 
 
 def _probed(
-    root: nn.Module, modules: list[Named], inputs: Any, sites: set[int], products: ProductRecorder
+    root: nn.Module,
+    modules: list[Named],
+    inputs: Any,
+    sites: set[int],
+    products: ProductRecorder,
+    dataflow: Dataflow | None,
 ) -> Probe:
     every = [named.module for named in modules]
+    recorders: list[Recorder] = [products] if dataflow is None else [products, dataflow]
     if inputs is not None:
-        return run_probe(root, every, [given_inputs(root, inputs)], sites, [products], given=True)
+        return run_probe(root, every, [given_inputs(root, inputs)], sites, recorders, given=True)
     try:
-        probe = run_probe(root, every, made_inputs(root), sites, [products])
+        probe = run_probe(root, every, made_inputs(root), sites, recorders)
     except Exception as error:
         probe = Probe(reason=f"no inputs could be made from the model's config: {error}; give inputs=")
     if not probe.ran:
-        products.start({})  # what a forward did before it broke off
-    probe_parts(probe, every, sites, products)
+        for recorder in recorders:
+            recorder.start({})  # what a forward did before it broke off
+    _probe_parts(probe, every, sites, products, dataflow)
     return probe
+
+
+_MOST_PARTS = 8
+"""Parts probed: each costs a forward."""
+
+
+def _probe_parts(
+    probe: Probe,
+    every: list[nn.Module],
+    sites: set[int],
+    products: ProductRecorder,
+    dataflow: Dataflow | None = None,
+) -> None:
+    """Add to `probe` what the parts do that it has not seen; `every` are the modules, the model first.
+
+    The text inputs of a model of images and text leave its vision model out; and where the whole cannot be
+    run at all, its parts often can.
+    """
+    paths = {id(module): path for path, module in every[0].named_modules()}
+    covered: set[int] = set()
+    tried = 0
+    for module in every[1:]:
+        inside = list(module.modules())
+        if tried == _MOST_PARTS or not says_what_it_takes(module) or id(module) in covered:
+            continue
+        if any(probe.counts.get(id(one)) for one in inside):
+            continue
+        tried += 1
+        try:
+            own = ProductRecorder(name for name, _ in module.named_parameters())
+            flows = None if dataflow is None else Dataflow(dataflow.fields)
+            recorders: list[Recorder] = [own] if flows is None else [own, flows]
+            part = run_probe(module, inside, made_inputs(module), sites, recorders)
+        except Exception:  # no inputs could be made from its config: it stays as it is, not probed
+            continue
+        if part.ran:
+            probe.add(part)
+            products.add(own, paths[id(module)])
+            if dataflow is not None and flows is not None:
+                dataflow.add(flows)
+            covered |= {id(one) for one in inside}
+    if covered and not probe.ran:
+        probe.how, probe.covered = "parts of the model, each by itself", covered

@@ -7,7 +7,7 @@ from torch.nn.parameter import is_lazy
 
 from regraft.find.recognize import family_of, never_runs, op_of, rate_name
 from regraft.find.site import Site
-from regraft.find.ungraftable import obstacle, weight_of
+from regraft.find.ungraftable import obstacle, quantized, weight_of
 from regraft.find.walk import Named
 from regraft.record import grafts_of, original_attribute, original_class
 
@@ -22,10 +22,16 @@ def module_sites(modules: list[Named]) -> list[Site]:
     """The sites among `modules`, not yet probed."""
     sites = []
     for named in modules:
-        op = op_of(named.module)
+        op = op_of(named.module) or _packed(named.module)
         if op is not None and not isinstance(named.module, fx.GraphModule):  # its forward is its nodes
             sites.append(_site(named, op))
     return sites
+
+
+def _packed(module: nn.Module) -> str | None:
+    """The operation of a quantized layer with matrices, which are no parameters that a product shows."""
+    has_matrices = hasattr(module, "in_features") or hasattr(module, "input_size")
+    return "Linear" if has_matrices and quantized(module) is not None else None
 
 
 def _site(named: Named, op: str) -> Site:

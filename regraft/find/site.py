@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from regraft.find.calls import Called
-from regraft.ops import ATTENTION
+from regraft.ops import ATTENTION, CONVOLUTION
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class Site:
         """The site as a diff shows it: `Dropout(p=0.1)`, `Linear(768, 2)`."""
         if self.kind == "inserted":
             return f"{self.place}({', '.join(map(str, self.shape))})" if self.shape else self.place
-        if self.shape and self.family in ("Linear", "Embedding"):
+        if self.shape and self.family in ("Linear", "Embedding", CONVOLUTION):
             return f"{self.op}({', '.join(map(str, self.shape))})"
         fixed = "" if self.baked is None or self.op == ATTENTION else f", training={self.baked}"
         return self.op if self.p is None else f"{self.op}(p={self.p:g}{fixed})"

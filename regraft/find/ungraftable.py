@@ -24,9 +24,17 @@ def obstacle(module: nn.Module, op: str) -> tuple[str, str] | None:
     found = owner_obstacle(module)
     if found is not None:
         return found
-    weight = own_parameter(module, "weight")
-    if weight is not None and type(weight) not in _PLAIN_TENSORS and not is_sharded(weight):
-        return f"its weight is a {type(weight).__name__}, not plain numbers", "graft before quantizing"
+    return quantized(module)
+
+
+def quantized(module: nn.Module, weight: str = "weight") -> tuple[str, str] | None:
+    """What says that a module or its weight is quantized; and the remedy."""
+    cls = original_class(module)
+    if any(base.__module__.startswith(_QUANTIZED) for base in cls.__mro__):
+        return f"{cls.__name__} is quantized: quantized layers cannot be grafted", "graft before quantizing"
+    tensor = own_parameter(module, weight)
+    if tensor is not None and type(tensor) not in _PLAIN_TENSORS and not is_sharded(tensor):
+        return f"its weight is a {type(tensor).__name__}, not plain numbers", "graft before quantizing"
     return None
 
 
@@ -46,7 +54,8 @@ def owner_obstacle(module: nn.Module) -> tuple[str, str] | None:
 def weight_of(module: nn.Module) -> Tensor | None:
     """The weight, also where a parametrization or weight norm computes it."""
     weight = own_parameter(module, "weight")
-    return weight if weight is not None else getattr(module, "weight", None)
+    computed = getattr(module, "weight", None)
+    return weight if weight is not None or not isinstance(computed, Tensor) else computed
 
 
 def own_parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -56,12 +65,10 @@ def own_parameter(module: nn.Module, name: str) -> Tensor | None:
 
 def foreign(module: nn.Module) -> tuple[str, str] | None:
     """What a module is that is not grafted, since its inside is not torch's own layers; and the remedy."""
-    homes = {base.__module__ for base in original_class(module).__mro__}
-    name = original_class(module).__name__
-    if any(home.startswith(_QUANTIZED) for home in homes):
-        return f"{name} is quantized: quantized layers cannot be grafted", "graft before quantizing"
+    if (found := quantized(module)) is not None:
+        return found
     if _is_kerass(module):
-        return f"{name} is a Keras layer, whose own classes draw", _REWRITE
+        return f"{original_class(module).__name__} is a Keras layer, whose own classes draw", _REWRITE
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled TorchScript: what it draws is not grafted", "graft before scripting"
     return None

@@ -19,9 +19,9 @@ from regraft.find.graph_calls import graph_nodes
 from regraft.find.probe.products import Product, ProductRecorder
 from regraft.find.recognize import op_of
 from regraft.find.site import Site
-from regraft.find.ungraftable import owner_obstacle
+from regraft.find.ungraftable import owner_obstacle, quantized
 from regraft.find.walk import Named
-from regraft.ops import LINEAR
+from regraft.ops import CONVOLUTION, LINEAR
 from regraft.record import Slot, grafts_of, original_class
 
 KINDS = ("Linear", "Conv1D", "experts", "router", "in_proj", "out_proj", "recurrent", "Bilinear")
@@ -37,7 +37,7 @@ class Weight:
     Attributes:
         name: its dotted name, the first of all.
         names: all of them; several if it is tied.
-        kind: one of `KINDS`, or "convolution".
+        kind: one of `KINDS`, or of a convolution the name of torch's layer: "Conv2d", "ConvTranspose1d".
         holder: the module that has it.
         attribute: its name there.
         reader: the smallest module that contains the holder and all modules that multiply by it.
@@ -61,6 +61,10 @@ class Weight:
     direct: bool
     contracted: int | None = None
     obstacle: tuple[str, str] | None = None
+
+    @property
+    def convolves(self) -> bool:
+        return self.kind not in KINDS
 
 
 def weight_sites(sites: list[Site], weights: list[Weight], modules: list[Named]) -> list[Site]:
@@ -95,6 +99,38 @@ def weight_sites(sites: list[Site], weights: list[Weight], modules: list[Named])
     return own
 
 
+def matrices(
+    weights: list[Weight], grafted: list[Site], selected: list[Site]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """How many matrices multiply and how many are grafted; and a row for each kind that no rule selects.
+
+    Args:
+        weights: what multiplies; convolutions are not counted.
+        grafted: sites of matrices that get a variant.
+        selected: all that a rule selects; without any, the rules are not about matrices.
+    """
+    matrices = [weight for weight in weights if weight.calls and not weight.convolves]
+    if not selected or not matrices:
+        return {}, []
+    reached, named = ({path for site in sites for path in site.paths} for sites in (grafted, selected))
+    left: dict[str, int] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for weight in matrices:
+        split = [name.rpartition(".") for name in weight.names]
+        places = {*weight.names, *(owner for owner, _, name in split if name == "weight")}
+        if not reached.isdisjoint(places):
+            continue
+        left[weight.kind] = left.get(weight.kind, 0) + 1
+        if named.isdisjoint(places):
+            remedy = f"a rule for {weight.kind!r}"
+            row: dict[str, Any] = {"what": "matrix", "name": weight.kind, "count": 0, "paths": []}
+            row = rows.setdefault(weight.kind, {**row, "source": None, "remedy": remedy})
+            row["count"] += 1
+            row["paths"].append(weight.name)
+    counts = {"multiply": len(matrices), "reached": len(matrices) - sum(left.values()), "left": left}
+    return {"matrices": counts}, list(rows.values())
+
+
 def _site(weight: Weight, paths: dict[int, tuple[str, ...]]) -> Site:
     tensor: Any = getattr(weight.holder, weight.attribute)
     owners, names = paths[id(weight.holder)], weight.names
@@ -110,7 +146,7 @@ def _site(weight: Weight, paths: dict[int, tuple[str, ...]]) -> Site:
         p=None,
         calls=weight.calls,
         source=None,
-        family="Linear",
+        family=CONVOLUTION if weight.convolves else "Linear",
         module=weight.reader,
         shape=tuple(tensor.shape),
         parameters=tensor.numel(),
@@ -154,10 +190,7 @@ def _fed_nodes(weight: Weight) -> list[str]:
 
 
 def weights_of(recorder: ProductRecorder, modules: list[Named]) -> list[Weight]:
-    """The weights of a model whose forward was recorded, in the order in which the modules stand.
-
-    Convolutions are left out: they are no matrices.
-    """
+    """The weights of a model whose forward was recorded, in the order in which the modules stand."""
     tree = _Tree(modules)
     by_root: dict[tuple[str, str], list[Product]] = {}
     for product in recorder.products:
@@ -168,11 +201,24 @@ def weights_of(recorder: ProductRecorder, modules: list[Named]) -> list[Weight]:
     weights = [
         weight
         for slot, products in by_root.items()
-        if any(product.form != "convolution" for product in products)
         for weight in [_weight(tree, recorder, slot, products)]
         if weight is not None
     ]
+    weights += _idle(tree, recorder.used)
     return sorted(weights, key=lambda weight: (order[id(weight.holder)], weight.name))
+
+
+def _idle(tree: _Tree, used: set[str]) -> Iterator[Weight]:
+    """Matrices of somebody's own modules that no operation used, as experts to which nothing was routed."""
+    for slots in tree.aliases.values() if used else ():
+        path, name = slots[0]
+        holder, names = tree.by_path[path], tuple(".".join(filter(None, slot)) for slot in slots)
+        if op_of(holder) is not None or original_class(holder).__module__.startswith("torch."):
+            continue
+        shape = holder._parameters[name].shape  # type: ignore[union-attr]
+        if used.isdisjoint(names) and sum(length > 1 for length in shape) > 1:
+            kind = "experts" if len(shape) > 2 else "Linear"
+            yield Weight(names[0], names, kind, holder, name, holder, path, "", 0, direct=False)
 
 
 class _Tree:
@@ -279,6 +325,9 @@ def _kind(holder: nn.Module, attribute: str, readers: list[nn.Module], products:
         return "out_proj" if any(holder is reader.out_proj for reader in attention) else "in_proj"
     if any(product.form == "bilinear" for product in products):
         return "Bilinear"
+    if all(product.form.endswith("convolution") for product in products):
+        transposed = "Transpose" if products[0].form.startswith("transposed") else ""
+        return f"Conv{transposed}{len(products[0].weight) - 2}d"
     weight: Any = getattr(holder, attribute, None)
     if isinstance(weight, Tensor) and weight.dim() >= 3 and all(_per_matrix(weight, one) for one in products):
         return "experts"
@@ -307,7 +356,7 @@ def _obstacle(
     kind: str,
 ) -> tuple[str, str] | None:
     reader = tree.by_path[reader_path]
-    found = owner_obstacle(reader)
+    found = owner_obstacle(reader) or quantized(reader) or quantized(holder, attribute)
     if found is not None:
         return found
     for module in _looked_up(recorder, roots):

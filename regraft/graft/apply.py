@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from regraft.errors import UnprovenError
+from regraft.errors import MisfitError, UnprovenError
 from regraft.find.insertion_points import INSERTED
-from regraft.find.inspect import Inspection, inspect, look
+from regraft.find.inspect import Inspection, inspect_flow, look
 from regraft.find.probe.example_inputs import given_inputs, made_inputs
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
 from regraft.graft.graph_nodes import (
@@ -34,13 +35,15 @@ from regraft.interrupts import HeldInterrupts
 from regraft.ops import HIDDEN, KEEPS_LAW
 from regraft.planning.plan import Edit, Plan, Rules, Skip, plain, plan_of
 from regraft.planning.resolve import acts_in_eval
-from regraft.planning.rules import read_rules
+from regraft.planning.rules import dataflow_for, read_rules
 from regraft.record import Graft, Slot, read_slot
 from regraft.report.view import SCHEMA, View
 from regraft.variants.spec import Variant
 
 Step = tuple[nn.Module, Slot, Graft]
 """A module, a slot of it or of a node in its graph, and the graft that goes there."""
+SavedState = Callable[[list[str]], dict[str, Tensor]]
+"""Of keys of a state dict, the tensors that a checkpoint has for them."""
 _FAST_PATHS = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 _MENDED = (
@@ -172,14 +175,18 @@ def graft_rules(
     *,
     verify: bool = False,
     temporary: list[Step] | None = None,
+    saved: SavedState | None = None,
 ) -> Report:
-    """What `apply` does; for a while, if there is a list `temporary`: it is filled for `take_out`."""
+    """What `apply` does; for a while, if there is a list `temporary`: it is filled for `take_out`.
+
+    With `saved` the state of new grafts is that of a checkpoint, or is awaited from one.
+    """
     if isinstance(rules, Plan):
         inspection = look(model)
         plan = rules.located(inspection)
     else:
         read = read_rules(rules)
-        inspection = inspect(model, inputs)
+        inspection = inspect_flow(model, inputs, dataflow_for(read))
         plan = plan_of(inspection, read, fused)
     steps = _steps(inspection, plan)
     report = Report(
@@ -205,6 +212,8 @@ def graft_rules(
         with compiled_once():
             for module, slot, graft in steps:
                 _put_in(module, slot, graft, changes, temporary)
+        if saved is not None:
+            _bring_state(steps, saved)
         if verify:
             with changes.held.released():
                 report.notes.append(f"proven: {_prove(inspection.root, inputs)}")
@@ -267,6 +276,8 @@ def _move_state(graft: Graft, path: str, by_path: dict[str, nn.Module]) -> None:
     if like is None:
         return
     for name, value in graft.state.items():
+        if value is None:
+            continue  # the graft is in place, and its module has it
         moved = value.detach().to(like.device, like.dtype if value.is_floating_point() else None)
         graft.state[name] = nn.Parameter(moved) if isinstance(value, nn.Parameter) else moved
 
@@ -341,9 +352,29 @@ def _covering(grafts: Iterable[Graft], graft: Graft) -> Iterator[Graft]:
 
 def _state_keys(steps: list[Step]) -> list[str]:
     """Keys of the state dict that the grafts have brought, also those that stood already."""
-    return [
-        f"{graft.edit['reader' if graft.edit['kind'] == 'weight' else 'path']}.{name}".lstrip(".")
-        for _, _, graft in steps
-        for name in graft.state
-        if name not in graft.transient
-    ]
+    return [key for _, _, graft in steps for key in _keys(graft).values()]
+
+
+def _keys(graft: Graft) -> dict[str, str]:
+    """Of each name of a graft's state, its key in the state dict of the model."""
+    path = graft.edit.get("reader") or graft.edit.get("path", "")
+    return {name: f"{path}.{name}".lstrip(".") for name in graft.state if name not in graft.transient}
+
+
+@torch.no_grad()
+def _bring_state(steps: list[Step], saved: SavedState) -> None:
+    """Load the state of the grafts that are new; what a checkpoint has not is awaited."""
+    new = [(module, graft) for module, slot, graft in steps if graft_at(module, slot) is graft]
+    tensors = saved([key for _, graft in new for key in _keys(graft).values()])
+    for module, graft in new:
+        keys = _keys(graft)
+        for name, key in keys.items():
+            state, value = getattr(module, name), tensors.get(key)
+            if value is not None and value.shape != state.shape:
+                raise MisfitError(
+                    f"{key} is of shape {list(value.shape)} in the checkpoint, and {list(state.shape)} here",
+                    where=graft.edit["path"],
+                )
+            if value is not None:
+                state.copy_(value)
+        graft.awaited = tuple(name for name, key in keys.items() if key not in tensors)

@@ -21,7 +21,7 @@ from torch.utils import checkpoint
 from regraft.errors import ModelError
 from regraft.graft.classes import Namespace
 from regraft.graft.compiled import COMPILED, CompiledVariants, variant_key
-from regraft.graft.handlers import HANDLERS, CallGrafts
+from regraft.graft.handlers import HANDLERS, CallGrafts, routes
 from regraft.ops import MULTI_HEAD
 from regraft.planning.plan import Edit
 from regraft.record import RECORD, Graft, Layer, Slot
@@ -92,11 +92,26 @@ def wrap_method(method: Callable[..., Any]) -> Callable[..., Any]:
         if not acts:
             with Pause():
                 return method(self, *args, **kwargs)
+        implementation = getattr(self.__dict__.get("config"), "_attn_implementation", "")
+        if "flash" in str(implementation):
+            _refuse_hidden(self, grafts, implementation)
         with CallMode(self, grafts):
             return method(self, *args, **kwargs)
 
     enter.__dict__[COMPILED] = variants
     return enter
+
+
+def _refuse_hidden(module: nn.Module, grafts: list[Graft], implementation: str) -> None:
+    """Raise where attention has come to run in a kernel whose draws cannot be seen from here."""
+    for graft in grafts:
+        if graft.edit.get("alone") and len(routes(graft)) > 1 and module.training:
+            raise ModelError(
+                f"attention runs in {implementation!r} by now, which draws its own "
+                f"dropout and would pass {graft.edit['after']} by",
+                where=graft.edit["path"],
+                remedy="model.set_attn_implementation('sdpa') or 'eager'; or revert these sites",
+            )
 
 
 def _acts(module: nn.Module, grafts: list[Graft]) -> bool:

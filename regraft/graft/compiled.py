@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from regraft.find.bytecode_scan import DEEPEST, is_torchs, named_by
-from regraft.graft.handlers import HANDLERS, CallGrafts
+from regraft.graft.handlers import HANDLERS, CallGrafts, routes
 from regraft.ops import OPS
 from regraft.record import Graft, grafts_of
 
@@ -85,7 +85,7 @@ def _variant(
         # A copy: the module's own may be changed, and this one serves other modules too.
         grafts = CallGrafts(_Mode(training), [replace(graft, options=dict(graft.options))])
         replacements = {
-            function: _replacement(grafts, function) for function, op in OPS.items() if op == graft.slot.op
+            function: _replacement(grafts, function) for function, op in OPS.items() if op in routes(graft)
         }
         rebound = rebind_calls(variant, replacements)
         if rebound is None and not _is_in_another(graft, name):

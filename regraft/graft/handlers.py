@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regraft.graft.attention import attend, multi_head_attention, with_dropped_keys
-from regraft.graft.recurrent import layer_by_layer, read_recurrence
+from regraft.graft.recurrent import by_example, layer_by_layer, read_recurrence
 from regraft.ops import (
     ATTENTION,
     DROP_PATH,
@@ -28,6 +28,9 @@ from regraft.record import Graft
 from regraft.variants.module import check_rate
 from regraft.variants.registry import spec
 
+_ROUTES = {ATTENTION: "dropout", "dropout": ATTENTION}
+"""Operation -> the other way in which libraries write the dropout of attention."""
+
 
 class CallGrafts:
     """The grafts of one module's calls, by operation, and what they make of a call.
@@ -39,7 +42,7 @@ class CallGrafts:
 
     def __init__(self, module: Any, grafts: Iterable[Graft]) -> None:
         self.module = module
-        self.grafts = {graft.slot.op: graft for graft in grafts}
+        self.grafts = {op: graft for graft in grafts for op in reversed(routes(graft))}
 
     def drop(self, op: str, x: Tensor, p: float, training: bool) -> Tensor | None:
         """What the variant at `op` makes of x; None if the call is to stay as it is."""
@@ -57,6 +60,15 @@ class CallGrafts:
 
     def refuse_recompute(self, op: str) -> None:
         """Raise where a checkpoint would draw another mask; compiled code keeps its random state itself."""
+
+
+def routes(graft: Graft) -> tuple[str, ...]:
+    """The operations that a graft takes over: attention drops in a kernel, or written out.
+
+    Where its module drops nothing else, a later change of the implementation is followed.
+    """
+    other = _ROUTES.get(graft.slot.op) if graft.edit.get("alone") else None
+    return (graft.slot.op,) if other is None else (graft.slot.op, other)
 
 
 def call_rate(graft: Graft, carried: float) -> float:
@@ -142,6 +154,8 @@ def _handle_recurrent(mode: CallGrafts, func: Any, args: tuple[Any, ...], kwargs
     def drop(x: Tensor) -> Tensor | None:
         return mode.drop(op, x, call.p, training=True)
 
+    if spec(graft.variant).activations:
+        return layer_by_layer(call, lambda x: by_example(call, x, drop))
     return layer_by_layer(call, drop)
 
 

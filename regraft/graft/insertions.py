@@ -18,6 +18,7 @@ from regraft.graft.calls import Pause
 from regraft.graft.classes import Namespace
 from regraft.planning.plan import Edit
 from regraft.record import RECORD, Graft, Layer, Slot, grafts_of
+from regraft.variants.module import written_options
 from regraft.variants.registry import complete_options, spec
 
 
@@ -82,13 +83,28 @@ def insert_layer(base: type[nn.Module]) -> Namespace:
         for graft in grafts:
             if graft.slot.op == "before":
                 args, kwargs = _on_input(graft, names, args, kwargs, self.training)
+        kept = _kept(grafts, args, kwargs)
         output = own(self, *args, **kwargs)
         for graft in grafts:
             if graft.slot.op == "after":
-                output = _on_output(graft, (args, kwargs), output, self.training)
+                output = _on_output(graft, kept, output, self.training)
         return output
 
-    return {"forward": forward}
+    def extra_repr(self: nn.Module) -> str:
+        shown = [
+            f"{graft.slot.op}{':' + graft.slot.field if graft.slot.field else ''}={_written(graft)}"
+            for graft in grafts_of(self).values()
+            if isinstance(graft, Inserted)
+        ]
+        return ", ".join(filter(None, [base.extra_repr(self), *shown]))
+
+    return {"forward": forward, "extra_repr": extra_repr}
+
+
+def _written(graft: Inserted) -> str:
+    title = spec(graft.variant).module_for(graft.edit["family"]).__name__
+    rate = graft.rate if isinstance(graft.rate, float) else None
+    return f"{title}({written_options(rate, graft.options)})"
 
 
 def _acting(module: nn.Module) -> list[Inserted]:
@@ -103,31 +119,65 @@ def _acting(module: nn.Module) -> list[Inserted]:
 def _on_input(
     graft: Inserted, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    drop = _drop(graft, training)
-    where = graft.slot.field or next(
-        (name for name in names if isinstance(kwargs.get(name), Tensor)), next(iter(kwargs), "")
-    )
-    if graft.slot.field and graft.slot.field in names[: len(args)]:
-        at = names.index(graft.slot.field)
-        return (*args[:at], with_first(args[at], "", drop), *args[at + 1 :]), kwargs
-    try:
-        if args and not graft.slot.field:
-            return with_first(args, "", drop), kwargs
-        return args, {**kwargs, where: with_first(kwargs[where], "", drop)}
-    except (NoTensorError, KeyError):
-        raise _nothing_there(graft, "input", "before") from None
+    drop, field = _drop(graft, training), graft.slot.field
+    if not field and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        return (drop(args[0]), *args[1:]), kwargs
+    given: dict[str | int | None, Any] = {**dict(enumerate(args))}
+    given.update(kwargs.items())
+    if field:
+        where: str | int | None = names.index(field) if field in names[: len(args)] else field
+    else:
+        order = [*range(len(args)), *(name for name in names if name in kwargs), *kwargs]
+        tensors = {key: _tensor(given[key]) for key in order}
+        present = [key for key, x in tensors.items() if x is not None]
+        where = next((key for key in present if tensors[key].is_floating_point()), next(iter(present), None))
+    if where not in given or _tensor(given[where]) is None:
+        raise _nothing_there(graft, "input", "before")
+    changed = with_first(given[where], "", drop)
+    if isinstance(where, int):
+        return (*args[:where], changed, *args[where + 1 :]), kwargs
+    return args, {**kwargs, str(where): changed}
 
 
-def _on_output(graft: Inserted, given: tuple[Any, Any], output: Any, training: bool) -> Any:
+def _tensor(value: Any) -> Any:
+    try:
+        return first_tensor(value)
+    except NoTensorError:
+        return None
+
+
+def _kept(
+    grafts: list[Inserted], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, int | None] | None:
+    """The input of a block that adds to it, before it runs, and how often it has been written to."""
+    adding = [graft for graft in grafts if graft.residual]
+    if not adding:
+        return None
+    try:
+        x = first_tensor(args or tuple(kwargs.values()))
+    except NoTensorError:
+        raise _nothing_there(adding[0], "input", "after") from None
+    if any(graft.edit.get("in_place") for graft in adding):
+        return x.clone(), None
+    return x, None if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def _on_output(graft: Inserted, kept: tuple[Tensor, int | None] | None, output: Any, training: bool) -> Any:
     drop = _drop(graft, training)
     try:
-        if not graft.residual:
+        if not graft.residual or kept is None:
             return with_first(output, graft.slot.field, drop)
-        x = first_tensor(given[0] or tuple(given[1].values()))
     except NoTensorError:
         raise _nothing_there(graft, "output", "after") from None
+    x, writes = kept
 
     def drop_what_it_adds(y: Tensor) -> Tensor:
+        if writes is not None and x._version != writes:
+            raise ModelError(
+                "it writes to its input, which it did not in the probe: what it adds is lost",
+                where=graft.edit["path"],
+                remedy="plan again with the inputs= of this forward",
+            )
         if y.shape != x.shape:
             raise ModelError(
                 f"{tuple(x.shape)} went in and {tuple(y.shape)} came out: it is no residual block",

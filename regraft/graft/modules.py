@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from regraft.find.recognize import rate_name
 from regraft.graft.classes import Namespace
 from regraft.graft.handlers import written_back
+from regraft.graft.slots import is_applied, require_state, state_methods
 from regraft.libraries import is_conv1d
 from regraft.planning.plan import Edit
-from regraft.record import RECORD, Graft, Layer, Slot
-from regraft.variants.module import written_options
+from regraft.record import RECORD, Graft, Layer, Slot, grafts_of
+from regraft.variants.module import SHOWS, written_options
 from regraft.variants.registry import complete_options, spec
 from regraft.variants.spec import Spec
 
@@ -24,14 +25,17 @@ _KEY = str(VARIANT)
 
 
 def module_graft(edit: Edit) -> Graft:
-    """The graft that makes the module at the edit's site do what the edit says; nothing is changed yet."""
+    """The graft that makes the module at the edit's site do what the edit says; nothing is changed yet.
+
+    One that is in place already keeps its state: no other is drawn.
+    """
     assert edit.site is not None
     found, module = spec(edit.variant), edit.site.module
     p = edit.options.get("p")
     rate = {} if p is None else {"p": p}
     written = {} if p is None else {rate_name(module) or "p": float(p)}
     options = complete_options(found, edit.options)
-    return Graft(
+    graft = Graft(
         VARIANT,
         Layer(variant_layer, (found.name, edit.family, next(iter(written), ""))),
         found.name,
@@ -39,10 +43,16 @@ def module_graft(edit: Edit) -> Graft:
         options,
         edit.to_dict(),
         written=written,
-        state=found.state(module, {**options, **rate}) if found.state else {},
         fixes_eval=edit.fixes_eval,
         transient=found.transient,
     )
+    if found.state:
+        current = grafts_of(module).get(_KEY)
+        if current is not None and is_applied(module, current, graft):
+            graft.state = dict(current.state)
+        else:
+            graft.state = found.state(module, {**options, **rate})
+    return graft
 
 
 def rate_graft(edit: Edit, slot: Slot = RATE) -> Graft:
@@ -60,6 +70,8 @@ def variant_layer(base: type[nn.Module], name: str, family: str, rate: str) -> N
     on_mode = {"train": _train(base, found.on_mode)} if found.on_mode else {}
     return {
         **on_mode,
+        **(state_methods(base) if found.state else {}),
+        SHOWS: found.module_for(family),
         "__name__": title,
         "__qualname__": title,
         "__module__": found.module_for(family).__module__,
@@ -82,6 +94,8 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     graft: Graft = module.__dict__[RECORD][_KEY]
     if not graft.state:
         return graft.options
+    if graft.awaited:
+        require_state(graft)
     return {**graft.options, **{name: getattr(module, name) for name in graft.state}}
 
 

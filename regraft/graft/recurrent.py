@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,15 @@ def layer_by_layer(call: Recurrence, drop: Callable[[Tensor], Tensor | None]) ->
         x, *end = call.func(x, *call.sizes, given, weights, call.biased, 1, 0.0, call.training, *call.rest)
         ends.append(end)
     return x, *(torch.cat(one) for one in zip(*ends, strict=True))
+
+
+def by_example(call: Recurrence, x: Tensor, drop: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+    """What `drop` makes of the output of a layer, given to it as (B, T, C) whatever its order here."""
+    if call.sizes:
+        padded, lengths = pad_packed_sequence(PackedSequence(x, call.sizes[0]), batch_first=True)
+        dropped = drop(padded)
+        return None if dropped is None else pack_padded_sequence(dropped, lengths, batch_first=True).data
+    if call.rest[1]:
+        return drop(x)
+    dropped = drop(x.transpose(0, 1))
+    return None if dropped is None else dropped.transpose(0, 1)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from regraft.errors import FileError
 from regraft.find.inspect import look
-from regraft.graft.apply import Report, apply
+from regraft.graft.apply import Report, graft_rules
 from regraft.graft.calls import BOUNDARY
 from regraft.graft.graph_nodes import placed_grafts
 from regraft.graft.rates import unscheduled_edit
 from regraft.planning.plan import Edit, Plan, fingerprint
+from regraft.variants.registry import rate_matters, spec
 from regraft.variants.spec import Variant
 
 FILE_NAME = "regraft.json"
@@ -39,7 +43,28 @@ def load_plan(model: nn.Module, path: str | os.PathLike[str]) -> Report:
     except FileError as error:
         error.where = f"{file}: {error.where}".removesuffix(": ")
         raise
-    return apply(model, made)
+    return graft_rules(model, made, saved=lambda keys: _saved_tensors(file.parent, keys))
+
+
+def _saved_tensors(folder: Path, keys: list[str]) -> dict[str, Tensor]:
+    """The tensors that the weights in a folder have for these keys, as `save_pretrained` writes them."""
+    if not keys:
+        return {}
+    files = dict.fromkeys(keys, "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    tensors: dict[str, Tensor] = {}
+    for name in dict.fromkeys(files[key] for key in keys if key in files):
+        if (folder / name).is_file():
+            with importlib.import_module("safetensors").safe_open(folder / name, "pt") as opened:
+                present = set(opened.keys()).intersection(keys)
+                tensors |= {key: opened.get_tensor(key) for key in present}
+    pickled = folder / "pytorch_model.bin"
+    if not tensors and pickled.is_file():
+        whole = torch.load(pickled, map_location="cpu", weights_only=True)
+        tensors = {key: whole[key] for key in keys if key in whole}
+    return tensors
 
 
 def plan_of_grafts(model: nn.Module) -> Plan:
@@ -56,7 +81,9 @@ def plan_of_grafts(model: nn.Module) -> Plan:
             continue  # passes of the whole model: no site is edited
         edit = Edit(**{**unscheduled_edit(graft), "path": named.paths[0], "rule": len(rules)})
         edits.append(edit)
-        rules.append([_selector(edit), str(Variant(edit.variant, edit.options))])
+        matters = rate_matters(spec(edit.variant), edit.options)
+        options = {key: value for key, value in edit.options.items() if key != "p" or matters}
+        rules.append([_selector(edit), str(Variant(edit.variant, options))])
     return Plan(
         model=type(inspection.root).__name__,
         rules=rules,

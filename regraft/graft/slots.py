@@ -8,7 +8,7 @@ from torch import nn
 
 from regraft.errors import ModelError
 from regraft.find.probe.preserve_state import restore, snapshot
-from regraft.graft.classes import layered
+from regraft.graft.classes import Namespace, layered
 from regraft.graft.compiled import compile_variants
 from regraft.ops import MULTI_HEAD, RECURRENT_OPS
 from regraft.record import (
@@ -119,3 +119,28 @@ def _take_back(module: nn.Module, graft: Graft) -> None:
         if graft.state[name] is None:
             graft.state[name] = module._buffers.pop(name, None)
         module._non_persistent_buffers_set.discard(name)
+
+
+def state_methods(base: type[nn.Module]) -> Namespace:
+    """The method of a module with state of a graft by which a checkpoint brings it."""
+
+    def load_from_state_dict(
+        self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        base._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+        for graft in grafts_of(self).values():
+            graft.awaited = tuple(name for name in graft.awaited if prefix + name not in state_dict)
+
+    return {"_load_from_state_dict": load_from_state_dict}
+
+
+def require_state(graft: Graft) -> None:
+    """Raise if the state that the graft had when its plan was saved has not been loaded."""
+    if graft.awaited:
+        raise ModelError(
+            f"{graft.edit['after']} was saved with state ({', '.join(graft.awaited)}), which is not loaded: "
+            "from_pretrained leaves out what the plain model has not",
+            where=graft.edit["path"],
+            remedy="regraft.load_plan(model, folder) reads the weights in that folder; or load the state "
+            "dict after load_plan; or regraft.apply(model, plan), to begin anew",
+        )

@@ -23,6 +23,7 @@ from torch.utils import checkpoint
 from regraft.errors import ModelError
 from regraft.graft.calls import checkpoint_marks, inside_checkpoint
 from regraft.graft.classes import Namespace
+from regraft.graft.slots import require_state, state_methods
 from regraft.planning.plan import Edit
 from regraft.record import RECORD, Graft, Layer, Slot
 from regraft.variants.registry import complete_options, spec
@@ -112,12 +113,14 @@ def lend_layer(base: type[nn.Module]) -> Namespace:
         with loans[0].lock.lock, _lent(self, loans):
             return method(self, *args, **kwargs)
 
-    return {"forward": forward}
+    return {"forward": forward, **state_methods(base)}
 
 
 def _perturbed(module: nn.Module, graft: Lending, weight: Tensor) -> Tensor:
     function = spec(graft.variant).weight_function
     assert function is not None
+    if graft.awaited:
+        require_state(graft)
     state = {name.partition("__")[0]: getattr(module, name) for name in graft.state}
     rate = {} if graft.rate is None else {"p": graft.rate}
     perturbed: Tensor = function(weight, **rate, **graft.options, **state)

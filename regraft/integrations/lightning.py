@@ -108,7 +108,14 @@ if TYPE_CHECKING:
         """See `_Scheduled`."""
 
 
+__all__ = ["RDropCallback", "ScheduleCallback"]
+
 _METHODS = {"RDropCallback": _RDrop, "ScheduleCallback": _Scheduled}
+
+
+def __dir__() -> list[str]:
+    there = any(map(find_spec, ("lightning", "pytorch_lightning")))
+    return [*globals(), *(_METHODS if there else ())]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,9 +5,14 @@ The classes are made when they are first asked for, so that reading this file do
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from regraft.find.selectors import read_selector
 from regraft.training.mc_eval import mc_eval
 from regraft.training.norm.max_norm import MaxNorm, max_norm
 from regraft.training.rdrop.layer import disarm
@@ -144,6 +149,9 @@ class _Scheduled:
 class _Limited:
     """Holds rows of weights to a norm while `Trainer` trains: `regraft.max_norm` with its optimizer.
 
+    Relative bounds are written into Trainer's checkpoints, so that a resumed run keeps those that it began
+    with.
+
     Args:
         limits: of `regraft.max_norm`.
 
@@ -159,9 +167,37 @@ class _Limited:
         self.limits = dict(limits)
         self.held: MaxNorm | None = None
 
-    def on_train_begin(self, *_: Any, model: Any = None, optimizer: Any = None, **__: Any) -> None:
-        """Watch the optimizer, which is there now."""
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as plain JSON values."""
+        bounds = {} if self.held is None else self.held.state_dict()
+        return {
+            "args": {"limits": {read_selector(key).text: bound for key, bound in self.limits.items()}},
+            "attributes": {"saved": {path: bound.tolist() for path, bound in bounds.items()}},
+        }
+
+    def on_train_begin(
+        self,
+        args: Any,  # noqa: ARG002
+        state: Any,
+        *_: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **__: Any,
+    ) -> None:
+        """Watch the optimizer, which is there now; of a resumed run take the bounds in its checkpoint."""
         self.held = max_norm(model, self.limits, optimizer)
+        own, name = self.state(), type(self).__name__
+        saved = state.stateful_callbacks.setdefault(name, own)
+        saved = saved if isinstance(saved, list) else [saved]
+        entries = [one for one in saved if one["args"] == own["args"]]
+        bounds = entries[-1]["attributes"]["saved"] if entries and state.global_step else {}
+        if bounds and entries[-1] is not own:
+            self.held.load_state_dict({path: torch.tensor(bound) for path, bound in bounds.items()})
+        elif state.global_step and own["attributes"]["saved"]:
+            warnings.warn(
+                "the checkpoint has no bounds of max-norm: they are relative to the norms as they are now",
+                stacklevel=2,
+            )
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """End it."""
@@ -185,6 +221,8 @@ if TYPE_CHECKING:
         """See `_Limited`."""
 
 
+__all__ = ["MaxNormCallback", "MonteCarloCallback", "RDropCallback", "ScheduleCallback"]
+
 _METHODS = {
     "RDropCallback": _RDrop,
     "MonteCarloCallback": _MonteCarlo,
@@ -193,12 +231,18 @@ _METHODS = {
 }
 
 
+def __dir__() -> list[str]:
+    there = find_spec("transformers") is not None
+    return [*globals(), *(_METHODS if there else ())]
+
+
 def __getattr__(name: str) -> Any:
     if name not in _METHODS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState, TrainerCallback
 
     methods = _METHODS[name]
-    made = type(name, (methods, TrainerCallback), {"__module__": __name__, "__doc__": methods.__doc__})
+    bases = (TrainerCallback, ExportableState) if hasattr(methods, "state") else (TrainerCallback,)
+    made = type(name, (methods, *bases), {"__module__": __name__, "__doc__": methods.__doc__})
     globals()[name] = made
     return made

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
@@ -16,22 +17,23 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from regraft.errors import FileError, MisfitError, OptionError, RegraftError, WrongKindError, raise_all
-from regraft.find.balance import balance_of_grafts, left
+from regraft.find.balance import NOISE, balance_of_grafts, left
 from regraft.find.graph_nodes import node_marks, owner_path
 from regraft.find.insertion_points import INSERTED, family_to_insert
-from regraft.find.inspect import Inspection, inspect
+from regraft.find.inspect import Inspection, inspect_flow
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site, grafted_site
+from regraft.find.weights import matrices
 from regraft.ops import FAMILIES, FUSED, KEEPS_LAW
 from regraft.planning.resolve import Decision, acts_in_eval
-from regraft.planning.rules import Rule, read_rules, resolve
+from regraft.planning.rules import Rule, dataflow_for, read_rules, resolve
 from regraft.record import original_class
 from regraft.report.document import counted
 from regraft.report.view import SCHEMA, View
 from regraft.variants.module import written_options
-from regraft.variants.parse import parse_variant
-from regraft.variants.registry import check_options, spec
+from regraft.variants.registry import OF_RULES, check_options, parse_variant, spec
 from regraft.variants.spec import DEFAULT_RATE
+from regraft.variants.strength import strength
 
 Rules = Mapping[Any, Any] | Sequence[tuple[Any, Any]]
 """Selector -> variant, in order; a mapping or a list of pairs."""
@@ -52,8 +54,12 @@ class Edit:
         position: of an insertion, "before" or "after"; `place` is what it is put there of, `field` the
             argument or part of the output that it is on.
         residual: of an insertion, is what the module adds to its input dropped, and not its whole output?
+        in_place: of such an insertion, does the module write to its input?
+        alone: of a call, does nothing else drop in its module, so that what does later is another way to do
+            the same?
         fixes_eval: did the call drop in eval too, and does the graft end that?
         cost: what the graft costs beyond the variant itself.
+        strength: the variance of the site's noise before and after, where it is known and changes.
         role: "router" of a product whose result chooses.
         reader: of a weight that is lent, the path of the module that multiplies by it; `holder` leads from
             there to the module that has it, as its `attribute`.
@@ -81,8 +87,11 @@ class Edit:
     place: str = ""
     field: str = ""
     residual: bool = False
+    in_place: bool = False
+    alone: bool = False
     fixes_eval: bool = False
     cost: str | None = None
+    strength: str | None = None
     role: str = ""
     reader: str = ""
     holder: str = ""
@@ -98,8 +107,7 @@ class Edit:
 
     def with_options(self, options: Mapping[str, Any]) -> Edit:
         """The edit with other options of its variant, and `after` to match."""
-        edit = replace(self, options=dict(options))
-        return replace(edit, after=rendered(edit))
+        return _told(replace(self, options=dict(options)))
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ class Skip:
     rule: int
 
 
-def _edit_of(decision: Decision) -> Edit:
+def _edit_of(decision: Decision, callers: Counter[int]) -> Edit:
     site, variant = decision.site, decision.variant
     assert variant is not None
     assert site.family is not None
@@ -135,6 +143,8 @@ def _edit_of(decision: Decision) -> Edit:
         methods=sorted(site.call.methods) if site.call else [],
         **{name: getattr(site, name) for name in ("node", "position", "place", "field")},
         residual=decision.residual,
+        in_place=decision.in_place,
+        alone=site.kind == "call" and callers[id(site.module)] == 1,
         fixes_eval=(site.draws_in_eval or site.baked is not None) and not acts_in_eval(variant),
         cost=decision.cost,
         role=site.role,
@@ -143,7 +153,20 @@ def _edit_of(decision: Decision) -> Edit:
         attribute=site.attribute,
         site=site,
     )
-    return replace(edit, after=rendered(edit))
+    return _told(edit)
+
+
+def _told(edit: Edit) -> Edit:
+    """The edit with what a reader is told of it, which follows from its other fields."""
+    return replace(edit, after=rendered(edit), strength=_strength(edit))
+
+
+def _strength(edit: Edit) -> str | None:
+    p = _rate(edit)
+    if edit.family not in NOISE or (p is None and spec(edit.variant).rated):
+        return None
+    change = strength(edit.p, edit.variant, p, {**spec(edit.variant).defaults, **edit.options})
+    return str(change) if change and change.before != change.after else None
 
 
 def _skip_of(decision: Decision) -> Skip:
@@ -352,9 +375,9 @@ def _check_edit(edit: Edit) -> None:
             raise FileError(f"{name} is {value!r}", remedy=f"it is of type {Edit.__annotations__[name]}")
     found = spec(edit.variant)
     check_options(found, edit.options)
-    families: Iterable[str | None] = found.families
+    fits = found.fits(edit.family)
     if edit.kind == INSERTED:
-        families = [family_to_insert(edit.variant)]
+        fits = edit.family == family_to_insert(edit.variant)
         text = f"{edit.position}:{edit.place}" + (f"#{edit.field}" if edit.field else "")
         if edit.position not in ("before", "after") or edit.op != text:
             raise FileError(f"op is {edit.op!r}", remedy=f"its position, place and field say {text!r}")
@@ -362,7 +385,7 @@ def _check_edit(edit: Edit) -> None:
         raise FileError(f"kind is {edit.kind!r}", remedy="'module', 'call', 'node', 'weight' or 'inserted'")
     elif edit.kind == "call" and FAMILIES.get(edit.op) != edit.family:
         raise FileError(f"no call is of op {edit.op!r} and family {edit.family!r}")
-    if edit.family not in families:
+    if not fits:
         raise WrongKindError(f"{edit.variant!r} cannot take the place of {edit.op} ({edit.family})")
 
 
@@ -394,7 +417,7 @@ def _check_rule(edit: Edit, text: str | None, variant: str | None) -> None:
     for name, value in parse_variant(variant).options.items():
         grows = edit.kind == INSERTED and edit.variant == "droppath"
         relative = name == "p" and (isinstance(value, str) or grows)
-        if name != "fused" and not relative and edit.options.get(name) != value:
+        if name not in OF_RULES and not relative and edit.options.get(name) != value:
             raise FileError(f"{says}, and the edit {name}={edit.options.get(name)!r}", remedy=remedy)
 
 
@@ -453,7 +476,7 @@ def plan(model: nn.Module, rules: Rules, inputs: Any = None, *, fused: str = "au
         [('1', 'Dropout(p=0.1)', 'GaussianDropout(p=0.1)')]
     """
     read = read_rules(rules)
-    return plan_of(inspect(model, inputs), read, fused)
+    return plan_of(inspect_flow(model, inputs, dataflow_for(read)), read, fused)
 
 
 def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> Plan:
@@ -462,10 +485,16 @@ def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> P
         raise OptionError(f"fused={fused!r}", remedy="'auto', 'write' or 'keep'")
     decisions, problems = resolve(inspection, rules, fused)
     raise_all(problems)
-    edits = [_edit_of(decision) for decision in decisions if decision.reason is None]
+    callers = Counter(id(site.module) for site in inspection.sites if site.kind == "call")
+    edits = [_edit_of(decision, callers) for decision in decisions if decision.reason is None]
     skips = [_skip_of(decision) for decision in decisions if decision.reason is not None]
     selected = [_marked(decision.site) for decision in sorted(decisions, key=lambda one: one.variant is None)]
     grafted = [decision.site for decision in decisions if decision.reason is None]
+    counts, unselected = matrices(
+        inspection.weights,
+        [site for site in grafted if site.family == "Linear"],
+        [decision.site for decision in decisions if decision.site.family == "Linear"],
+    )
     return Plan(
         model=type(inspection.root).__name__,
         rules=[
@@ -479,11 +508,8 @@ def plan_of(inspection: Inspection, rules: list[Rule], fused: str = "auto") -> P
         notes=[*inspection.notes, *_notes(edits, skips, decisions), *_unseen(inspection, decisions)],
         probe=inspection.probe.to_dict(),
         boundaries=_boundaries(inspection, edits),
-        balance={
-            **balance_of_grafts(inspection.sites, inspection.probe, grafted),
-            **_matrices(inspection, decisions),
-        },
-        left=left(inspection.sites, inspection.modules, inspection.probe, grafted),
+        balance={**balance_of_grafts(inspection.sites, inspection.probe, grafted), **counts},
+        left=[*left(inspection.sites, inspection.modules, inspection.probe, grafted), *unselected],
     )
 
 
@@ -522,18 +548,3 @@ def _unseen(inspection: Inspection, decisions: list[Decision]) -> list[str]:
         "weights that other modules multiply by (attention projections, experts, recurrent layers) are seen "
         f"only by the probe, which did not run: {reason}"
     ]
-
-
-def _matrices(inspection: Inspection, decisions: list[Decision]) -> dict[str, Any]:
-    """How many matrices multiply and how many the rules reach, if they are about matrices at all."""
-    about = [one for one in decisions if one.site.family == "Linear"]
-    if not about or not inspection.weights:
-        return {}
-    reached = {path for one in about if one.variant is not None for path in one.site.paths}
-    left: dict[str, int] = {}
-    for weight in inspection.weights:
-        owners = {name.rpartition(".")[0] for name in weight.names if name.endswith("weight")}
-        if reached.isdisjoint({*weight.names, *owners}):
-            left[weight.kind] = left.get(weight.kind, 0) + 1
-    count = len(inspection.weights)
-    return {"matrices": {"multiply": count, "reached": count - sum(left.values()), "left": left}}

@@ -8,10 +8,11 @@ from torch import nn
 
 from regraft.errors import RateError
 from regraft.find.balance import is_whole_class
+from regraft.find.probe.dataflow import BATCH, CHANNEL, Dataflow, Value, axes_of
 from regraft.find.site import Site
 from regraft.ops import ATTENTION, ATTENTIONS, DROP_PATH, HIDDEN, RECURRENT_OPS
 from regraft.variants.module import check_rate
-from regraft.variants.registry import complete_options, spec
+from regraft.variants.registry import OF_RULES, complete_options, spec
 from regraft.variants.spec import DEFAULT_RATE, Spec, Variant
 
 _RATE_ONLY = ("dropout", "off")
@@ -24,6 +25,7 @@ class Decision:
 
     Attributes:
         residual: of an insertion, is what the module adds to its input dropped, and not its whole output?
+        in_place: does the module write to its input?
         at_zero: is the reason that the site's rate is 0?
     """
 
@@ -31,14 +33,19 @@ class Decision:
     rule: int
     variant: Variant | None = None
     residual: bool = False
+    in_place: bool = False
     cost: str | None = None
     reason: str | None = None
     remedy: str = ""
     at_zero: bool = False
 
 
-def decide(site: Site, index: int, selector: str, variant: Variant, fused: str) -> Decision:
+def decide(
+    site: Site, index: int, selector: str, variant: Variant, fused: str, dataflow: Dataflow | None = None
+) -> Decision:
     """The decision for `site` under rule number `index`.
+
+    `dataflow`, where there is one, has shown which axes the values at the site have.
 
     Raises:
         RateError: the rule gives the site a rate outside [0, 1).
@@ -46,6 +53,8 @@ def decide(site: Site, index: int, selector: str, variant: Variant, fused: str) 
     found = spec(variant.name)
     why_not = _why_not_matrix(site, selector, found, variant)
     why_not = why_not or _why_not(site, found, variant, str(variant.options.get("fused", fused)))
+    axes, unknown = _axes(site, found, variant, dataflow)
+    why_not = why_not or unknown
     if why_not is not None:
         return Decision(site, index, reason=why_not[0], remedy=why_not[1])
     p = _rate(site, found, variant, f"rule {index}: {selector!r}, at {site.path!r}")
@@ -56,14 +65,70 @@ def decide(site: Site, index: int, selector: str, variant: Variant, fused: str) 
         )
     if p == 0 and not _sets_rate(variant) and _needs_rate(found, variant):
         return Decision(site, index, reason="its rate is 0", remedy=f"name one: {example}", at_zero=True)
-    options = {key: value for key, value in variant.options.items() if key not in ("p", "fused")}
+    options = {key: value for key, value in variant.options.items() if key not in ("p", *OF_RULES)} | axes
     kept = _kept_rate(site, found, variant, p)
     decided = Variant(variant.name, options if kept is None else {"p": kept, **options})
     return Decision(site, index, decided, cost=_cost(site, found, variant))
 
 
+def _axes(
+    site: Site, found: Spec, variant: Variant, dataflow: Dataflow | None
+) -> tuple[dict[str, int], tuple[str, str] | None]:
+    """The options that say which axes the variant acts on, as far as they are not its own, or why not.
+
+    They are read off the operations that made what is dropped. Of an unprobed site nothing is known: there
+    the variant goes by the number of axes, as it does outside regraft.
+    """
+    if not found.activations or site.op in RECURRENT_OPS:
+        return {}, None  # of a recurrent network the kernel's own arguments say it, at each call
+    values = [] if dataflow is None else _values(site, dataflow)
+    if site.op in ATTENTIONS or any(value.weights for value in values):
+        return {}, (
+            f"these are attention weights, and {found.name!r} is for activations",
+            "'dropkey' and 'drophead' drop keys and heads; 'gaussian' and its like act on each weight",
+        )
+    if not values:
+        return {}, None
+    seen, rank = axes_of(values) or {}, len(values[0].axes)
+    given = complete_options(found, variant.options)
+    axes = {}
+    if given.get("channel_axis", 0) is None and rank > 2:
+        if CHANNEL not in seen:
+            return {}, (
+                "which axis holds the channels was not seen",
+                f"say it: '{found.name}(channel_axis=-1)' for the last",
+            )
+        if seen[CHANNEL] != (1 if rank >= 4 else rank - 1):
+            axes["channel_axis"] = -1 if seen[CHANNEL] == rank - 1 else seen[CHANNEL]
+    if found.name == "dropblock" and rank == 4 and seen.get(CHANNEL, 1) != 1:
+        return {}, ("its channels are not on axis 1, where 'dropblock' has them", "take 'spatial'")
+    by_example = "batch_axis" in given or "channel_axis" not in given
+    if seen and by_example and given.get("batch_axis") is None and seen.get(BATCH) != 0:
+        if BATCH not in seen:
+            return {}, ("no axis of it holds the examples, as of a packed sequence", "drop its input instead")
+        if "batch_axis" not in given:
+            return {}, (
+                f"its examples are on axis {seen[BATCH]}, and {found.name!r} looks for them on the first",
+                "'spatial' and 'droppath' take a batch_axis",
+            )
+        axes["batch_axis"] = seen[BATCH]
+    return axes, None
+
+
+def _values(site: Site, dataflow: Dataflow) -> list[Value]:
+    """What flows through a site, at each of its calls."""
+    if site.kind == "inserted":
+        if site.node:
+            return []
+        of_output = dataflow.outputs_of(site.module, site.field)
+        return dataflow.inputs_of(site.module) if site.position == "before" else of_output
+    if site.kind == "module":
+        return dataflow.inputs_of(site.module)
+    return dataflow.calls.get((id(site.module), site.op, site.node), [])
+
+
 def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str, str] | None:
-    if site.family not in found.families:
+    if not found.fits(site.family):
         return f"{found.name!r} cannot replace {site.op}", "narrow the rule, or choose another variant"
     if found.attention and site.op not in ATTENTIONS:
         return (
@@ -75,7 +140,7 @@ def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str
         return site.obstacle
     if site.calls == 0:
         return (
-            "its forward was never called in the probe",
+            f"{'nothing used it' if site.kind == 'weight' else 'its forward was never called'} in the probe",
             "nothing to regularize unless another input runs it: then give that as inputs=",
         )
     if site.op in RECURRENT_OPS and getattr(site.module, "num_layers", 2) == 1:
@@ -110,12 +175,12 @@ def _keeps_kernel(found: Spec, variant: Variant) -> bool:
 
 def _why_not_matrix(site: Site, selector: str, found: Spec, variant: Variant) -> tuple[str, str] | None:
     """Why a matrix that multiplies is left: a router, or a form that the variant cannot act on."""
-    if site.role == "router" and selector.partition("@")[0] != "router" and site.family in found.families:
+    if site.role == "router" and selector.partition("@")[0] != "router" and found.fits(site.family):
         return (
             "it is a router: its result chooses what runs, and noise would change the choice",
             f"a rule of its own takes it: 'router@{site.path}'",
         )
-    if site.kind != "weight" or site.family not in found.families:
+    if site.kind != "weight" or not found.fits(site.family):
         return None
     if found.weight_function is None:
         return (
@@ -123,9 +188,10 @@ def _why_not_matrix(site: Site, selector: str, found: Spec, variant: Variant) ->
             "multiplies by the weight",
             "choose 'dropconnect' or 'mixout'",
         )
-    unfit = found.weight_unfit(complete_options(found, variant.options)) if found.weight_unfit else None
-    if unfit is not None:
-        return unfit, "leave that option out"
+    if found.weight_unfit is not None:
+        unfit = found.weight_unfit(complete_options(found, variant.options), site)
+        if unfit is not None:
+            return unfit
     if isinstance(site.owner, nn.RNNCellBase) and (site.calls or 0) > 1:
         return (
             "its cell runs once a step, and each step would draw anew",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import nn
 
 from regraft.errors import (
     NoMatchError,
@@ -16,13 +18,14 @@ from regraft.errors import (
 )
 from regraft.find.balance import is_whole_class
 from regraft.find.inspect import Inspection
+from regraft.find.probe.dataflow import BLOCK, BRANCH, Dataflow
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
 from regraft.planning.insertions import insertions
 from regraft.planning.resolve import Decision, decide
+from regraft.record import original_class
 from regraft.report.document import counted
-from regraft.variants.parse import parse_variant
-from regraft.variants.registry import spec
+from regraft.variants.registry import parse_variant, spec
 from regraft.variants.spec import Variant
 
 
@@ -51,6 +54,15 @@ def read_rules(rules: Any) -> list[Rule]:
             f"{rules!r} is no set of rules", remedy="write {'Dropout': 'gaussian'} or a list of pairs"
         )
     return [_read_pair(pair) for pair in pairs]
+
+
+def dataflow_for(rules: list[Rule]) -> Dataflow | None:
+    """What the probe is to record of values for these rules; None if no rule depends on it."""
+    fields = [rule.selector.field for rule in rules if rule.selector is not None and rule.selector.position]
+    chosen = [spec(rule.variant.name) for rule in rules if rule.variant is not None]
+    if fields or any(one.activations or "Embedding" in one.families for one in chosen):
+        return Dataflow(fields)
+    return None
 
 
 def _read_pair(pair: Any) -> Rule:
@@ -95,15 +107,19 @@ def resolve(
         except RegraftError as error:
             problems.append((index, error))
     _whole_classes(inspection, decided)
+    other_tables = _other_tables(inspection, decided)
     decisions: list[Decision] = []
     for position, (index, selector, variant) in sorted(decided.items(), key=lambda item: item[0]):
         if variant is None:
             continue
         try:
-            decisions.append(decide(inspection.sites[position], index, selector.text, variant, fused))
+            site = inspection.sites[position]
+            if position in other_tables and site.obstacle is None:
+                site = replace(site, obstacle=other_tables[position])
+            decisions.append(decide(site, index, selector.text, variant, fused, inspection.dataflow))
         except RegraftError as error:
             problems.append((index, error))
-    inserted, more = insertions(inspection, inserting, fused)
+    inserted, more = insertions(inspection, inserting, fused) if inserting else ([], [])
     ordered = sorted([*problems, *more], key=lambda problem: problem[0])
     return [*decisions, *inserted], [error for _, error in ordered]
 
@@ -116,6 +132,56 @@ def _whole_classes(inspection: Inspection, decided: dict[int, tuple[int, Selecto
     for position in list(decided):
         if sites[position].kind == "call" and id(sites[position].module) in whole:
             del decided[position]
+
+
+def _other_tables(
+    inspection: Inspection, decided: dict[int, tuple[int, Selector, Variant | None]]
+) -> dict[int, tuple[str, str]]:
+    """The tables of a model that are not its tokens', where a rule means several; why each is left.
+
+    A table of tokens looks up the model's input itself; those of positions and segments look up numbers that
+    the model computes. Of two whose rows are added, the one that the model declares is the tokens'.
+    """
+    flow, by_rule = inspection.dataflow, dict[int, list[int]]()
+    for position, (index, _, variant) in decided.items():
+        site = inspection.sites[position]
+        if variant is not None and variant.name == "neftune" and site.calls != 0:
+            by_rule.setdefault(index, []).append(position)
+    left: dict[int, tuple[str, str]] = {}
+    for positions in by_rule.values():
+        if len(positions) < 2:
+            continue
+        modules = {position: inspection.sites[position].module for position in positions}
+        shown = {at for at, module in modules.items() if flow is not None and flow.looks_up_input(module)}
+        declared = _declared_table(inspection.root)
+        own = {at for at, module in modules.items() if module is declared}
+        rivals = {
+            at
+            for at in shown or modules
+            for other in (shown or modules)
+            if at != other and (flow is None or flow.added_together(modules[at], modules[other]))
+        }
+        tokens = (shown - rivals) | own
+        for at in positions:
+            if at not in tokens:
+                path = inspection.sites[at].path
+                known = bool(tokens) and not (at in rivals and rivals.isdisjoint(own))
+                left[at] = (
+                    "it looks up positions or segments, and the noise is for the table of tokens"
+                    if known
+                    else "which of the tables is that of the tokens was not seen",
+                    f"a rule that names it alone takes it: 'Embedding@{path}'",
+                )
+    return left
+
+
+def _declared_table(root: nn.Module) -> nn.Module | None:
+    """The table of tokens, of a model that says which it is, as those of Transformers do."""
+    try:
+        table = root.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return table if isinstance(table, nn.Module) else None
 
 
 def _matched(inspection: Inspection, selector: Selector, variant: Variant | None, index: int) -> list[int]:
@@ -136,11 +202,17 @@ def _matched(inspection: Inspection, selector: Selector, variant: Variant | None
     fitting = [
         position
         for position in found
-        if sites[position].family in families
+        if found_variant.fits(sites[position].family)
         and (sites[position].kind != "weight" or found_variant.weight_function is not None)
     ]
     if not fitting:
         kinds = sorted({sites[position].op for position in found})
+        if all(found_variant.fits(sites[position].family) for position in found):
+            raise WrongKindError(
+                f"{variant.name!r} acts in a linear layer's own forward, and here others multiply",
+                where=f"{where}, first at {sites[found[0]].path!r}",
+                remedy="choose 'dropconnect' or 'mixout'",
+            )
         raise WrongKindError(
             f"{variant.name!r} cannot replace {', '.join(kinds)}: it takes the place of "
             f"{' or '.join(families)}",
@@ -164,16 +236,33 @@ def _wider(sites: list[Site], selector: Selector) -> list[str]:
 def _absent(inspection: Inspection, selector: Selector) -> list[str]:
     """What puts a dropout in where the model has none, or why those that it has are not matched."""
     hints = [finding.finding for finding in inspection.findings if "quantized" in finding.finding][:1]
-    kinds = {"Dropout": "dropout", "DropPath": "droppath"}
-    if selector.type not in kinds or any(site.family == selector.type for site in inspection.sites):
+    if selector.type not in ("Dropout", "DropPath") or any(
+        site.family == selector.type for site in inspection.sites
+    ):
         return hints
     vanished = [one for one in inspection.findings if "became nn.Identity" in one.finding]
     if selector.type == "DropPath" and vanished:
         return [f"they became nn.Identity at rate 0: {vanished[0].remedy}"]
+    if selector.type == "DropPath":
+        return [*hints, f"this model has no DropPath{_drop_path_place(inspection)}"]
     layers = [site for site in inspection.sites if site.family == "Linear" and site.calls != 0]
     place = f"after:Linear@{layers[-1].path}" if layers and layers[-1].path else "after:Linear"
-    rule = f"{{'{place}': '{kinds[selector.type]}(p=0.1)'}}"
+    rule = f"{{'{place}': 'dropout(p=0.1)'}}"
     return [*hints, f"this model has no {selector.type}: {rule} puts one in"]
+
+
+def _drop_path_place(inspection: Inspection) -> str:
+    """Where a drop-path can be put in: after a block that adds to its input, or after a branch."""
+    flow, places = inspection.dataflow, dict[str, str]()
+    for named in inspection.modules:
+        role = None if flow is None else flow.role(named.module)
+        path = ".".join("*" if part.isdigit() else part for part in named.paths[0].split("."))
+        if role == BLOCK:
+            places.setdefault(BLOCK, f"after:{original_class(named.module).__name__}")
+        elif role == BRANCH:
+            places.setdefault(BRANCH, f"after:*@{path}")
+    place = places.get(BLOCK) or places.get(BRANCH)
+    return f": {{'{place}': 'droppath(p=0.1)'}} puts one in" if place else ""
 
 
 def _no_match(inspection: Inspection, selector: Selector, where: str) -> NoMatchError:

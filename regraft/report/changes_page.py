@@ -17,11 +17,13 @@ from regraft.report.document import (
     grouped,
     kind_cell,
     probe_facts,
+    rate_texts,
     rule_text,
     skipped_sections,
 )
-from regraft.report.fold import skeleton
 
+_EACH = "a rule for each site"
+"""In place of the rules of a saved plan, which names each of its sites."""
 _VERBS = {"plan": "to graft", "report": "grafted"}
 
 
@@ -55,45 +57,27 @@ def changes_page(view: Facts) -> Document:
 
 def change_sections(rows: Sequence[Facts], rules: Sequence[Any] = (), probed: bool = True) -> list[Section]:
     """Rows with `before` and `after`, those alike in one section."""
-    texts = _merged_rates(rows)
+    rates = rate_texts(rows, _rates, lambda row: (row.get("rule"), _texts(row, ["#"] * len(_rates(row)))))
+
+    def rule_of(row: Facts) -> str:
+        rule = row.get("rule")
+        return rule_text(*rules[rule]) if rule is not None and 0 <= rule < len(rules) else ""
 
     def alike(row: Facts) -> tuple[Any, ...]:
         costs = tuple(f"{name}: {row[name]}" for name in ("cost", "strength") if row.get(name))
-        return row.get("rule"), *texts[id(row)], costs
+        shared = _EACH if f'@{row["path"]}": ' in (rule := rule_of(row)) else rule
+        return shared, *_texts(row, rates[id(row)]), costs
 
     def cells(row: Facts) -> tuple[str, ...]:
         return kind_cell(row), calls_cell(row.get("calls"), probed=probed) if "calls" in row else ""
 
     sections = []
-    for (rule, before, after, costs), group in grouped(rows, alike).items():
-        title = rule_text(*rules[rule]) if rule is not None and 0 <= rule < len(rules) else ""
+    for (shared, before, after, costs), group in grouped(rows, alike).items():
+        title = rule_of(group[0]) if len(group) == 1 else shared
         table = folded(group, cells)
         section = Section("change", title, len(group), table, ("kind", "calls"), "", "", before, after, costs)
         sections.append(section)
     return sections
-
-
-def _merged_rates(rows: Sequence[Facts]) -> dict[int, tuple[str, str]]:
-    """What is printed as before and after of each row, by its id: a rate that grows with depth as a range.
-
-    The rates come from the rows' fields. Twelve hunks that differ in the rate of DropPath alone say less
-    than `DropPath(p=0.01..0.1)` does.
-    """
-    texts = {id(row): _texts(row, [f"{rate:g}" for rate in _rates(row)]) for row in rows}
-    groups = grouped(
-        rows, lambda row: (skeleton(row["path"]), row.get("rule"), _texts(row, ["#"] * len(_rates(row))))
-    )
-    for group in groups.values():
-        distinct = {texts[id(row)] for row in group}
-        if len(distinct) > 2 and 2 * len(distinct) >= len(group):
-            columns = list(zip(*map(_rates, group), strict=True))
-            ranges = [_range(min(column), max(column)) for column in columns]
-            texts |= dict.fromkeys(map(id, group), _texts(group[0], ranges))
-    return texts
-
-
-def _range(low: float, high: float) -> str:
-    return f"{low:g}" if low == high else f"{low:.2g}..{high:.2g}"
 
 
 def _rates(row: Facts) -> list[float]:

@@ -15,10 +15,10 @@ from regraft.report.document import (
     grouped,
     kind_cell,
     probe_facts,
+    rate_texts,
     rule_text,
     size,
 )
-from regraft.report.fold import skeleton
 
 _LAYERS = ("Linear", "Conv1D", "Embedding", "Bilinear")
 _PLAIN = ("scaled_dot_product_attention", "MultiheadAttention", "LSTM", "GRU", "RNN", "Dropout", "dropout")
@@ -127,11 +127,11 @@ def _site_section(op: str, rows: Sequence[Facts], probed: bool) -> Section:
         said.append(f"{never} never {'runs' if never == 1 else 'run'}" if never < len(rows) else "never runs")
     if zero:
         said.append("all at rate 0" if zero == len(rows) else f"{zero} at rate 0")
-    rates = dict(zip(map(id, rows), _rates(rows), strict=True))
+    rates = rate_texts(rows, lambda site: [] if site.get("p") is None else [float(f"{site['p']:.2g}")])
 
     def cells(site: Facts) -> tuple[str, ...]:
         return (
-            rates[id(site)],
+            *(rates[id(site)] or [""]),
             " -> ".join(map(str, site.get("shape") or ())),
             size(site["parameters"]) if site.get("parameters") else "",
             site.get("variant") or "",
@@ -141,21 +141,6 @@ def _site_section(op: str, rows: Sequence[Facts], probed: bool) -> Section:
 
     columns = ("rate", "shape", "parameters", "grafted", "kind", "calls")
     return Section("sites", f"{op}: {', '.join(said)}", len(rows), folded(rows, cells), columns)
-
-
-def _rates(rows: Sequence[Facts]) -> list[str]:
-    """Each row's rate; a range where it differs at nearly every depth, as that of DropPath does."""
-    rates = ["" if site.get("p") is None else f"{site['p']:.2g}" for site in rows]
-    alike: dict[str, list[int]] = {}
-    for index, site in enumerate(rows):
-        if rates[index]:
-            alike.setdefault(skeleton(site["path"]), []).append(index)
-    for members in alike.values():
-        distinct = sorted({rates[index] for index in members}, key=float)
-        if len(distinct) > 2 and 2 * len(distinct) >= len(members):
-            for index in members:
-                rates[index] = f"{distinct[0]}..{distinct[-1]}"
-    return rates
 
 
 def _finding_sections(findings: Sequence[Facts]) -> list[Section]:

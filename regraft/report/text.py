@@ -143,8 +143,7 @@ class _Table:
         pieces = [list(_broken(cells[0], self.room)) for cells in self.cells]
         widths = self._widths()
         widths[0] = max(len(piece) for lines in [[self.heads[0]], *pieces] for piece in lines)
-        if len(self.heads) > 1:
-            yield [(" " * _INDENT + _aligned(self.heads, widths, self.cells), "dim")]
+        yield [(" " * _INDENT + _aligned(self.heads, widths, self.cells), "dim")]
         for index, (row, cells) in enumerate(zip(self.rows, self.cells, strict=True)):
             first, *rest = pieces[index]
             beside = _aligned(["", *cells[1:]], [0, *widths[1:]], self.cells) if len(cells) > 1 else ""

@@ -55,6 +55,10 @@ def load_plan(
 ) -> Report:
     """Give a model the grafts and the R-Drop that `save_plan` wrote; returns the report.
 
+    State of the grafts (mixout's weights, learned rates and gates) is read from the weights that lie in the
+    same folder, `model.safetensors` or `pytorch_model.bin`. Where there are none, it has to be loaded with
+    the model's state dict: until then a training forward raises.
+
     Args:
         model: of the architecture that the plan was made for.
         path: the file, or the folder that holds `regraft.json`.

@@ -14,10 +14,12 @@ from regraft.ops import ATTENTION
 from regraft.planning.plan import plan_of
 from regraft.planning.rules import read_rules
 from regraft.record import original_class
+from regraft.report.fold import fold
 from regraft.report.view import SCHEMA, View
 from regraft.training.published import (
     ALPHAS,
     DEVLIN,
+    FEW_LABELS,
     GHIASI,
     JAIN,
     LEE,
@@ -25,6 +27,7 @@ from regraft.training.published import (
     LIU,
     LOST_BY_IT,
     MERITY,
+    RESULTS,
     SMALL,
     SRIVASTAVA,
     WANG,
@@ -149,10 +152,21 @@ class ModelProfile:
         self.rates = sorted({site.p for site in self.noise if site.p})
         self.has_lora = any("lora_" in name for name, _ in self.root.named_parameters())
         self.kind = self._kind()
+        self.has_few_labels = self.kind == "text encoder" and bool(self.rates) and examples <= FEW_LABELS
 
     def of_type(self, *types: type[nn.Module]) -> list[str]:
         """Paths of the modules of these types."""
         return [path for path, module in self.modules if isinstance(module, types)]
+
+    def frozen(self) -> list[str]:
+        """Paths of the outermost modules whose parameters are all frozen, folded."""
+        found: list[str] = []
+        for path, module in self.modules:
+            weights = list(module.parameters())
+            inside = any(path == outer or path.startswith(f"{outer}.") for outer in found)
+            if path and weights and not inside and not any(weight.requires_grad for weight in weights):
+                found.append(path)
+        return fold(found) if self.trainable else []
 
     def _kind(self) -> str:
         config: Any = getattr(self.root, "config", None)
@@ -193,7 +207,10 @@ def _advice(profile: ModelProfile) -> Iterator[Suggestion]:
         code = 'regraft.schedule(model, p={"start": 0.1, "end": 0.0, "steps": total // 6})'
         reason = "dropout that ends early helps a model that is small for its data to fit"
         yield Suggestion(None, code, reason, LIU)
-    if profile.kind in ALPHAS:
+    if profile.has_few_labels:
+        reason = "with that rate, better than 0.1 in accuracy and likelihood, for 1.9 times a step"
+        yield Suggestion(None, "regraft.rdrop(model, alpha=2)", reason, RESULTS)
+    elif profile.kind in ALPHAS:
         alpha = ALPHAS[profile.kind]
         code = f"regraft.rdrop(model, alpha={alpha.alpha:g})"
         yield Suggestion(None, code, f"the published weight for {alpha.task}; it needs rates above 0", LIANG)
@@ -203,7 +220,17 @@ def _advice(profile: ModelProfile) -> Iterator[Suggestion]:
 def _rates(profile: ModelProfile) -> Iterator[Suggestion]:
     """Rates for a model that has none, or none in the places where its kind is trained with them."""
     kind = profile.kind
-    if kind in ("text encoder", "sequence-to-sequence model") and profile.noise and not profile.rates:
+    if profile.has_few_labels and profile.rates[-1] < 0.3:
+        reason = (
+            "few labels: better likelihood and calibration than 0.1, and no worse in accuracy, at no cost"
+        )
+        yield _rule("Dropout", "dropout(p=0.3)", reason, RESULTS)
+        for pattern in profile.frozen():
+            reason = (
+                "frozen layers learn nothing from noise, and without it R-Drop's passes have them in common"
+            )
+            yield _rule(f"Dropout@{pattern}.**", "off", reason, RESULTS)
+    elif kind in ("text encoder", "sequence-to-sequence model") and profile.noise and not profile.rates:
         reason = "all rates are 0; such models are trained and fine-tuned at 0.1"
         yield _rule("Dropout", "dropout(p=0.1)", reason, DEVLIN)
     elif kind in ("vision transformer", "convolutional network") and not profile.small:

@@ -130,5 +130,6 @@ SPECS = (
         state=_state,
         transient=("consistent_seed",),
         on_mode=_begin_run,
+        activations=True,
     ),
 )

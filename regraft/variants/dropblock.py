@@ -111,5 +111,6 @@ SPECS = (
         DropBlock,
         {"block_size": 7, "couple_channels": False},
         check=_check,
+        activations=True,
     ),
 )

@@ -84,9 +84,12 @@ def dropconnect_weight(
     return noisy_weight(weight, Noise(check_rate(p), noise, exact)) if p else weight
 
 
-def _unfit(options: Mapping[str, Any]) -> str | None:
+def _unfit(options: Mapping[str, Any], site: Any) -> tuple[str, str] | None:
     if options["mask"] == "example":
-        return "a mask for each example acts in a linear layer's own forward, and something else multiplies"
+        return (
+            "a mask for each example acts in a linear layer's own forward, and something else multiplies",
+            "leave that option out",
+        )
     return None
 
 

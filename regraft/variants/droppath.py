@@ -6,14 +6,23 @@ from torch import Tensor
 
 from regraft.variants.draws import keep_mask, times_mask
 from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.spatial import check_axes
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
-def drop_path(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor:
+def drop_path(
+    x: Tensor, p: float = DEFAULT_RATE, training: bool = True, *, batch_axis: int | None = None
+) -> Tensor:
     """Drops the whole residual branch x of each example with probability p.
 
+    Args:
+        x: what a branch adds.
+        p: probability to drop it.
+        training: False returns x itself.
+        batch_axis: where the examples are; None is 0. Give 1 for (T, B, C).
+
     Shape:
-        (B, ...); the output's is the input's.
+        (B, ...), or as `batch_axis` says; the output's is the input's.
 
     Source:
         Huang, Sun, Liu, Sedra, Weinberger (2016), "Deep networks with stochastic depth".
@@ -31,7 +40,8 @@ def drop_path(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tens
     p = check_rate(p)
     if not training or p == 0:
         return x
-    shape = [size if axis == 0 else 1 for axis, size in enumerate(x.shape)]
+    batch = 0 if batch_axis is None else batch_axis % x.dim()
+    shape = [size if axis == batch else 1 for axis, size in enumerate(x.shape)]
     return times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
 
 
@@ -44,9 +54,20 @@ class DropPath(DropoutVariant):
     """
 
     function = staticmethod(drop_path)
+    check = staticmethod(check_axes)
 
-    def __init__(self, p: float = DEFAULT_RATE) -> None:
-        super().__init__(p)
+    def __init__(self, p: float = DEFAULT_RATE, *, batch_axis: int | None = None) -> None:
+        super().__init__(p, batch_axis=batch_axis)
 
 
-SPECS = (Spec("droppath", drop_path, ("DropPath", "Dropout"), DropPath),)
+SPECS = (
+    Spec(
+        "droppath",
+        drop_path,
+        ("DropPath", "Dropout"),
+        DropPath,
+        {"batch_axis": None},
+        check=check_axes,
+        activations=True,
+    ),
+)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regraft.errors import OptionError
 from regraft.variants.checks import check_number
 from regraft.variants.draws import real_dtype
 from regraft.variants.module import DropoutVariant, check_rate
@@ -23,7 +24,7 @@ def gaussian_dropout(
         x: any floating tensor.
         p: the rate of the dropout whose variance the noise has; unused when `sigma` is given.
         training: False returns x itself.
-        sigma: the noise's standard deviation itself; the rate then plays no part.
+        sigma: the noise's standard deviation, in place of a rate.
 
     Shape:
         any; the output's is the input's.
@@ -63,8 +64,11 @@ class GaussianDropout(DropoutVariant):
     function = staticmethod(gaussian_dropout)
     check = staticmethod(_check)
 
-    def __init__(self, p: float = DEFAULT_RATE, *, sigma: float | None = None) -> None:
-        super().__init__(p, sigma=sigma)
+    def __init__(self, p: float | None = None, *, sigma: float | None = None) -> None:
+        _check({"sigma": sigma})
+        if p is not None and sigma is not None:
+            raise OptionError("p plays no part beside sigma", remedy="give p, or sigma")
+        super().__init__(DEFAULT_RATE if p is None else p, sigma=sigma)
 
 
 SPECS = (

@@ -12,6 +12,9 @@ from regraft.errors import RateError
 from regraft.libraries import is_conv1d
 from regraft.variants.spec import written_value
 
+SHOWS = "_regraft_shows"
+"""On the class of a grafted module: the variant's own class."""
+
 
 def check_rate(p: object, *, where: str = "") -> float:
     """`p` as a float in [0, 1), or RateError."""
@@ -28,7 +31,14 @@ def check_rate(p: object, *, where: str = "") -> float:
     return float(p)
 
 
-class DropoutVariant(nn.Module):
+class VariantType(type):
+    """The class of variants' classes: a grafted module is an instance of the variant that it shows."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return super().__instancecheck__(instance) or issubclass(getattr(type(instance), SHOWS, object), cls)
+
+
+class DropoutVariant(nn.Module, metaclass=VariantType):
     """Base of the dropout family: `forward(x)` is `function(x, p, training, **options)`."""
 
     function: ClassVar[Callable[..., Tensor]]
@@ -53,7 +63,7 @@ class DropoutVariant(nn.Module):
         return written_options(self.p, self.options)
 
 
-class LinearVariant(nn.Linear):
+class LinearVariant(nn.Linear, metaclass=VariantType):
     """Base of the linear family: `function(x, weight, bias, p, training, **options)`."""
 
     function: ClassVar[Callable[..., Tensor]]
@@ -94,12 +104,15 @@ def linear_weight(module: nn.Module) -> Tensor:
     return weight.T if is_conv1d(module) else weight
 
 
-_QUIET = {"exact": False, "couple_channels": False, "noise": "bernoulli", "eval": "plain"}
+_QUIET = {"exact": False, "couple_channels": False, "noise": "bernoulli", "eval": "plain", "match": "rate"}
 """What is printed only where it is something else."""
 
 
 def written_options(p: float | None, options: dict[str, Any]) -> str:
-    """`p=0.1, num_samples=8`, as a module's repr shows it, without options at None and at rest."""
-    shown = {} if p is None else {"p": p}
+    """`p=0.1, num_samples=8`, as a module's repr shows it, without options at None and at rest.
+
+    The rate is left out where a `sigma` takes its place.
+    """
+    shown = {} if p is None or options.get("sigma") is not None else {"p": p}
     shown |= {key: value for key, value in options.items() if value is not None and _QUIET.get(key) != value}
     return ", ".join(f"{key}={written_value(value)}" for key, value in shown.items())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.variants.checks import check_count, check_switch
+from regraft.variants.checks import check_choice, check_count, check_switch
 from regraft.variants.draws import CODES, HALVES, SMALLEST_RATE, coarse, codes16, in_pieces, plain
 from regraft.variants.module import DropoutVariant, check_rate
 from regraft.variants.spec import DEFAULT_RATE, Spec
@@ -21,6 +21,7 @@ def multisample_dropout(
     training: bool = True,
     *,
     num_samples: int = 8,
+    match: str = "rate",
     exact: bool = False,
 ) -> Tensor:
     """X times the mean of `num_samples` independent dropout masks: Binomial(K, 1-p) / (K (1-p)).
@@ -35,9 +36,11 @@ def multisample_dropout(
 
     Args:
         x: any floating tensor.
-        p: probability to drop, in each mask.
+        p: probability to drop, in each mask; of plain dropout as strong with `match="variance"`.
         training: False returns x itself.
         num_samples: K, from 1 to 255.
+        match: "rate" gives each mask the rate p, so that the noise has 1/K of the variance of dropout at p;
+            "variance" gives each mask the higher rate K p / (1 + (K - 1) p), whose noise has that variance.
         exact: draw from 53-bit uniforms. Otherwise each probability is within 2^-16 of the
             binomial's; below p or 1 - p of 2^-10 the draw is exact in any case.
 
@@ -59,6 +62,8 @@ def multisample_dropout(
     p = check_rate(p)
     if not training or p == 0:
         return x
+    if match == "variance":
+        p = num_samples * p / (1 + (num_samples - 1) * p)
     counts = _counts(x, p, num_samples, exact)
     scale = 1 / (num_samples * (1 - p))
     if plain(x) and not torch._C._are_functorch_transforms_active():
@@ -193,6 +198,7 @@ def _outlives_the_call(table: Tensor) -> bool:
 
 def _check(options: Mapping[str, Any]) -> None:
     check_count("num_samples", options["num_samples"], least=1, most=255)
+    check_choice("match", options["match"], ("rate", "variance"))
     check_switch("exact", options["exact"])
 
 
@@ -207,8 +213,10 @@ class MultiSampleDropout(DropoutVariant):
     function = staticmethod(multisample_dropout)
     check = staticmethod(_check)
 
-    def __init__(self, p: float = DEFAULT_RATE, *, num_samples: int = 8, exact: bool = False) -> None:
-        super().__init__(p, num_samples=num_samples, exact=exact)
+    def __init__(
+        self, p: float = DEFAULT_RATE, *, num_samples: int = 8, match: str = "rate", exact: bool = False
+    ) -> None:
+        super().__init__(p, num_samples=num_samples, match=match, exact=exact)
 
 
 SPECS = (
@@ -217,7 +225,7 @@ SPECS = (
         multisample_dropout,
         ("Dropout",),
         MultiSampleDropout,
-        {"num_samples": 8, "exact": False},
+        {"num_samples": 8, "match": "rate", "exact": False},
         check=_check,
     ),
 )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from regraft.variants.checks import check_number
 from regraft.variants.draws import uniform_like
+from regraft.variants.module import VariantType
 from regraft.variants.spec import Spec
 
 
@@ -47,7 +48,7 @@ def _check(options: Mapping[str, Any]) -> None:
     check_number("alpha", options["alpha"], least=0)
 
 
-class NEFTuneEmbedding(nn.Embedding):
+class NEFTuneEmbedding(nn.Embedding, metaclass=VariantType):
     """`nn.Embedding` whose output has `neftune` noise in training.
 
     Example:

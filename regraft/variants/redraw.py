@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from regraft.variants.draws import HALVES, fast_keep_mask, plain, times_mask
+from regraft.errors import ModelError
+from regraft.variants.draws import HALVES, fast_keep_mask, plain
 
 
 class Noise(NamedTuple):
@@ -24,18 +25,23 @@ class Noise(NamedTuple):
     kind: str = "bernoulli"
     exact: bool = False
 
-    def times(self, x: Tensor, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """X times the noise of a weight like `like`: the same for the same state of the generator."""
+    def draw(self, weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """What multiplies a weight, the mask not yet scaled: the same for the same state of the generator."""
         if self.kind == "bernoulli":
-            kept = fast_keep_mask(like, self.p, self.exact, generator)
-            return times_mask(x, kept, 1 / (1 - self.p))
+            return fast_keep_mask(weight, self.p, self.exact, generator)
         deviation = (self.p / (1 - self.p)) ** 0.5
-        wide = torch.float32 if like.dtype in HALVES else like.dtype
+        wide = torch.float32 if weight.dtype in HALVES else weight.dtype
         if generator is None:
-            normal = torch.randn_like(like, dtype=wide, requires_grad=False)
+            normal = torch.randn_like(weight, dtype=wide, requires_grad=False)
         else:
-            normal = torch.randn(like.shape, dtype=wide, device=like.device, generator=generator)
-        return (x * normal.mul_(deviation).add_(1)).to(x.dtype)
+            normal = torch.randn(weight.shape, dtype=wide, device=weight.device, generator=generator)
+        return normal.mul_(deviation).add_(1)
+
+    def times(self, x: Tensor, drawn: Tensor) -> Tensor:
+        """X times what was drawn for a weight of its shape."""
+        product = (x * drawn).to(x.dtype)
+        # As a scalar the scale is multiplied in float32; in a tensor of 16 bits it would be rounded.
+        return product.mul_(1 / (1 - self.p)) if self.kind == "bernoulli" else product
 
 
 def noisy_weight(weight: Tensor, noise: Noise, base: Tensor | None = None) -> Tensor:
@@ -43,9 +49,13 @@ def noisy_weight(weight: Tensor, noise: Noise, base: Tensor | None = None) -> Te
     if _redraws(weight):
         noisy: Tensor = _NoisyWeight.apply(weight, base, noise, _seed())
         return noisy
-    if base is None:
-        return noise.times(weight, weight)
-    return base + noise.times(weight - base, weight)
+    try:
+        return _mixed(weight, base, noise, noise.draw(weight))
+    except NotImplementedError as error:
+        raise ModelError(
+            f"the weight is of type {type(weight).__name__}, no plain numbers that could be dropped",
+            remedy="call eval(), in which it computes as before; to train, revert before quantizing",
+        ) from error
 
 
 def noisy_linear(
@@ -75,15 +85,12 @@ def _seed() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
 
-def _generator(weight: Tensor, seed: int) -> torch.Generator:
-    return torch.Generator(device=weight.device).manual_seed(seed)
+def _drawn(weight: Tensor, noise: Noise, seed: int) -> Tensor:
+    return noise.draw(weight, torch.Generator(device=weight.device).manual_seed(seed))
 
 
-def _drawn(weight: Tensor, base: Tensor | None, noise: Noise, seed: int) -> Tensor:
-    generator = _generator(weight, seed)
-    if base is None:
-        return noise.times(weight, weight, generator)
-    return noise.times(weight - base, weight, generator).add_(base)
+def _mixed(weight: Tensor, base: Tensor | None, noise: Noise, drawn: Tensor) -> Tensor:
+    return noise.times(weight, drawn) if base is None else noise.times(weight - base, drawn).add_(base)
 
 
 class _NoisyWeight(torch.autograd.Function):
@@ -91,12 +98,12 @@ class _NoisyWeight(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, base: Tensor | None, noise: Noise, seed: int) -> Tensor:
         ctx.save_for_backward(weight)  # its shape and its order in memory: nothing is copied
         ctx.noise, ctx.seed = noise, seed
-        return _drawn(weight, base, noise, seed)
+        return _mixed(weight, base, noise, _drawn(weight, noise, seed))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (weight,) = ctx.saved_tensors
-        return ctx.noise.times(grad, weight, _generator(weight, ctx.seed)), None, None, None
+        return ctx.noise.times(grad, _drawn(weight, ctx.noise, ctx.seed)), None, None, None
 
 
 class _NoisyLinear(torch.autograd.Function):
@@ -106,7 +113,7 @@ class _NoisyLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, base)
         ctx.noise, ctx.seed = noise, seed
-        return linear(x, _drawn(weight, base, noise, seed), bias)
+        return linear(x, _mixed(weight, base, noise, _drawn(weight, noise, seed)), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -114,15 +121,11 @@ class _NoisyLinear(torch.autograd.Function):
         noise, seed = ctx.noise, ctx.seed
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
         slopes: list[Tensor | None] = [None] * 6
+        drawn = _drawn(weight, noise, seed)
         if for_x:
-            # A function of its own where slopes of slopes are wanted; else the noise drawn again.
-            if torch.is_grad_enabled():
-                noisy = _NoisyWeight.apply(weight, base, noise, seed)
-            else:
-                noisy = _drawn(weight, base, noise, seed)
-            slopes[0] = grad @ noisy
+            slopes[0] = grad @ _mixed(weight, base, noise, drawn)
         if for_weight:
-            slopes[1] = noise.times(grad.T @ x, weight, _generator(weight, seed))
+            slopes[1] = noise.times(grad.T @ x, drawn)
         if for_bias:
             slopes[2] = grad.sum(0)
         return tuple(slopes)

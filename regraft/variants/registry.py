@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -9,12 +10,15 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from regraft.errors import OptionError, RegraftError, UnknownVariantError, nearest
+from regraft.errors import OptionError, RegraftError, RuleSyntaxError, UnknownVariantError, nearest
 from regraft.variants.module import DropoutVariant, LinearVariant, check_rate
 from regraft.variants.spec import DEFAULT_RATE, Spec, Variant
 
+_EXAMPLES = "for example 'gaussian', 'multisample(p=0.2, num_samples=4)', 'off'"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _FAMILIES = ("Dropout", "DropPath", "Linear", "Embedding")
+OF_RULES = ("fused", "adds")
+"""Options that a rule gives to the graft, and not to the variant."""
 _RATES = ("rate", "prob", "probability", "drop_prob", "drop_rate", "dropout", "dropout_rate")
 _NO_VARIANTS = {
     "rdrop": "R-Drop is two passes and no variant: regraft.rdrop(model, alpha=1.0);",
@@ -77,13 +81,23 @@ def variant(name: str, /, **options: Any) -> Variant:
     """
     chosen = spec(name)
     check_options(chosen, options)
+    if "p" in options and not rate_matters(chosen, options):
+        given = ", ".join(key for key in options if key != "p")
+        raise OptionError(
+            f"p plays no part beside {given}", where=f"variant {chosen.name!r}", remedy=f"give p, or {given}"
+        )
     return Variant(name, dict(options))
 
 
 def complete_options(chosen: Spec, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options given, over the variant's defaults, without the rate and what a rule says of kernels."""
-    own = {key: value for key, value in options.items() if key not in ("p", "fused")}
+    """The options given, over the variant's defaults, without the rate and what is a rule's alone."""
+    own = {key: value for key, value in options.items() if key not in ("p", *OF_RULES)}
     return {**chosen.defaults, **own}
+
+
+def rate_matters(chosen: Spec, options: Mapping[str, Any]) -> bool:
+    """False where another option says how strong the noise is, as `sigma` of "gaussian" does."""
+    return chosen.needs_rate is None or chosen.needs_rate(complete_options(chosen, options))
 
 
 def check_options(chosen: Spec, options: Mapping[str, Any]) -> None:
@@ -91,6 +105,8 @@ def check_options(chosen: Spec, options: Mapping[str, Any]) -> None:
     known = [*_rate_option(chosen), *chosen.defaults]
     if "Dropout" in chosen.families and options.get("fused", "auto") in ("auto", "write", "keep"):
         options = {key: value for key, value in options.items() if key != "fused"}
+    if chosen.name == "droppath" and isinstance(options.get("adds"), bool):
+        options = {key: value for key, value in options.items() if key != "adds"}
     for key in options:
         if key not in known:
             hint = nearest(key, known)
@@ -218,3 +234,37 @@ def _linear(function: Callable[..., Any], always: bool) -> Callable[..., Any]:
         return linear(x, weight, bias)
 
     return whole
+
+
+def parse_variant(text: str) -> Variant:
+    """The variant that `name` or `name(option=value, ...)` stands for; values are Python literals."""
+    try:
+        body = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        raise _unreadable(text, "it is not `name` or `name(option=value)`") from None
+    if isinstance(body, ast.Name):
+        return variant(body.id)
+    if not (isinstance(body, ast.Call) and isinstance(body.func, ast.Name)):
+        raise _unreadable(text, "it is not `name` or `name(option=value)`")
+    if body.args or any(keyword.arg is None for keyword in body.keywords):
+        number = len(body.args) == 1 and isinstance(body.args[0], ast.Constant)
+        said = f"{body.func.id}(p={ast.unparse(body.args[0])})" if number else ""
+        raise _unreadable(text, "options are written option=value", said)
+    return variant(body.func.id, **_literals(text, body))
+
+
+def _literals(text: str, call: ast.Call) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for keyword in call.keywords:
+        try:
+            options[str(keyword.arg)] = ast.literal_eval(keyword.value)
+        except ValueError:
+            raise _unreadable(text, f"{keyword.arg} is not a Python literal") from None
+    return options
+
+
+def _unreadable(text: str, why: str, meant: str = "") -> RuleSyntaxError:
+    return RuleSyntaxError(
+        f"the variant {text!r} cannot be read: {why}",
+        remedy=f"write {meant!r}" if meant else _EXAMPLES,
+    )

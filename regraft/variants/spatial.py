@@ -14,7 +14,12 @@ from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
 def spatial_dropout(
-    x: Tensor, p: float = DEFAULT_RATE, training: bool = True, *, channel_axis: int | None = None
+    x: Tensor,
+    p: float = DEFAULT_RATE,
+    training: bool = True,
+    *,
+    channel_axis: int | None = None,
+    batch_axis: int | None = None,
 ) -> Tensor:
     """Whole channels of each example are dropped, one mask for all its positions.
 
@@ -27,6 +32,7 @@ def spatial_dropout(
         training: False returns x itself.
         channel_axis: where the channels are; None is 1 for (B, C, H, W) and its like, the last for
             (B, T, C) and (B, C). Give -1 for (B, H, W, C), as inside ConvNeXt and Swin.
+        batch_axis: where the examples are; None is 0. Give 1 for (T, B, C).
 
     Shape:
         (B, C), (B, T, C), (B, C, H, W), ...; the output's is the input's.
@@ -50,15 +56,17 @@ def spatial_dropout(
     if not training or p == 0:
         return x
     axis = channel_axis_of(x, channel_axis)
-    shape = [size if at in (0, axis) else 1 for at, size in enumerate(x.shape)]
+    batch = 0 if batch_axis is None else batch_axis % x.dim()
+    shape = [size if at in (batch, axis) else 1 for at, size in enumerate(x.shape)]
     return times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
 
 
-def check_channel_axis(options: Mapping[str, Any]) -> None:
-    """`channel_axis` is a whole number or None."""
-    axis = options["channel_axis"]
-    if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
-        raise OptionError(f"channel_axis={axis!r} is not a whole number", remedy="for example -1, the last")
+def check_axes(options: Mapping[str, Any]) -> None:
+    """`channel_axis` and `batch_axis` are whole numbers or None."""
+    for name in ("channel_axis", "batch_axis"):
+        axis = options.get(name)
+        if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int)):
+            raise OptionError(f"{name}={axis!r} is not a whole number", remedy="for example -1, the last")
 
 
 class SpatialDropout(DropoutVariant):
@@ -70,10 +78,12 @@ class SpatialDropout(DropoutVariant):
     """
 
     function = staticmethod(spatial_dropout)
-    check = staticmethod(check_channel_axis)
+    check = staticmethod(check_axes)
 
-    def __init__(self, p: float = DEFAULT_RATE, *, channel_axis: int | None = None) -> None:
-        super().__init__(p, channel_axis=channel_axis)
+    def __init__(
+        self, p: float = DEFAULT_RATE, *, channel_axis: int | None = None, batch_axis: int | None = None
+    ) -> None:
+        super().__init__(p, channel_axis=channel_axis, batch_axis=batch_axis)
 
 
 SPECS = (
@@ -82,7 +92,8 @@ SPECS = (
         spatial_dropout,
         ("Dropout",),
         SpatialDropout,
-        {"channel_axis": None},
-        check=check_channel_axis,
+        {"channel_axis": None, "batch_axis": None},
+        check=check_axes,
+        activations=True,
     ),
 )

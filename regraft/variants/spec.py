@@ -57,16 +57,23 @@ class Spec:
     """Does it have a rate, the option `p`?"""
     attention: bool = False
     """Does it act on attention weights, (..., queries, keys), and on nothing else?"""
+    activations: bool = False
+    """Does it drop whole parts of activations? Which axes those are is then read off the forward, where they
+    are its options `channel_axis` and `batch_axis`, and attention weights are left out."""
     linear_function: Callable[..., Any] | None = None
     """Of a variant that takes the place of dropouts and of linears: the function for linears."""
     linear_module: type[nn.Module] | None = None
     weight_function: Callable[..., Any] | None = None
     """Of a variant that can act on a weight by itself: `function(weight, p, **options)` is the weight that
     multiplies in its place, whoever multiplies by it. Called only where the variant acts."""
-    weight_unfit: Callable[[Mapping[str, Any]], str | None] | None = None
-    """Of the complete options: why they cannot act on a weight by itself."""
+    weight_unfit: Callable[[Mapping[str, Any], Any], tuple[str, str] | None] | None = None
+    """Of the complete options and the site of a weight: why it cannot act there, and the remedy."""
     weight_state: Callable[[Tensor], dict[str, Any]] | None = None
     """Of a weight: the tensors that `weight_function` takes as further keyword arguments, by name."""
+
+    def fits(self, family: str | None) -> bool:
+        """Can it take the place at a site of `family`? What acts on a weight fits a convolution's too."""
+        return family in self.families or (family == "Convolution" and self.weight_function is not None)
 
     def function_for(self, family: str) -> Callable[..., Any]:
         """The function that runs at a site of `family`."""

@@ -6,6 +6,7 @@ that multiplies is compared with it by that number alone, whatever the shape of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ def noise_variance(name: str, p: float | None, options: Mapping[str, Any] | None
     """
     options = options or {}
     rate = p or 0.0
-    dropped = rate / (1 - rate)
+    dropped = rate / (1 - rate) if rate < 1 else math.inf
     if name == "off":
         return 0.0
     if name == "gaussian" and options.get("sigma") is not None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from regraft.variants.draws import channel_axis_of, keep_mask, times_mask
 from regraft.variants.module import DropoutVariant, check_rate
-from regraft.variants.spatial import check_channel_axis
+from regraft.variants.spatial import check_axes
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -63,7 +63,7 @@ class TokenDropout(DropoutVariant):
     """
 
     function = staticmethod(token_dropout)
-    check = staticmethod(check_channel_axis)
+    check = staticmethod(check_axes)
 
     def __init__(self, p: float = DEFAULT_RATE, *, channel_axis: int | None = None) -> None:
         super().__init__(p, channel_axis=channel_axis)
@@ -79,6 +79,7 @@ SPECS = (
         ("Dropout",),
         TokenDropout,
         {"channel_axis": None},
-        check=check_channel_axis,
+        check=check_axes,
+        activations=True,
     ),
 )

@@ -1,10 +1,7 @@
 """apply, revert, diff and verify on files: what comes in goes out in the same form, grafted or plain again."""
 
 import json
-import re
-import shlex
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -224,22 +221,6 @@ def test_every_command_prints_every_format(shape, folders):
 
 def test_this_module_is_where_the_factory_is():
     assert sys.modules[__name__].net is net
-
-
-def test_the_commands_of_the_readme_work_in_their_order(tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```console\n(.*?)```", readme, flags=re.DOTALL)
-
-    monkeypatch.chdir(tmp_path)
-    torch.save(net(), "model.pt")
-    torch.save(net(), "A")
-    torch.save(nn.Sequential(nn.Dropout(0.5)), "B")
-    commands = [line[2:] for line in block.splitlines() if line.startswith("$ regraft ")]
-    assert len(commands) == 7
-    for command in commands:
-        done(*shlex.split(command.partition(" > ")[0])[1:])
-    assert {path.name for path in tmp_path.iterdir()} >= {"grafted.pt", "grafted.regraft.json", "plain.pt"}
-    assert not (tmp_path / "plain.regraft.json").exists()
 
 
 def test_several_files_in_a_folder_have_a_plan_each(tmp_path):

@@ -18,14 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 import regraft
 from regraft.errors import RateError
-from regraft.variants.parse import parse_variant
-from regraft.variants.registry import complete_options, names, spec
+from regraft.variants.registry import complete_options, names, parse_variant, spec
 
 WIDTH = 6
 OPTIONS = {
     "standout": ["", "rescale=False", f"gate='learned', features={WIDTH}"],
     "dropconnect": ["mask='batch'", "mask='example'", "exact=True"],
-    "multisample": ["", "num_samples=3, exact=True"],
+    "multisample": ["", "num_samples=3, match='variance', exact=True"],
     "gaussian": ["", "sigma=0.5"],
     "dropkey": ["", "keys='element'"],
     "shaped": ["noise_shape=None"],

@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OPTIONS = {
     "standout": [{}, {"rescale": False}, {"gate": "learned", "features": 6}],
     "dropconnect": [{}, {"mask": "example"}, {"exact": True}],
-    "multisample": [{}, {"exact": True}, {"num_samples": 3}],
+    "multisample": [{}, {"exact": True, "match": "variance"}, {"num_samples": 3}],
     "gaussian": [{}, {"sigma": 0.5}],
     "spatial": [{}, {"channel_axis": -1}],
 }

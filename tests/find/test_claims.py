@@ -167,7 +167,7 @@ def test_3_dropblock_is_a_kind(library):
         block = DropBlock2d(0.1, block_size=3)
     x = torch.ones(64, 4, 12, 12)
     net = nn.Sequential(nn.Conv2d(4, 4, 1), block)
-    (site,) = regraft.inspect(net, x).sites
+    (site,) = [site for site in regraft.inspect(net, x).sites if site.kind == "module"]
     assert (site.op, site.p, site.family) == ("DropBlock", 0.1, "Dropout")
     with pytest.raises(errors.NoMatchError):
         regraft.plan(net, {"Dropout": "gaussian"}, x)
@@ -276,8 +276,8 @@ def test_10_what_is_not_torchs_own_is_said():
     quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 4)), {nn.Linear})
     (finding,) = regraft.inspect(quantized, torch.ones(2, 3)).findings
     assert "quantized layers cannot be grafted" in finding.finding
-    with pytest.raises(errors.NoMatchError, match="quantized layers cannot be grafted"):
-        regraft.plan(quantized, {"Linear": "dropconnect"}, torch.ones(2, 3))
+    (skip,) = regraft.plan(quantized, {"Linear": "dropconnect"}, torch.ones(2, 3)).skipped
+    assert "quantized layers cannot be grafted" in skip.reason
 
 
 class KerasDropout(nn.Module):
@@ -341,7 +341,7 @@ def test_9_verify_proves_each_graft_in_real_forwards():
         ({"Dropout": nn.Dropout(0.3)}, r"write 'dropout\(p=0\.3\)'"),
         ({"Dropout": 0.3}, r"write 'dropout\(p=0\.3\)'"),
         ({"Dropout": "rdrop"}, r"regraft\.rdrop\(model"),
-        ({"DropPath": "droppath"}, r"'after:Linear@classifier': 'droppath\(p=0\.1\)'"),
+        ({"DropPath": "droppath"}, r"layer\.\*\.attention\.output\.dense': 'droppath\(p=0\.1\)'"),
     ],
 )
 def test_11_a_rule_that_cannot_be_meant_names_the_one_that_is(rules, says):

@@ -278,10 +278,9 @@ def test_a_block_that_is_no_residual_one_is_skipped():
             return x[:, ::2]
 
     model = nn.Sequential(Half(), nn.Linear(3, 3), nn.Linear(3, 3))
-    report = regraft.apply(model, {"after:*@{0..2}": "droppath(p=0.4)"}, X)
+    report = regraft.apply(model, {"after:*@{0..2}": "droppath(p=0.4, adds=True)"}, X)
     assert [(edit.path, edit.options["p"]) for edit in report.grafted] == [("1", 0.2), ("2", 0.4)]
     assert report.skipped[0].path == "0"
-    report = regraft.apply(nn.Sequential(Half()), {"after:Half": "droppath(p=0.4)"}, X)
     assert "no residual block" in report.skipped[0].reason
 
 
@@ -338,7 +337,7 @@ class Written(nn.Module):
 NODES = {
     "after": ({"after:relu": "dropout(p=0.5)"}, [("relu", "relu, then Dropout(p=0.5)")]),
     "before": ({"before:linear": "dropout(p=0.5)"}, [("linear", "Dropout(p=0.5), then linear")]),
-    "path": ({"after:*@add": "droppath(p=0.5)"}, [("add", "add, then DropPath(p=0.5)")]),
+    "path": ({"after:*@add": "droppath(p=0.5, adds=False)"}, [("add", "add, then DropPath(p=0.5)")]),
     "module": ({"after:Linear@first": "dropout"}, [("first", "Linear(6, 6), then Dropout(p=0.2)")]),
     "whole": ({regraft.before(lambda site: site.path == ""): "dropout"}, [("", None)]),
     "stacked": (

@@ -25,7 +25,7 @@ RULES = {"Dropout": "gaussian", "Linear": "dropconnect(p=0.1)", "Embedding": "ne
 )
 def test_every_selected_site_is_in_one_of_the_two_lists(build, inputs):
     model = build()
-    sites = regraft.inspect(model, inputs).sites
+    sites = [site for site in regraft.inspect(model, inputs).sites if site.family != "Convolution"]
     rules = {key: value for key, value in RULES.items() if any(key in (s.op, s.family) for s in sites)}
     report = regraft.apply(model, rules, inputs)
     listed = [(one.path, one.op) for one in [*report.grafted, *report.skipped]]

@@ -70,6 +70,24 @@ def test_max_norm_holds_while_trainer_trains(tmp_path):
     assert not callback.held._handle.hooks_dict_ref()
 
 
+def test_a_resumed_run_keeps_the_bounds_of_its_first_step(tmp_path):
+    limits, saving = {nn.Linear: "1.05x"}, {"save_strategy": "steps", "save_steps": 2}
+    callback = MaxNormCallback(limits)
+    trainer_of(bert(), tmp_path, callback, steps=2, learning_rate=0.05, **saving).train()
+    bounds = callback.held.state_dict()
+    callback = MaxNormCallback(limits)
+    again = trainer_of(bert(), tmp_path, callback, learning_rate=0.05)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    held = callback.held
+    assert bounds
+    for path, bound in held.state_dict().items():
+        torch.testing.assert_close(bound, bounds[path])
+        assert (held.norms()[path] <= bounds[path] * 1.0001).all(), path
+    other = trainer_of(bert(), tmp_path, MaxNormCallback({"Linear": "1.2x"}))
+    with pytest.warns(UserWarning, match="no bounds of max-norm"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_the_files_are_read_without_their_libraries():
     import subprocess
     import sys

@@ -4,6 +4,7 @@ import time
 
 import chromium
 import pytest
+import tiny
 import torch
 from torch import nn
 
@@ -239,3 +240,33 @@ def test_in_a_notebook_no_cell_is_printed_over_another(width, theme, opened):
     assert tab.js(ground) == {"light": "rgb(255, 255, 255)", "dark": "rgb(16, 20, 24)"}[theme]
     used = "[...document.querySelectorAll('.regraft *')].map(one => getComputedStyle(one).backgroundColor)"
     assert "rgb(1, 2, 3)" not in tab.js(used)
+
+
+# What JupyterLab's stylesheet says of every table in an output, and a strict page's beside it.
+NOTEBOOK = """
+.jp-RenderedHTMLCommon table { table-layout: fixed; margin-left: auto; margin-right: auto; font-size: 12px }
+.jp-RenderedHTMLCommon td, .jp-RenderedHTMLCommon th, .jp-RenderedHTMLCommon tr {
+  text-align: right; vertical-align: middle; padding: 0.5em; line-height: normal; white-space: normal; max-width: none }
+.jp-RenderedHTMLCommon code { background: #eee; padding: 1px 5px }
+body[data-jp-theme-light=false] { background: #111 }
+"""
+META = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+OVERPRINTED = """[...document.querySelectorAll('tr')].flatMap(row => {
+  const boxes = [...row.children].filter(cell => cell.textContent.trim()).map(cell => {
+    const range = document.createRange(); range.selectNodeContents(cell); return range.getBoundingClientRect() })
+  return boxes.slice(1).filter((box, at) => box.left < boxes[at].right && box.top < boxes[at].bottom - 1)
+}).length"""
+
+
+@pytest.mark.parametrize("width", [500, 900])
+@pytest.mark.parametrize("light", ["true", "false"])
+def test_no_column_overprints_another_in_a_notebook(opened, width, light):
+    model = tiny.bert(layers=12)
+    for view in (regraft.inspect(model), regraft.apply(model, {"Dropout": "multisample"})):
+        page = f"<!DOCTYPE html>{META}<style>{NOTEBOOK}</style><body data-jp-theme-light={light}>"
+        tab = opened(f'{page}<div class="jp-RenderedHTMLCommon">{view._repr_html_()}</div>', width=width)
+        assert tab.js("document.querySelectorAll('td').length") > 10
+        assert tab.js(OVERPRINTED) == 0
+        assert tab.js("document.documentElement.scrollWidth") <= width
+        ground = tab.js("getComputedStyle(document.querySelector('.regraft')).backgroundColor")
+        assert ground == ("rgb(255, 255, 255)" if light == "true" else "rgb(16, 20, 24)")

@@ -68,6 +68,17 @@ def test_rates_that_grow_with_depth_are_one_range():
     assert "b.{1..3}.path     x3" in text
 
 
+def test_a_saved_plan_folds_as_the_rules_did_that_made_it():
+    rows = [edit(f"layer.{i}.drop", rule=i) for i in range(3)] + [
+        edit("head", op="Linear", after="X", rule=3)
+    ]
+    rules = [[f"Dropout@layer.{i}.drop", "gaussian"] for i in range(3)] + [["Linear@head", "x"]]
+    lines = to_text(report(rules=rules, grafted=rows)).splitlines()
+    assert "@@ a rule for each site @@" in lines
+    assert "    layer.{0..2}.drop     x3  a/model.py:7" in lines
+    assert '@@ "Linear@head": "x" @@' in lines
+
+
 def test_ranges_come_from_the_fields_and_not_from_the_text():
     rows = [edit(f"b.{i}.path", before=f"DropPath(p={i / 10})", after="off") for i in (1, 2, 3)]
     text = to_text(report(grafted=rows))
@@ -131,6 +142,7 @@ def test_a_balance_in_numbers_is_a_sentence():
 
 def test_every_table_has_headings():
     rows = [edit("a", calls=2, kind="call"), edit("b")]
+    assert to_text(report(grafted=[edit("2", source="")])).splitlines()[-2:] == ["    site", "    2"]
     for text in (to_text(report(grafted=rows)), to_markdown(report(grafted=rows))):
         assert "site kind calls source" in " ".join(text.replace("|", " ").split())
 

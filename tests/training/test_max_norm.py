@@ -243,6 +243,35 @@ def test_removing_it_and_reverting_the_model():
     held.remove()
 
 
+@pytest.mark.parametrize(
+    ("limits", "bound"),
+    [({"*@0": 0.5, "*@1": 0.25}, 0.25), ({"*@1": 0.25, "*@0": 0.5}, 0.5), ({"*@0": 0.5, "*@1": None}, None)],
+)
+def test_the_later_limit_holds_a_weight_that_two_layers_share(limits, bound):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    held = regraft.max_norm(model, {"*@2": 9.0, **limits}, optimizer)
+    assert [line["bound"] for line in held.limited if "0" in line["paths"]] == ([bound] if bound else [])
+    backward(model)
+    optimizer.step()
+    largest = norms(model[0].weight).max()
+    assert (largest <= bound * 1.0001) if bound else (largest > 0.5)
+
+
+def test_units_of_transposed_convolutions_are_held_or_listed():
+    model = nn.Sequential(nn.ConvTranspose2d(4, 3, 2), nn.ConvTranspose1d(4, 4, 2, groups=2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    held = regraft.max_norm(model, {"*": 0.01}, optimizer)
+    assert [line["path"] for line in held.limited] == ["0"]
+    assert [line["path"] for line in held.skipped] == ["1"]
+    model[0](torch.randn(1, 4, 5, 5)).sum().backward()
+    with pytest.warns(UserWarning, match="first step"):
+        optimizer.step()
+    weight = model[0].weight.detach()
+    torch.testing.assert_close(torch.linalg.vector_norm(weight, dim=(0, 2, 3)), torch.full((3,), 0.01))
+
+
 def test_bounds_survive_a_resumed_run():
     model = net()
     _, held = trained(model, {"Linear": "1.2x"})

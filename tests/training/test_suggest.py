@@ -36,7 +36,10 @@ CASES = {
         lambda: tiny.bert(p=0.0), 100, "text encoder",
         {"Dropout": "dropout(p=0.1)"}, ["rdrop(model, alpha=1)"],
     ),
-    "bert with rates": (tiny.bert, 100, "text encoder", {}, ["rdrop(model, alpha=1)"]),
+    "bert with rates": (tiny.bert, 1001, "text encoder", {}, ["rdrop(model, alpha=1)"]),
+    "bert with rates, few labels": (
+        tiny.bert, 100, "text encoder", {"Dropout": "dropout(p=0.3)"}, ["rdrop(model, alpha=2)"],
+    ),
     "bart": (tiny.bart, 100, "sequence-to-sequence model", {}, ["rdrop(model, alpha=5)"]),
     "llama": (
         lambda: tiny.llama(0.0), 100, "causal language model",
@@ -89,6 +92,19 @@ def test_what_is_suggested_can_be_done(build, examples, kind, rules, code):
         assert {edit.rule for edit in report.grafted} == set(range(len(rules)))
 
 
+def test_with_few_labels_the_frozen_layers_of_a_text_encoder_do_not_drop():
+    model = tiny.bert()
+    model.bert.embeddings.requires_grad_(False)
+    model.bert.encoder.layer[0].requires_grad_(False)
+    advice = regraft.suggest(model, 200)
+    off = {"Dropout@bert.embeddings.**": "off", "Dropout@bert.encoder.layer.0.**": "off"}
+    assert advice.rules == {"Dropout": "dropout(p=0.3)"} | off
+    report = regraft.apply(model, advice)
+    still = {edit.path for edit in report.grafted if edit.variant != "off"}
+    assert still
+    assert not any(path.startswith(("bert.embeddings", "bert.encoder.layer.0")) for path in still)
+
+
 def test_a_model_that_is_small_for_its_data_is_warned_of_dropout():
     model = network()
     large, small = regraft.suggest(model, 10), regraft.suggest(model, 1000)
@@ -118,7 +134,7 @@ def test_mixout_is_for_large_models_with_few_examples(monkeypatch):
     from regraft.training import suggest
 
     monkeypatch.setattr(suggest, "_LARGE_MODEL", 1000)
-    advice = regraft.suggest(tiny.bert(), 100)
+    advice = regraft.suggest(tiny.bert(), 1_001)
     assert advice.rules == {"Linear": "mixout(p=0.9)"}
     assert regraft.suggest(tiny.bert(), 20_000).rules == {}
 

@@ -214,6 +214,7 @@ CASES: dict[str, Case] = {
     ),
     "dropconnect": (linear(nn.DropConnectLinear), two_values, weights),
     "dropconnect-exact": (linear(nn.DropConnectLinear, exact=True), two_values, weights),
+    "weightdrop": (linear(nn.WeightDropLinear), two_values, weights),
     "mixout": (linear(nn.MixoutLinear), two_values, weights),
 }
 CONTINUOUS = ("gaussian", "uniform", "concrete")

@@ -28,6 +28,7 @@ LIMITS = {
     "spatial": 1,
     "standout": 11,
     "uniform": 4,
+    "weightdrop": 7,
 }
 """Passes over memory of a forward in training, at most, an embedding's look-up among them; 3 of a variant
 that is not named here."""

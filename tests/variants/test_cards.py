@@ -46,7 +46,7 @@ def test_a_card_is_complete(name):
 def test_what_a_card_says_to_write_runs(name):
     use = section((CARDS / f"{name}.md").read_text(), "Use")
     (rule,) = re.findall(r"regraft\.apply\(model, \{.+?: \"(.+)\"\}\)", use)
-    variant = regraft.variants.parse.parse_variant(rule)
+    variant = regraft.variants.registry.parse_variant(rule)
     assert variant.name == name
     (plain,) = re.findall(r"^(regraft\.nn\..+\))", use, re.M)
     small = plain.replace("32000, 4096", "10, 4").replace("768, 768", "6, 6")

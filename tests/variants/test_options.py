@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import regraft
 from regraft import nn
@@ -29,6 +30,13 @@ REFUSED = [
     ),
     ("multisample", nn.MultiSampleDropout, {"num_samples": 2.0}, OptionError, "2.0 is not a whole number"),
     ("multisample", nn.MultiSampleDropout, {"exact": 1}, OptionError, "exact=1 is not True or False"),
+    (
+        "multisample",
+        nn.MultiSampleDropout,
+        {"match": "mean"},
+        OptionError,
+        "match=.mean. is not .rate. or .variance.",
+    ),
     ("standout", nn.StandoutDropout, {"alpha": True}, OptionError, "alpha=True is not a number"),
     ("standout", nn.StandoutDropout, {"min_keep": 0}, RateError, "min_keep=0 (?s:.*)above 0 and at most 1"),
     (
@@ -59,11 +67,19 @@ def test_bad_options_are_refused(name, module, options, error, message):
             module(0.1, **options)
 
 
+def test_a_rate_that_plays_no_part_is_refused():
+    for rule in ("gaussian(p=0.1, sigma=0.2)", "standout(p=0.1, beta=1.0)"):
+        with pytest.raises(regraft.errors.OptionError, match="p plays no part beside"):
+            regraft.apply(torch.nn.Sequential(torch.nn.Dropout(0.1)), {"Dropout": rule})
+    with pytest.raises(regraft.errors.OptionError, match="p plays no part beside sigma"):
+        nn.GaussianDropout(0.1, sigma=0.2)
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
         (lambda: nn.GaussianDropout(0.1), "GaussianDropout(p=0.1)"),
-        (lambda: nn.GaussianDropout(0.1, sigma=0.2), "GaussianDropout(p=0.1, sigma=0.2)"),
+        (lambda: nn.GaussianDropout(sigma=0.2), "GaussianDropout(sigma=0.2)"),
         (lambda: nn.MultiSampleDropout(0.1), "MultiSampleDropout(p=0.1, num_samples=8)"),
         (
             lambda: nn.MultiSampleDropout(0.1, exact=True),

@@ -19,6 +19,7 @@ KNOWN = [
     ("dropblock", 0.3, {"block_size": 3}),
     ("multisample", 0.3, {}),
     ("multisample", 0.3, {"num_samples": 2}),
+    ("multisample", 0.2, {"match": "variance"}),
     ("off", 0.0, {}),
 ]
 

@@ -135,6 +135,19 @@ class Learned(nn.Module):
         return (x + places) @ self.out(self.latents).T
 
 
+class Convolves(nn.Module):
+    """A convolution of each kind, one of them read by its parent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv1d(5, 4, 3, padding=1), nn.ConvTranspose1d(4, 5, 3, padding=1)
+        self.image, self.head = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(self.down(x))
+        return self.head(F.conv2d(x.unsqueeze(1), self.image.weight, padding=1).sum(1))
+
+
 def parametrized() -> nn.Module:
     return nn.Sequential(parametrizations.weight_norm(OwnForward(6, 4)), nn.Linear(4, 4))
 
@@ -182,6 +195,15 @@ CASES = {
     "projected lstm": (
         lambda: Recurs(nn.LSTM, proj_size=3),
         {f"rnn.weight_{side}_l0": "recurrent" for side in ("ih", "hh", "hr")},
+    ),
+    "convolutions": (
+        Convolves,
+        {
+            "down.weight": "Conv1d",
+            "up.weight": "ConvTranspose1d",
+            "image.weight": "Conv2d",
+            "head.weight": "Linear direct",
+        },
     ),
     "gru": (lambda: Recurs(nn.GRU), {f"rnn.weight_{side}_l0": "recurrent" for side in ("ih", "hh")}),
     "parametrized": (parametrized, {"0.weight": "Linear", "1.weight": "Linear direct"}),

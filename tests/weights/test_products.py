@@ -10,6 +10,8 @@ from recording import record_products
 from torch import nn
 from torch.nn import functional as F
 
+import regraft
+
 X = torch.randn(2, 5, 6)
 
 
@@ -24,7 +26,7 @@ def test_every_weight_that_multiplies_has_its_kind(case):
     assert kinds(build(), X) == wanted
 
 
-def test_convolutions_and_tables_are_no_matrices():
+def test_tables_are_no_weights_and_convolutions_are_of_kinds_of_their_own():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -33,7 +35,52 @@ def test_convolutions_and_tables_are_no_matrices():
         def forward(self, ids):
             return self.head(self.conv(self.words(ids).transpose(1, 2)).transpose(1, 2))
 
-    assert kinds(Model(), torch.zeros(2, 4, dtype=torch.long)) == {"head.weight": "Linear direct"}
+    assert kinds(Model(), torch.zeros(2, 4, dtype=torch.long)) == {
+        "conv.weight": "Conv1d",
+        "head.weight": "Linear direct",
+    }
+
+
+@pytest.mark.parametrize(
+    ("use", "chooses"),
+    [
+        (lambda scores, x: (scores.argmax(-1) == 1).float().mean(), False),  # an accuracy
+        (lambda scores, x: x[scores.argmax(-1) == 1].sum(), True),
+        (lambda scores, x: (scores.topk(1).indices == 1) * x, True),
+        (lambda scores, x: x.gather(-1, scores.topk(1).indices.unsqueeze(-1).squeeze(-1)), True),
+    ],
+    ids=["counted", "mask", "product", "gather"],
+)
+def test_a_router_is_one_whose_choice_is_used(use, chooses):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scores = nn.Linear(6, 4)
+
+        def forward(self, x):
+            scores = self.scores(x)
+            return scores.sum(), use(scores, x)
+
+    kind = "router direct" if chooses else "Linear direct"
+    assert kinds(Model(), X) == {"scores.weight": kind}
+
+
+def test_a_matrix_that_nothing_used_is_no_part_of_the_count_and_skipped():
+    class Sleeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts, self.token = nn.Parameter(torch.randn(3, 6, 6)), nn.Parameter(torch.randn(1, 1, 6))
+            self.places, self.head = nn.Parameter(torch.randn(5, 6)), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(x + self.places)
+
+    report = regraft.apply(Sleeps(), {"Linear": "dropconnect"}, X)
+    assert [edit.path for edit in report.grafted] == ["head"]
+    assert [(skip.path, skip.reason) for skip in report.skipped] == [
+        ("experts", "nothing used it in the probe")
+    ]
+    assert report.balance["matrices"] == {"multiply": 1, "reached": 1, "left": {}}
 
 
 def test_a_cast_a_transpose_and_a_stack_still_name_their_parameters():

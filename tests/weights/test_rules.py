@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 from lending import weights
-from readers import Attends, Experts, ParentReads, Recurs, TiedAutoencoder
+from readers import Attends, Convolves, Experts, ParentReads, Recurs, TiedAutoencoder
 from snapshots import assert_same, same_in_eval, snapshot
 from torch import nn
 
 import regraft
-from regraft.errors import WrongKindError
+from regraft.errors import ModelError, WrongKindError
 
 X = torch.randn(2, 5, 6)
 RULE = {"Linear": "dropconnect(p=0.3)"}
@@ -69,10 +69,14 @@ def swin():
     return timm.create_model("swinv2_tiny_window8_256", **sizes)
 
 
+LEFT = {
+    "it is a router: its result chooses what runs, and noise would change the choice": "router",
+    "nothing used it in the probe": "idle",
+}
 MODELS = {
     # Builder, inputs, how many matrices multiply in each form; routers are left.
     "GPT-2": (gpt2, IDS, {"Conv1D": 8, "Linear": 1}),
-    "XLNet": (xlnet, IDS, {"Linear": 14}),
+    "XLNet": (xlnet, IDS, {"Linear": 14, "idle": 4}),  # those of segments, which are not given
     "Mixtral": (mixtral, IDS, {"Linear": 8, "experts": 4, "router": 2}),
     "Mamba": (mamba, IDS, {"Linear": 8}),
     "Falcon": (falcon, IDS, {"Linear": 8}),
@@ -91,13 +95,10 @@ def test_every_matrix_of_a_model_is_reached_or_left_with_its_reason(name):
     report = regraft.apply(model, RULE)
     counts: dict[str, int] = {}
     for line in [*report.grafted, *report.skipped]:
-        kind = "router" if line in report.skipped else line.op
+        kind = LEFT[line.reason] if line in report.skipped else line.op
         counts[kind] = counts.get(kind, 0) + 1
     if wanted is not None:
         assert counts == wanted
-    assert {skip.reason for skip in report.skipped} <= {
-        "it is a router: its result chooses what runs, and noise would change the choice"
-    }
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     assert same_in_eval(model, twin, *args, **kwargs)
     assert list(model.state_dict()) == keys
@@ -122,6 +123,38 @@ def test_a_tied_model_stays_tied_and_trains():
     optimizer.step()
     assert not torch.equal(model.lm_head.weight, first)
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_what_no_rule_selects_is_in_a_row_of_its_own():
+    report = regraft.apply(nn.Sequential(Attends(), Experts()), {"in_proj": "dropconnect(p=0.3)"}, X)
+    rows = [(row["name"], row["count"], row["paths"]) for row in report.to_dict()["left"]]
+    assert rows == [
+        ("out_proj", 1, ["0.attention.out_proj.weight"]),
+        ("experts", 2, ["1.down", "1.up"]),
+        ("router", 1, ["1.gate.weight"]),
+    ]
+    assert "a rule for 'experts'" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("selector", "paths"),
+    [
+        ("Conv1d", ["down"]),
+        ("ConvTranspose1d@up", ["up"]),
+        (nn.Conv2d, ["image"]),
+        ("Linear", ["head"]),
+        ("*", ["down", "up", "image", "head"]),
+    ],
+    ids=str,
+)
+def test_convolutions_are_kinds_of_their_own(selector, paths):
+    model = Convolves()
+    plain = model.eval()(X)
+    model.train()
+    report = regraft.apply(model, {selector: "dropconnect(p=0.3)"}, X)
+    assert [edit.path for edit in report.grafted] == paths
+    assert not torch.equal(model(X), model(X))
+    assert torch.equal(model.eval()(X), plain)
 
 
 def test_the_balance_counts_what_multiplies():
@@ -212,6 +245,43 @@ def test_a_variant_that_cannot_act_on_a_form_is_skipped_and_an_error_where_it_fi
     assert "a mask for each example" in report.skipped[0].reason
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.LSTM, {}),
+        (nn.GRU, {"num_layers": 3}),
+        (nn.RNN, {"bidirectional": True}),
+        (nn.LSTM, {"num_layers": 2, "bidirectional": True, "proj_size": 3}),
+    ],
+    ids=["lstm", "gru of 3 layers", "bidirectional rnn", "projected"],
+)
+def test_weightdrop_drops_hidden_to_hidden_weights_once_a_sequence(kind, options):
+    torch.manual_seed(0)
+    seen = {}
+
+    class Looks(kind):
+        def forward(self, *args):
+            seen.update((name, getattr(self, name)) for name in self._flat_weights_names)
+            return super().forward(*args)
+
+    model, plain = Recurs(Looks, **options), Recurs(kind, **options)
+    report = regraft.apply(model, {"Linear": "weightdrop(p=0.5)"}, X)
+    hidden = [name for name, _ in model.rnn.named_parameters() if name.startswith("weight_hh")]
+    assert [edit.path for edit in report.grafted] == [f"rnn.{name}" for name in hidden]
+    assert {skip.reason for skip in report.skipped} == {"it is no hidden-to-hidden matrix"}
+    model(X).square().sum().backward()
+    for name, parameter in model.rnn.named_parameters():
+        kept = (seen[name] / parameter).detach()
+        assert set(kept.unique().tolist()) == ({0.0, 2.0} if name in hidden else {1.0})
+        dropped = parameter.grad[kept == 0]
+        assert dropped.numel() == 0 or (dropped == 0).all()  # one mask for all steps
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(X), plain.eval()(X))
+    other = Recurs(kind, **options)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(X), other.eval()(X))
+
+
 def test_dropconnect_samples_in_eval_where_it_is_asked_to():
     model = nn.Sequential(Attends(), nn.Linear(6, 3)).eval()
     regraft.apply(model, {"Linear": "dropconnect(p=0.3, eval='sample')"}, X)
@@ -282,11 +352,69 @@ def test_one_draw_serves_a_weight_that_is_called_and_read():
     assert [(edit.path, edit.kind) for edit in report.grafted] == [("encode", "weight")]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_quantized_layer_is_skipped_by_name():
-    model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), {nn.Linear})
-    model.append(nn.Linear(4, 2))
-    report = regraft.apply(model, RULE, X)
-    assert [edit.path for edit in report.grafted] == ["2"]
+    ao = torch.ao.quantization
+    packed = ao.quantize_dynamic(nn.Sequential(nn.Linear(6, 4), nn.LSTM(4, 4)), {nn.Linear, nn.LSTM})
+    fake = nn.Sequential(nn.Linear(4, 4))
+    fake.qconfig = ao.get_default_qat_qconfig("fbgemm")
+    ao.prepare_qat(fake, inplace=True)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.packed, self.fake, self.plain = packed, fake, nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.plain(self.fake(self.packed(x)[0]))
+
+    report = regraft.apply(Model(), RULE, X)
+    assert [edit.path for edit in report.grafted] == ["plain"]
+    assert [(skip.path, skip.op) for skip in report.skipped] == [
+        ("packed.0", "Linear"),
+        ("packed.1", "Linear"),
+        ("fake.0", "Linear"),
+    ]
+    assert all("is quantized" in skip.reason for skip in report.skipped)
+
+
+class Packed(torch.Tensor):
+    """A weight that knows a product and nothing else, as quantized tensors do."""
+
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight):
+        self.weight = weight.detach().half()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            return func(args[0], args[1].weight.float(), *args[2:])
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return Packed(args[0].weight)
+        raise NotImplementedError(func)
+
+
+class Doubles(nn.Linear):
+    def forward(self, x):
+        return 2 * nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("build", [nn.Linear, Doubles], ids=["module", "lent"])
+def test_quantized_after_a_graft_it_evaluates_and_says_what_to_do_in_training(build):
+    model = nn.Sequential(build(6, 4))
+    regraft.apply(model, RULE, X)
+    model[0].weight = nn.Parameter(Packed(model[0].weight), requires_grad=False)
+    model.eval()(X)
+    with pytest.raises(ModelError, match="type Packed(.|\n)*revert before quantizing"):
+        model.train()(X)
+    regraft.revert(model)
+    model.train()(X)
 
 
 def test_a_traced_model_and_its_eager_twin_have_the_same_balance():

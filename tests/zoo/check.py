@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,49 +73,67 @@ class Row:
 
 def walk_row(entry: Entry) -> Row:
     """The row of a model as it is, without regraft."""
-    row, start = Row(entry.library, entry.name), time.perf_counter()
-    try:
-        model, inputs = entry.build()
-        _count(row, model, record(model, inputs))
-    except Exception as error:
-        row.error = f"zoo: {_first_line(error)}"
-    row.seconds = round(time.perf_counter() - start, 3)
-    return row
+    return examine(Row(entry.library, entry.name), entry, record, _count)
 
 
 def graft_row(entry: Entry, given: bool | None = None) -> Row:
-    """The whole row: graft, look again, compare, revert.
+    """The whole row: graft, look again, compare, revert; see `examine`."""
+
+    def look(model: nn.Module, inputs: Inputs) -> Any:
+        return record(model, inputs, own=(_own_folder(),))
+
+    return examine(Row(entry.library, entry.name), entry, look, _count, _apply, _compare, given)
+
+
+def examine(
+    row: Any,
+    entry: Entry,
+    look: Callable[[nn.Module, Inputs], Any],
+    count: Callable[[Any, nn.Module, Any], None],
+    graft: Callable[[Any, nn.Module, Inputs | None], dict[str, Any] | None] | None = None,
+    compare: Callable[[Any, nn.Module, Any, Any, dict[str, Any], bool], None] | None = None,
+    given: bool | None = None,
+) -> Any:
+    """Fill a row: look at a model, graft it, look again, compare, and revert.
 
     Args:
+        row: what to fill: a `Row` or the like.
         entry: the model.
+        look: what a forward shows.
+        count: puts what the model shows as it is into the row.
+        graft: returns the report as plain values, or None if there is nothing to graft; without it the
+            row is that of the model as it is.
+        compare: puts into the row what became of it, given both looks, the report and `given`.
         given: hand the zoo's inputs to the probe; by default only where regraft makes none itself.
     """
-    row, start = Row(entry.library, entry.name), time.perf_counter()
-    step = "zoo"
+    start, step = time.perf_counter(), "zoo"
     try:
         model, inputs = entry.build()
+        row.model = type(model).__name__
         # A copy runs first, so that the model is grafted as users graft it: before its first forward.
         twin = copy.deepcopy(model)
         fresh = snapshot(twin.train())
         reference = _eval(twin, inputs)
-        before = record(twin.train(), inputs)
-        _count(row, twin, before)
+        before = look(twin.train(), inputs)
+        count(row, twin, before)
+        if graft is None or compare is None:
+            return row
         own_doing = differences(fresh, snapshot(twin))  # what a forward of this model changes by itself
+        del twin
         kept = _buffers(model)
         was = snapshot(model)
         step = "apply"
         given = entry.library not in ("hf", "timm", "peft") if given is None else given
-        report = _apply(row, model, inputs if given else None)
+        report = graft(row, model, inputs if given else None)
         if report is not None:
             step = "training"
-            after = record(model, inputs, own=(_own_folder(),))
-            _backward(after.output)
+            after = look(model, inputs)
+            _backward(getattr(after, "output", None))
             _put_back(kept)
             step = "compare"
-            _compare(row, before.calls, after, report, given)
+            compare(row, model, before, after, report, given)
             step = "eval"
-            mended = {path for item in report["mended"] for path in (item["path"],)}
-            row.eval_differs = not mended and not _equal(reference, _eval(model, inputs))
+            row.eval_differs = not report["mended"] and not _equal(reference, _eval(model, inputs))
             model.train()
         step = "revert"
         import regraft
@@ -123,13 +142,13 @@ def graft_row(entry: Entry, given: bool | None = None) -> Row:
         row.revert_differs = [name for name in differences(was, snapshot(model)) if name not in own_doing]
     except Exception as error:
         row.error = f"{step}: {_first_line(error)}"
-    row.seconds = round(time.perf_counter() - start, 3)
-    gc.collect()  # modules and frames refer to one another, and the models are large
+    finally:
+        row.seconds = round(time.perf_counter() - start, 3)
+        gc.collect()  # modules and frames refer to one another, and the models are large
     return row
 
 
 def _count(row: Row, model: nn.Module, recording: Any) -> None:
-    row.model = type(model).__name__
     row.plain, row.drop_path = len(recording.plain), len(recording.drop_path)
     row.walked = sum(call.walked for call in recording.plain)
     row.apart = dict(Counter(call.kind for call in recording.calls if call.kind not in PLAIN | DROP_PATH))
@@ -159,13 +178,15 @@ def _apply(row: Row, model: nn.Module, inputs: Inputs | None) -> dict[str, Any] 
     return None
 
 
-def _compare(row: Row, before: list[Call], after: Any, report: dict[str, Any], given: bool) -> None:
+def _compare(
+    row: Row, model: nn.Module, before: Any, after: Any, report: dict[str, Any], given: bool
+) -> None:
     row.balance = report["balance"]
     listed = {str(one["source"]) for one in report["left"]} | {
         str(one["source"]) for one in report["skipped"]
     }
     unconfirmed = {item["path"] for item in report["grafted"] if item["calls"] is None}
-    row.unseen = sorted({call.path for call in before} & unconfirmed) if given else []
+    row.unseen = sorted({call.path for call in before.calls} & unconfirmed) if given else []
     row.unlisted = [source for source in row.other_draws if source not in listed]
     left_plain, left_path = after.plain, after.drop_path
     row.reached_plain = row.plain - len(left_plain)

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from regraft.find.calls import Called
 from regraft.find.frames import caller_line, calling_frames, in_a_variant, is_users, line_of
 from regraft.find.graph_calls import running_node
+from regraft.find.probe.dataflow import Dataflow
 from regraft.find.probe.masks import ROWS, Masks
 from regraft.find.recognize import op_of
 from regraft.find.tensor_io import Flow, flow
@@ -188,7 +189,11 @@ def observe(
         stack.enter_context(torch.no_grad())
         if locate:
             stack.enter_context(_lines_traced(observer))
-        forward(*args, **kwargs)
+        if observer.dataflow is not None:
+            observer.dataflow.begin(args, kwargs)
+        returned = forward(*args, **kwargs)
+        if observer.dataflow is not None:
+            observer.dataflow.end(returned)
     return observer.finish()
 
 
@@ -208,6 +213,7 @@ class Observer:
         self.known = known
         self.sites = sites
         self.recorders = recorders
+        self.dataflow = next((one for one in recorders if isinstance(one, Dataflow)), None)
         self.modules_too = modules_too
         self.number = number
         self.root = next(iter(known.values()))
@@ -226,10 +232,12 @@ class Observer:
         """The innermost module of the model that is running."""
         return next((owner for owner in reversed(self.owners) if id(owner) in self.known), self.root)
 
-    def enter(self, module: nn.Module, _: Any) -> None:
+    def enter(self, module: nn.Module, given: Any) -> None:
         if threading.get_ident() != self._thread:
             return
         self.owners.append(module)
+        if self.dataflow is not None:
+            self.dataflow.enter(module, given)
         counts, lines = self.ledger.counts, self.ledger.lines
         counts[id(module)] = counts.get(id(module), 0) + 1
         if id(module) in self.sites and id(module) not in lines:
@@ -239,6 +247,8 @@ class Observer:
         if threading.get_ident() == self._thread and self.owners and self.owners[-1] is module:
             self.owners.pop()
             self.ledger.flows.setdefault(id(module), (flow(given), flow(returned)))
+            if self.dataflow is not None:
+                self.dataflow.leave(module, given, returned)
 
     def begin_call(self, parsed: Parsed) -> None:
         """A function that drops is called."""
@@ -252,6 +262,8 @@ class Observer:
             return  # a module site: it is counted as the module
         frames = calling_frames()
         owner, node = running_node(owners, frames)
+        if self.dataflow is not None:
+            self.dataflow.call(owner, parsed.op, node, parsed.x)
         called = self._call(owner, parsed.op, node)
         called.rates.append(parsed.p if parsed.training or parsed.p == 0 else 0.0)  # as it came: marked
         called.sources.append(line_of(frames))

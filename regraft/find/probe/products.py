@@ -41,8 +41,19 @@ _OPERANDS: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 _AS_STORED = ("aten::linear", "aten::mkldnn_linear")
 """Operators that take a weight as `nn.Linear` stores it, (out, in)."""
+_CONVOLUTIONS = ("aten::convolution", "aten::_convolution")
+_TRANSPOSED = 6  # its position among a convolution's arguments
 _RECURRENT = ("aten::mkldnn_rnn_layer", "aten::_cudnn_rnn", "aten::miopen_rnn")
 _SELECT = ("aten::topk", "aten::argmax", "aten::argmin")
+_COMPARES = (
+    "aten::eq",
+    "aten::ne",
+    "aten::bitwise_and",
+    "aten::logical_and",
+    "aten::_to_copy",
+    "aten::clone",
+)
+_COUNTS = ("aten::sum", "aten::mean", "aten::any", "aten::all")
 _INDEX = ("aten::index", "aten::index_select", "aten::gather", "aten::embedding")
 _LEADS_ON = frozenset(
     f"aten::{name}"
@@ -63,7 +74,8 @@ class Product:
     Attributes:
         parameters: names of the parameters that the weight is made of, each its first name.
         module: the innermost module whose forward ran it.
-        form: "matrix", "batched", "grouped", "recurrent", "bilinear" or "convolution".
+        form: "matrix", "batched", "grouped", "recurrent", "bilinear", "convolution" or "transposed
+            convolution".
         weight: the shape of the weight as it multiplied: of one expert, where each is multiplied alone.
         contracted: the axis of the parameter that the product sums over, where it is known: the others are
             those of output units.
@@ -102,6 +114,8 @@ class ProductRecorder:
         """Forget what was recorded; `state` is what the forward will see, by name."""
         self.lookups: dict[str, list[nn.Module | None]] = {}
         """Parameters that are looked up in, by name: the modules that do."""
+        self.used: set[str] = set()
+        """Parameters that an operation was given."""
         self._products: dict[tuple[Any, ...], Product] = {}
         # A storage of several parameters (a flattened recurrent network) tells them apart by offset.
         self._parameters: dict[StorageWeakRef, list[tuple[int, int, str]]] = {}
@@ -126,6 +140,7 @@ class ProductRecorder:
         for key, product in part._products.items():
             names = tuple(f"{path}.{name}".lstrip(".") for name in product.parameters)
             self._products.setdefault((path, *key) if path else key, replace(product, parameters=names))
+        self.used.update(f"{path}.{name}".lstrip(".") for name in part.used)
         for name, modules in part.lookups.items():
             self.lookups.setdefault(f"{path}.{name}".lstrip("."), []).extend(modules)
 
@@ -154,9 +169,11 @@ class ProductRecorder:
         name = func._schema.name
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        for tensor in given if self._choices else ():
-            for product in self._choices.get(_storage(tensor), ()):  # type: ignore[arg-type]
-                product.selects = True
+        for tensor in given:
+            parts = self._parameters.get(_storage(tensor), ())  # type: ignore[arg-type]
+            self.used.update(name for *_, name in parts)
+        if self._choices:
+            self._choose(func, name, given, returned)
         if name in _SELECT:
             # The choice is made once its indices are used: the largest values alone are a statistic.
             for tensor in returned:
@@ -174,6 +191,19 @@ class ProductRecorder:
             self._derive(func, given, returned)
         self._lead_on(func, name, given, returned)
 
+    def _choose(self, func: Any, name: str, given: list[Tensor], returned: list[Tensor]) -> None:
+        """A choice that is compared and counted, as an accuracy is, chooses nothing; any other use does."""
+        chosen = [one for tensor in given for one in self._choices.get(_storage(tensor), ())]  # type: ignore[arg-type]
+        if not chosen or func.is_view or name in _COUNTS:
+            return
+        if name in _COMPARES:
+            for tensor in returned:
+                if (key := _storage(tensor)) is not None:
+                    self._choices[key] = chosen
+            return
+        for product in chosen:
+            product.selects = True
+
     def _weights(
         self, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Iterator[tuple[str, Tensor, Tensor | None, int | None]]:
@@ -189,15 +219,17 @@ class ProductRecorder:
                 *(kwargs[one.name] for one in func._schema.arguments[len(args) :] if one.name in kwargs),
             ]
             x, weight = (bound[place] for place in places)
+            if form == "convolution" and bound[_TRANSPOSED]:
+                form = "transposed convolution"
             if form == "bilinear" and name == "aten::_trilinear":
                 yield form, args[1], args[0], None
             elif self._roots(weight) and weight.dim() > 1:
                 yield form, weight, x, None if form == "bilinear" else -1 if name in _AS_STORED else -2
                 # Both made of parameters: either an input that is learned (a layer's latents), or, of two
                 # whole parameters, factors of a weight.
-                if form != "convolution" and self._is_whole(x) and self._is_whole(weight):
+                if name not in _CONVOLUTIONS and self._is_whole(x) and self._is_whole(weight):
                     yield form, x, weight, -1
-            elif self._roots(x) and x.dim() > 1 and form != "convolution":
+            elif self._roots(x) and x.dim() > 1 and name not in _CONVOLUTIONS:
                 yield form, x, weight, -1
             return
         if not name.startswith("aten::") and not name.startswith("prims::"):

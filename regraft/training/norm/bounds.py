@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from regraft.errors import NoMatchError, OptionError, RateError, RuleSyntaxError, WrongKindError
-from regraft.find.all_modules import places
+from regraft.find.insertion_points import places
 from regraft.find.inspect import inspect
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
@@ -70,8 +70,8 @@ def limited_sites(
         WrongKindError: one that matches only what has no rows.
     """
     sites = _limitable(root, rules, inputs)
-    decided: dict[int, Bound | None] = {}
-    for selector, bound in rules:
+    decided: dict[int, tuple[int, Bound | None]] = {}
+    for number, (selector, bound) in enumerate(rules):
         where = f"limit for {selector.text!r}"
         found = [index for index, site in enumerate(sites) if selector.matches(site)]
         if not found:
@@ -86,8 +86,18 @@ def limited_sites(
                 where=where,
                 remedy="max-norm is for Linear, Conv1D and convolution layers",
             )
-        decided |= dict.fromkeys(fitting, bound)
-    return [(sites[index], bound) for index, bound in sorted(decided.items()) if bound is not None]
+        decided |= dict.fromkeys(fitting, (number, bound))
+    latest: dict[int, tuple[int, Bound | None]] = {}
+    for index, (number, bound) in decided.items():
+        key = id(_weight(sites[index]))  # layers that share a weight have one bound
+        latest[key] = max(latest.get(key, (-1, None)), (number, bound), key=lambda one: one[0])
+    chosen = [(sites[index], latest[id(_weight(sites[index]))][1]) for index in sorted(decided)]
+    return [(site, bound) for site, bound in chosen if bound is not None]
+
+
+def _weight(site: Site) -> object:
+    weight = site.owner._parameters.get(site.attribute or "weight")
+    return site if weight is None else weight
 
 
 def _limitable(root: nn.Module, rules: list[tuple[Selector, Bound | None]], inputs: Any) -> list[Site]:
@@ -95,7 +105,8 @@ def _limitable(root: nn.Module, rules: list[tuple[Selector, Bound | None]], inpu
     every = places(named_modules(root))
     if not any(selector.type in KINDS for selector, _ in rules):
         return every
-    lent = [site for site in inspect(root, inputs).sites if site.kind == "weight"]
+    sites = inspect(root, inputs).sites
+    lent = [site for site in sites if site.kind == "weight" and site.family == "Linear"]
     held = {id(site.owner) for site in lent if site.attribute == "weight"}
     return [*(site for site in every if id(site.module) not in held), *lent]
 

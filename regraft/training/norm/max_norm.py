@@ -201,7 +201,7 @@ def _hold(made: MaxNorm, chosen: list[tuple[Site, Bound]], held: set[int]) -> No
             continue
         rows = Rows(site.owner, across or (), 0.0, name)
         weight = rows.weight
-        if id(weight) in lines:  # tied: it is held once, to the bound of the layer that comes first
+        if id(weight) in lines:  # tied: it is held once
             lines[id(weight)]["paths"] += site.paths
             continue
         lines[id(weight)] = line

@@ -47,7 +47,9 @@ def unit_axis(module: nn.Module) -> int | None:
         return 1
     if op == "Linear" or issubclass(cls, nn.Linear):
         return 0
-    return 0 if issubclass(cls, _ConvNd) and not getattr(module, "transposed", True) else None
+    if issubclass(cls, _ConvNd):
+        return 1 if module.transposed else 0
+    return None
 
 
 def across_of(site: Site) -> tuple[int, ...] | None:
@@ -55,8 +57,8 @@ def across_of(site: Site) -> tuple[int, ...] | None:
     if site.kind == "weight":
         return None if site.contracted is None else (site.contracted,)
     axis, weight = unit_axis(site.module), site.module._parameters.get("weight")
-    if axis is None:
-        return None
+    if axis is None or (axis == 1 and getattr(site.module, "groups", 1) > 1):
+        return None  # of a grouped transposed convolution no axis of the weight is that of its units
     return tuple(one for one in range(2 if weight is None else weight.dim()) if one != axis)
 
 
