@@ -69,7 +69,7 @@ ELEMENTWISE = str.split(
     "sqrt rsqrt clamp dropout alpha_dropout feature_dropout conv1d conv2d conv3d matmul bmm mm add mul "
     "sub div mean sum cat stack threshold hardshrink layer_norm rms_norm batch_norm group_norm"
 )
-OBJECTS = {"argparse": "Namespace"}
+OBJECTS = {"argparse": "Namespace", "joblib.numpy_pickle": "NumpyArrayWrapper"}
 REFERENCES = {
     "builtins": "object NotImplemented Ellipsis",
     "torch": "Tensor",

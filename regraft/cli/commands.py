@@ -126,12 +126,15 @@ def apply(
     """Graft variants into a model and write it in the form it came in, with its plan beside it."""
 
     def run() -> View:
+        from regraft.cli.loading import load
         from regraft.cli.opening import inputs_for
-        from regraft.cli.writing import apply_to_file
+        from regraft.cli.writing import applied, check_free
 
         inputs = inputs_for(model, shape)
         rules = [pair(text) for text in rule]
-        return apply_to_file(model, rules, output, arch, trust, safe, force, inputs, allowed(allow))
+        check_free(output, force)
+        loaded = load(model, arch, trust=trust, allow=allowed(allow))
+        return applied(loaded, rules, inputs, output, safe)
 
     printed(run, format, debug)
 
@@ -152,9 +155,11 @@ def revert(
     """Undo the grafts of a model and write it plain, with its weights as trained."""
 
     def run() -> View:
-        from regraft.cli.writing import revert_file
+        from regraft.cli.loading import load
+        from regraft.cli.writing import check_free, reverted
 
-        return revert_file(model, output, selector, arch, trust, safe, force, allowed(allow))
+        check_free(output, force)
+        return reverted(load(model, arch, trust=trust, allow=allowed(allow)), selector, output, safe)
 
     printed(run, format, debug)
 
@@ -196,7 +201,10 @@ def verify(
     format: As = Format.table,
     debug: Debug = False,
 ) -> None:
-    """Graft a copy of a model and check each of regraft's promises on it."""
+    """Graft a copy of a model and check each of regraft's promises on it.
+
+    The exit code is 1 if a check fails, and also if none does but no forward could show what the grafts do.
+    """
 
     def run() -> Any:
         import regraft

@@ -7,33 +7,23 @@ a test holds the two to the same answers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from regraft.errors import FileError
-from regraft.files.detect import FileReport, raise_for, read, read_folder, sha256
+from regraft.files.detect import FileReport, read, read_folder, sha256
 from regraft.files.skeleton import FileModel, FileModule
 from regraft.files.verdicts import DangerousFileError, UnknownNamesError, Verdicts
 from regraft.report.document import visible
 from regraft.report.inspection_page import summary
 from regraft.report.view import SCHEMA, View
 
-_TORCH = {
-    "Dropout": "Dropout",
-    "Dropout1d": "Dropout1d",
-    "Dropout2d": "Dropout2d",
-    "Dropout3d": "Dropout3d",
-    "AlphaDropout": "AlphaDropout",
-    "FeatureAlphaDropout": "FeatureAlphaDropout",
-    "Linear": "Linear",
-    "NonDynamicallyQuantizableLinear": "Linear",
-    "Embedding": "Embedding",
-    "MultiheadAttention": "MultiheadAttention",
-    "LSTM": "LSTM",
-    "GRU": "GRU",
-    "RNN": "RNN",
-}
+_TORCH = str.split(
+    "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout Linear Embedding "
+    "MultiheadAttention LSTM GRU RNN"
+)
+_LINEAR_OF_ATTENTION = "NonDynamicallyQuantizableLinear"
 _DROP_PATH = re.compile(r"(DropPath|StochasticDepth)$")
 _PRIVATE_DROPOUT = re.compile(r"Dropout(\dd)?$")
 _OTHER_NOISE = re.compile(r"Patch|Token|Word|Feature|Channel|Spatial|Block|Variational|Locked|\dd$")
@@ -62,7 +52,7 @@ def op_of(module: FileModule) -> str | None:
     """The operation that makes a module a site, None if it is none."""
     name = module.type
     if module.home.startswith("torch.nn."):
-        return _TORCH.get(name)
+        return "Linear" if name == _LINEAR_OF_ATTENTION else name if name in _TORCH else None
     if _DROP_PATH.search(name):
         return "DropPath"
     if name == "Conv1D" and (weight := module.tensors.get("weight")) and len(weight.shape) == 2:
@@ -82,7 +72,7 @@ def rate_of(module: FileModule) -> float | None:
     return None
 
 
-def _site(module: FileModule, op: str) -> dict[str, Any]:
+def _site(module: FileModule, op: str, kind: str = "module") -> dict[str, Any]:
     weight = module.tensors.get("weight") if op in _SHAPES else None
     sizes = [module.attributes.get(name) for name in _SHAPES.get(op, ())]
     shape = [size for size in sizes if type(size) is int and 0 <= size < 2**50]
@@ -90,11 +80,11 @@ def _site(module: FileModule, op: str) -> dict[str, Any]:
         shape = list(weight.shape)
     return {
         "path": module.paths[0],
-        "kind": "module",
+        "kind": kind,
         "op": op,
         "type": module.type,
         "p": None if op in _SHAPES else rate_of(module),
-        "calls": 0 if module.type == "NonDynamicallyQuantizableLinear" else None,
+        "calls": 0 if module.type == _LINEAR_OF_ATTENTION else None,
         "source": None,
         "parameters": sum(tensor.size for tensor in module.tensors.values() if tensor.trainable),
         "device": None,
@@ -110,19 +100,13 @@ def _grafted_call(module: FileModule, edit: dict[str, Any]) -> dict[str, Any]:
     """A place that no module stands for, and that shows itself by its graft."""
     source = edit.get("source")
     return {
-        "path": module.paths[0],
-        "kind": "call",
-        "op": edit["op"],
-        "type": module.type,
+        **_site(module, edit["op"], "call"),
         "p": None,
         "calls": None,
         "source": source if isinstance(source, str) else None,
         "parameters": 0,
-        "device": None,
-        "dtype": None,
-        "paths": module.paths,
         "shape": None,
-        "training": module.training,
+        "dtype": None,
         "variant": edit["after"],
         "written": edit["before"],
     }
@@ -153,27 +137,25 @@ class Files:
 
         Args:
             names: unknown names do.
-            model: so does a folder without any model.
+            model: so does a folder or a file without any model.
 
         Raises:
-            FileError: see `regraft.files.detect.raise_for`.
+            DangerousFileError: loading would run what no model needs.
+            UnknownNamesError: loading would import and call what is not known to be harmless.
+            FileError: there is no model.
         """
-        if not self.folder:
-            raise_for(self.reports[0], names=names)
-            return
-        empty = model and not any(report.model for report in self.reports)
+        empty = not any(report.model for report in self.reports)
+        reports = [report for report in self.reports if not (self.folder and report.other)]
+        error = next((report.error for report in reports if report.error), None)
         if self.verdicts.dangerous:
             raise DangerousFileError(self.verdicts, str(self.path))
-        if self.verdicts.unknown and (names or empty):
-            raise UnknownNamesError(self.verdicts, str(self.path))
-        if empty:
-            raise next(
-                (report.error for report in self.reports if report.error and not report.other),
-                FileError(
-                    "the folder holds no model",
-                    where=str(self.path),
-                    remedy="give a folder with a config.json or a .safetensors file",
-                ),
+        if self.verdicts.unknown and (names or (empty and model)):
+            raise UnknownNamesError(self.verdicts, str(self.path), error if empty else None)
+        if empty and model:
+            raise error or FileError(
+                "the folder holds no model",
+                where=str(self.path),
+                remedy="give a folder with a config.json or a .safetensors file",
             )
 
     @property
@@ -184,23 +166,23 @@ class Files:
             FileError: there is none.
         """
         self.check(names=False)
-        return raise_for(self.reports[0], names=False)
+        return next(report.model for report in self.reports if report.model)
 
     def notes(self) -> list[str]:
         """The verdict on each file of a folder."""
         if not self.folder:
             return []
-        told = [f"{self._name(report)}: {_told(report)}" for report in self.reports if not report.other]
-        others = sum(report.other for report in self.reports)
+        links = [report for report in self.reports if report.path.is_dir()]
+        judged = [report for report in self.reports if not (report.other or report in links)]
+        told = [f"{self._name(report)}: {_told(report)}" for report in judged]
+        told += [f"{self._name(report)}: {report.error.what}" for report in links if report.error]
+        others = len(self.reports) - len(judged) - len(links)
         return told + ([f"{others} other files hold no pickle"] if others else [])
 
     def facts(self) -> dict[str, Any]:
         """The verdicts as plain JSON values."""
         return {
-            "verdict": self.verdicts.verdict,
-            "dangerous": self.verdicts.dangerous,
-            "unknown": dict(self.verdicts.unknown),
-            "imports": sorted(self.verdicts.imports),
+            **self.verdicts.facts(),
             "sha256": "" if self.folder else sha256(self.path),
             "files": {self._name(report): _told(report) for report in self.reports},
         }
@@ -213,7 +195,7 @@ class Files:
         """
         self.check(model=False)
         for report in self.reports:
-            if report.error and not report.other:
+            if report.error and report.failed:
                 raise report.error
         imports = ", ".join(map(visible, sorted(self.verdicts.imports))) or "nothing"
         digest = "" if self.folder else sha256(self.path)
@@ -226,71 +208,59 @@ def _told(report: FileReport) -> str:
         return f"dangerous: {'; '.join(verdicts.dangerous[:3])}"
     if verdicts.unknown:
         return f"unknown names: {', '.join(map(visible, list(verdicts.unknown)[:3]))}"
-    return report.error.what if report.error else "no unknown names"
+    if report.error and report.failed:
+        return report.error.what
+    return "no unknown names" + ("" if report.model else ", no model")
 
 
-class FileInspection(View):
-    """What a file says of its model's sites."""
+class Facts(View):
+    """A view of these facts; `closing` gives the last line, or raises what stands in its place."""
 
-    def __init__(self, model: FileModel, files: Files) -> None:
-        sites = sites_of(model)
-        weights = {"answer": "Weights alone do not tell whether this model regularizes.", "paste": ""}
-        notes = list(model.notes)
-        if model.form == "module" and files.verdicts.verdict == "known":
-            notes[0] += " (--trust loads and probes it)"
-        self.facts = {
-            **_inspection(model.path.name if model.form == "weights" else model.root.type, files),
-            "notes": [*notes, *files.notes()],
-            "sites": sites,
-            "summary": weights if model.form == "weights" else summary(sites),
-        }
-        self.closing = files.closing
-
-    def to_dict(self) -> dict[str, Any]:
-        """The inspection as plain JSON values."""
-        return self.facts
-
-
-class JudgedView(View):
-    """A view of a model, with the verdicts on the files that it came from."""
-
-    def __init__(self, view: View, files: Files, notes: Iterable[str] = ()) -> None:
-        facts = view.to_dict()
-        self.facts = {
-            **facts,
-            "notes": [*facts.get("notes", []), *notes, *files.notes()],
-            "verdict": files.facts(),
-        }
-        self.closing = files.closing
+    def __init__(self, facts: dict[str, Any], closing: Callable[[], str] | None = None) -> None:
+        self.facts, self.closing = facts, closing
 
     def to_dict(self) -> dict[str, Any]:
         """The view as plain JSON values."""
         return self.facts
 
 
-class Refusal(View):
-    """Why files are not shown: their verdicts."""
-
-    def __init__(self, error: FileError) -> None:
-        verdicts: Verdicts = error.verdicts  # type: ignore[attr-defined]
-        self.facts = {
-            **_inspection(Path(error.where).name, None),
-            "notes": [error.what],
-            "verdict": {
-                "verdict": verdicts.verdict,
-                "dangerous": verdicts.dangerous,
-                "unknown": dict(verdicts.unknown),
-                "imports": sorted(verdicts.imports),
-            },
-            "summary": {"answer": f"Refused: {error.remedy}.", "paste": ""},
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """The refusal as plain JSON values."""
-        return self.facts
+def inspection_of(model: FileModel, files: Files) -> Facts:
+    """What a file says of its model's sites."""
+    sites = sites_of(model)
+    notes = list(model.notes)
+    if model.form == "module" and files.verdicts.verdict == "known":
+        notes[0] += " (--trust loads and probes it)"
+    shown = _inspection(model.path.name if model.form == "weights" else model.root.type, files.facts())
+    shown |= {"notes": [*notes, *files.notes()], "sites": sites, "summary": summary(sites)}
+    if model.form == "weights":
+        shown["summary"] = _answer("Weights alone do not tell whether this model regularizes.")
+    return Facts(shown, files.closing)
 
 
-def _inspection(model: str, files: Files | None) -> dict[str, Any]:
+def no_model(files: Files, error: FileError) -> Facts:
+    """What is said of a file that was read to its end and holds no model."""
+    answer = _answer(f"{error.what[:1].upper()}{error.what[1:]}.")
+    return Facts({**_inspection(files.path.name, files.facts()), "summary": answer}, files.closing)
+
+
+def with_verdicts(view: View, files: Files, notes: Iterable[str] = ()) -> Facts:
+    """A view of a model, with the verdicts on the files that it came from."""
+    facts = view.to_dict()
+    shown = [*facts.get("notes", []), *notes, *files.notes()]
+    return Facts({**facts, "notes": shown, "verdict": files.facts()}, files.closing)
+
+
+def refusal(error: FileError, verdicts: Verdicts) -> Facts:
+    """Why files are not shown."""
+    shown = _inspection(Path(error.where).name, verdicts.facts())
+    return Facts({**shown, "notes": [error.what], "summary": _answer(f"Refused: {error.remedy}.")})
+
+
+def _answer(answer: str) -> dict[str, str]:
+    return {"answer": answer, "paste": ""}
+
+
+def _inspection(model: str, verdict: dict[str, Any]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "view": "inspection",
@@ -298,7 +268,7 @@ def _inspection(model: str, files: Files | None) -> dict[str, Any]:
         "notes": [],
         "probe": {"ran": False, "how": None, "reason": None, "seconds": None},
         "read": "read from the file, not run",
-        "verdict": files.facts() if files else {},
+        "verdict": verdict,
         "sites": [],
         "findings": [],
     }

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.architectures import build, is_architecture, usual_input
-from regraft.cli.file_view import FileInspection, Files, JudgedView
+from regraft.cli.file_view import Files, inspection_of, no_model, with_verdicts
 from regraft.cli.loading import load, load_module
 from regraft.cli.output import MODELS
 from regraft.cli.progress import working
 from regraft.errors import FileError, OptionError
+from regraft.files.formats import NoModelError
+from regraft.files.verdicts import KNOWN
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,23 +33,38 @@ def view_of(
         FileError: what cannot be read, or would run what no model needs.
         NoMatchError: no such architecture.
     """
+    import regraft
+
     files = _files(name, allow)
+    error = files.reports[0].error if files and not files.folder else None
+    if files and files.verdicts.verdict == KNOWN and isinstance(error, NoModelError):
+        return no_model(files, error)
+    model = _model_for(files, name, arch, trust=trust)
+    if model is None:
+        assert files is not None
+        return inspection_of(files.model, files)
+    with working(f"probing {arch or name}"):
+        view = regraft.inspect(model, inputs_for(arch or name, shape))
     if files is None:
+        return view
+    return with_verdicts(
+        view, files, _unlike(files.model, model) if arch and not is_architecture(name) else ()
+    )
+
+
+def _model_for(files: Files | None, name: str, arch: str, *, trust: bool) -> nn.Module | None:
+    """The model to probe; None if a file was read that holds modules or weights and is not to be loaded."""
+    if files is None or is_architecture(name):
+        if files:  # a Hugging Face folder: its files are judged, its config is built
+            files.check(names=False, model=False)
         with working(f"building {name}"):
-            model = build(name)
-        return _inspected(model, name, shape)
-    if is_architecture(name):  # a Hugging Face folder: its files are judged, its config is built
-        files.check(names=False, model=False)
-        return JudgedView(_inspected(build(name), name, shape), files)
+            return build(name)
     read = files.model
     if trust and read.form == "module":
         files.check()
-        return JudgedView(_inspected(load_module(read), name, shape), files)
-    if arch:
-        with working(f"building {arch}"):
-            model = build(arch)
-        return JudgedView(_inspected(model, arch, shape), files, _unlike(read, model))
-    return FileInspection(read, files)
+        return load_module(read)
+    with working(f"building {arch}"):
+        return build(arch) if arch else None
 
 
 def side_of(name: str, arch: str = "", *, trust: bool = False, allow: Sequence[str] = ()) -> Any:
@@ -66,7 +83,7 @@ def side_of(name: str, arch: str = "", *, trust: bool = False, allow: Sequence[s
     if (read.form == "module" and trust) or (read.form == "weights" and arch):
         return load(name, arch, trust=trust, allow=allow).model
     files.check()
-    return FileInspection(read, files)
+    return inspection_of(read, files)
 
 
 def planned(
@@ -86,19 +103,14 @@ def planned(
     from regraft import plan
 
     files = _files(name, allow)
-    if files is not None and is_architecture(name):
-        files.check(names=False, model=False)
-    elif files is not None and not arch:
-        read = files.model
-        if not (trust and read.form == "module"):
-            return JudgedView(_plan_unseen(read, rules), files)
-        files.check()
-    with working(f"building {arch or name}"):
-        in_file = files is not None and not arch and not is_architecture(name)
-        model = load_module(read) if in_file else build(arch or name)
-    with working("probing"):
-        planned_view = plan(model, rules, inputs_for(arch or name, shape))
-    return JudgedView(planned_view, files) if files else planned_view
+    model = _model_for(files, name, arch, trust=trust)
+    if model is None:
+        assert files is not None
+        view: View = _plan_unseen(files.model, rules)
+    else:
+        with working("probing"):
+            view = plan(model, rules, inputs_for(arch or name, shape))
+    return with_verdicts(view, files) if files else view
 
 
 def _plan_unseen(read: FileModel, rules: list[tuple[str, str | None]]) -> View:
@@ -137,13 +149,6 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):  # a name that no file can have
         return False
-
-
-def _inspected(model: nn.Module, name: str, shape: str = "") -> View:
-    import regraft
-
-    with working(f"probing {name}"):
-        return regraft.inspect(model, inputs_for(name, shape))
 
 
 def inputs_for(name: str, shape: str) -> Any:

@@ -32,16 +32,6 @@ class Format(str, Enum):
     html = "html"
 
 
-class _Visible(View):
-    """A view in which nothing that a file or a model is named can command a terminal."""
-
-    def __init__(self, view: View) -> None:
-        self.facts: dict[str, Any] = _visible_facts(view.to_dict())
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.facts
-
-
 def _visible_facts(value: Any) -> Any:
     if isinstance(value, str):
         return value if value.isprintable() else "\n".join(map(visible, value.split("\n")))
@@ -59,7 +49,9 @@ def show(view: View, format: Format) -> None:
             json.dumps(view.to_dict(), indent=2, allow_nan=False)
         )  # ASCII: a terminal sees no other character
         return
-    view = _Visible(view)
+    from regraft.cli.file_view import Facts
+
+    view = Facts(_visible_facts(view.to_dict()))  # what a file names must not command the terminal
     if format is Format.markdown:
         put(view.to_markdown())
     elif format is Format.html:
@@ -89,9 +81,9 @@ def printed(run: Callable[[], View], format: Format, debug: bool) -> View:
             view = run()
         except FileError as error:
             if format is not Format.table and hasattr(error, "verdicts"):
-                from regraft.cli.file_view import Refusal
+                from regraft.cli.file_view import refusal
 
-                show(Refusal(error), format)
+                show(refusal(error, error.verdicts), format)
             raise
         show(view, format)
         if closing := getattr(view, "closing", None):

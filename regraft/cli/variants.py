@@ -39,7 +39,7 @@ def print_variants(rows: list[dict[str, Any]], format: str) -> None:
     elif format == "html":
         typer.echo(_page(rows))
     elif len(rows) == 1 and rows[0]["card"]:
-        _print_card(rows[0])
+        typer.echo(_card(rows[0]))
     elif format == "markdown":
         typer.echo("\n".join(["| " + " | ".join(_COLUMNS) + " |", "|---|---|---|"]))
         typer.echo("\n".join("| " + " | ".join(_cells(row)) + " |" for row in rows))
@@ -69,10 +69,6 @@ def _card(row: dict[str, Any]) -> str:
     options = ", ".join(f"{key}={value!r}" for key, value in row["options"].items()) or "none"
     head = f"{row['name']}: takes the place of {', '.join(row['replaces'])}; options beside p: {options}"
     return f"{head}\n\n{inspect.cleandoc(row['card'])}"
-
-
-def _print_card(row: dict[str, Any]) -> None:
-    typer.echo(_card(row))
 
 
 def _page(rows: list[dict[str, Any]]) -> str:

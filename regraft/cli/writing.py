@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.architectures import need
-from regraft.cli.loading import PLAN, Loaded, load, plan_beside
+from regraft.cli.loading import PLAN, Loaded, plan_beside
 from regraft.cli.progress import working
 from regraft.errors import FileError
 
@@ -19,50 +18,26 @@ if TYPE_CHECKING:
     from regraft.report.view import View
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot")
-Pairs = list[tuple[str, str | None]]
 
 
-def apply_to_file(
-    name: str,
-    rules: Pairs,
-    output: Path,
-    arch: str,
-    trust: bool,
-    safe: bool,
-    force: bool,
-    inputs: Any = None,
-    allow: Sequence[str] = (),
-) -> View:
-    """Load, graft, write; returns the report."""
+def applied(loaded: Loaded, rules: list[tuple[str, str | None]], inputs: Any, out: Path, safe: bool) -> View:
+    """Graft a model and write it; returns the report."""
     import regraft
 
-    _check_free(output, force)
-    loaded = load(name, arch, trust=trust, allow=allow)
     with working("grafting"):
         report = regraft.apply(loaded.model, rules, inputs)
-    report.notes.extend([*loaded.notes, *write(loaded, output, safe)])
+    report.notes.extend([*loaded.notes, *write(loaded, out, safe)])
     return report
 
 
-def revert_file(
-    name: str,
-    output: Path,
-    selector: str,
-    arch: str,
-    trust: bool,
-    safe: bool,
-    force: bool,
-    allow: Sequence[str] = (),
-) -> View:
-    """Load, revert, write; returns what has changed."""
+def reverted(loaded: Loaded, selector: str, out: Path, safe: bool) -> View:
+    """Undo the grafts of a model and write it; returns what has changed."""
     import regraft
 
-    _check_free(output, force)
-    loaded = load(name, arch, trust=trust, allow=allow)
     before = regraft.inspect(loaded.model) if loaded.form == "fresh" else _side_of(loaded.model)
     regraft.revert(loaded.model, selector or None)
     difference = regraft.diff(before, _side_of(loaded.model))
-    difference.notes.extend([*loaded.notes, *write(loaded, output, safe, grafted=bool(selector))])
+    difference.notes.extend([*loaded.notes, *write(loaded, out, safe, grafted=bool(selector))])
     return difference
 
 
@@ -72,7 +47,8 @@ def _side_of(model: nn.Module) -> Any:
     return side_of(model)
 
 
-def _check_free(output: Path, force: bool) -> None:
+def check_free(output: Path, force: bool) -> None:
+    """Raise FileError if something stands where the model or its plan is to be written, unless `force`."""
     taken = [
         place
         for place in (output, plan_beside(output))

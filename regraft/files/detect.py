@@ -8,75 +8,52 @@ import io
 import os
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from regraft.errors import FileError
 from regraft.files.archive import AmbiguousError, Archive, is_archive_too
-from regraft.files.formats import model_of, safetensors_tensors, shards_of, weights_model
+from regraft.files.formats import NoModelError, model_of, safetensors_tensors, shards_of, weights_model
 from regraft.files.skeleton import FileModel
 from regraft.files.unpickler import Budget, InertUnpickler
-from regraft.files.verdicts import DANGEROUS, UNKNOWN, DangerousFileError, UnknownNamesError, Verdicts
+from regraft.files.verdicts import Verdicts
 from regraft.report.document import visible
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 """What `torch.save` wrote first before its files were archives: three short pickles, then the model's."""
+_UNPACK, _EXPORT = "unpack it first", "graft the PyTorch model, then export it"
 _OTHERS = {
     b"version https://git-lfs": (
         "a Git LFS pointer, not the file it stands for",
         "fetch it with git lfs pull",
     ),
-    b"GGUF": (
-        "a GGUF file of llama.cpp",
-        "graft the model that it was converted from, then convert it again",
-    ),
+    b"GGUF": ("a GGUF file of llama.cpp", "graft the model that it came from, then convert it again"),
     b"\x89HDF\r\n": ("an HDF5 file, as Keras writes them", "graft the PyTorch model, if there is one"),
-    b"\x1f\x8b": ("compressed by gzip", "unpack it first"),
-    b"BZh": ("compressed by bzip2", "unpack it first"),
-    b"\xfd7zXZ": ("compressed by xz", "unpack it first"),
-    b"x\x9c": ("compressed by zlib", "unpack it first"),
-    b"7z\xbc\xaf": ("a 7z archive", "unpack it first"),
-    b"Rar!": ("a RAR archive", "unpack it first"),
-    b"<!DOCTYPE": ("a web page", "the download went wrong: fetch it again"),
-    b"<html": ("a web page", "the download went wrong: fetch it again"),
+    b"\x1f\x8b": ("compressed by gzip", _UNPACK),
+    b"BZh": ("compressed by bzip2", _UNPACK),
+    b"\xfd7zXZ": ("compressed by xz", _UNPACK),
+    **dict.fromkeys((b"x\x01", b"x^", b"x\x9c", b"x\xda"), ("compressed by zlib", _UNPACK)),
+    b"7z\xbc\xaf": ("a 7z archive", _UNPACK),
+    b"Rar!": ("a RAR archive", _UNPACK),
+    **dict.fromkeys((b"<!DOCTYPE", b"<html"), ("a web page", "the download went wrong: fetch it again")),
     b"<?xml": ("XML", ""),
     b"#!": ("a script", ""),
-    b"\x7fELF": ("a program", ""),
-    b"MZ": ("a program", ""),
-    b"\x93NUMPY": ("an array of NumPy", ""),
-    b"\x08\x07": ("an ONNX file", "graft the PyTorch model, then export it"),
-    b"\x08\x08": ("an ONNX file", "graft the PyTorch model, then export it"),
-    b"\x08\x09": ("an ONNX file", "graft the PyTorch model, then export it"),
-    b"\x08\x0a": ("an ONNX file", "graft the PyTorch model, then export it"),
+    **dict.fromkeys((b"\x7fELF", b"MZ"), ("a program", "")),
+    **dict.fromkeys((b"\x08\x07", b"\x08\x08", b"\x08\x09", b"\x08\x0a"), ("an ONNX file", _EXPORT)),
 }
+_PROGRAM = ("a program of torch.export", "graft the Python model, then export it")
 _ARCHIVES = {
     "/constants.pkl": ("compiled TorchScript", "graft the Python model, then script or trace it"),
-    "models/model.json": ("a program of torch.export", "graft the Python model, then export it"),
-    "serialized_exported_program.json": (
-        "a program of torch.export",
-        "graft the Python model, then export it",
-    ),
-    "archive_format": ("a program of torch.export", "graft the Python model, then export it"),
+    **dict.fromkeys(("models/model.json", "serialized_exported_program.json", "archive_format"), _PROGRAM),
     "model.weights.h5": ("a Keras model", "graft the PyTorch model, if there is one"),
 }
 _GIVE = "give a .pt, .pth, .bin or .safetensors file, or a folder with a config.json"
 _INDEX = ".safetensors.index.json"
 _MODEL_ENDINGS = (
-    *(
-        ".pt",
-        ".pth",
-        ".bin",
-        ".ckpt",
-        ".th",
-        ".pkl",
-        ".pickle",
-        ".joblib",
-        ".npy",
-        ".npz",
-        ".safetensors",
-        _INDEX,
-    ),
+    *str.split(".pt .pth .bin .ckpt .th .pkl .pickle .joblib .npy .npz .safetensors"),
+    _INDEX,
 )
 _PICKLES = 16
 _NESTED = 4
@@ -85,7 +62,7 @@ _HASHED_BYTES = 2**29
 _BEST = (_INDEX, ".safetensors", "pytorch_model.bin", ".bin", ".pt", ".pth")
 
 
-@dataclass
+@dataclass(eq=False)
 class FileReport:
     """What is known of a file that was read.
 
@@ -99,6 +76,11 @@ class FileReport:
     verdicts: Verdicts
     model: FileModel | None = None
     error: FileError | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Could a file of models not be read to its end?"""
+        return self.error is not None and not (self.other or isinstance(self.error, NoModelError))
 
     @property
     def other(self) -> bool:
@@ -139,6 +121,8 @@ def read_folder(folder: Path, allow: Sequence[str] = ()) -> list[FileReport]:
         FileError: there are more than 10,000.
     """
     paths = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    paths += [Path(place, name) for place, names, _ in os.walk(folder) for name in names]
+    paths = [path for path in paths if path.is_symlink() or not path.is_dir()]
     if len(paths) > _FILES:
         raise FileError(f"the folder holds more than {_FILES:,} files", where=str(folder))
     reports = [read(path, allow) for path in sorted(paths)]
@@ -163,6 +147,8 @@ def sha256(path: Path) -> str:
 
 
 def _read(path: Path, verdicts: Verdicts) -> FileModel:
+    if path.is_dir():
+        raise FileError("this is a link to a folder, which is not followed")
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise FileError("this is no file but a device, a pipe or a socket")
     with path.open("rb") as file:
@@ -209,12 +195,12 @@ def _pickles(
         file.seek(8)
         header = file.read(min(int.from_bytes(file.read(width), "little"), 2**16))
         if b"O" not in header:
-            return [], FileError("the file is an array of NumPy, no model")
+            return [], NoModelError("the file is an array of NumPy, no model")
     values: list[Any] = []
     while len(values) < _PICKLES and (not values or file.tell() < size):
         verdicts.where = lambda: f"{place}byte {file.tell():,}"
         try:
-            values.append(InertUnpickler(file, size, budget, verdicts).load())
+            values.append(_load(file, size, budget, verdicts))
         except FileError as error:
             broken = not values or (values[0] == _MAGIC and len(values) < 4)
             _read_nested(budget, verdicts, place, depth)
@@ -227,6 +213,24 @@ def _pickles(
             # magic, version, system; the model; the keys of the storages, whose numbers follow
             return values[3:4], None
     return values[:1], None
+
+
+def _load(file: Any, size: int, budget: Budget, verdicts: Verdicts) -> Any:
+    """One pickle, as joblib reads it; if it holds arrays of joblib's, also as everyone else does."""
+    start = file.tell()
+    try:
+        return InertUnpickler(file, size, budget, verdicts).load()
+    finally:
+        if verdicts.has_arrays:
+            end, plain = file.tell(), Verdicts(verdicts.allow)
+            plain.where, verdicts.has_arrays = verdicts.where, False
+            file.seek(start)
+            with suppress(FileError):
+                InertUnpickler(file, size, budget, plain, arrays=False).load()
+            file.seek(end)
+            verdicts.unknown |= plain.unknown
+            verdicts.dangerous += [what for what in plain.dangerous if what not in verdicts.dangerous]
+            verdicts.nested += plain.nested
 
 
 def _read_nested(budget: Budget, verdicts: Verdicts, place: str, depth: int) -> None:
@@ -299,23 +303,3 @@ def _is_tar(start: bytes) -> bool:
 
 def _is_safetensors(start: bytes, path: Path) -> bool:
     return start[8:9] == b"{" or (path.suffix == ".safetensors" and not start.startswith(b"\x80"))
-
-
-def raise_for(report: FileReport, *, names: bool = True) -> FileModel:
-    """The model of a report.
-
-    Unknown names are raised for, too, unless `names` is false.
-
-    Raises:
-        DangerousFileError: loading the file would run what no model needs.
-        UnknownNamesError: loading it would import and call what is not known to be harmless.
-        FileError: there is no model in it.
-    """
-    verdicts, where = report.verdicts, str(report.path)
-    if verdicts.verdict == DANGEROUS:
-        raise DangerousFileError(verdicts, where)
-    if verdicts.verdict == UNKNOWN and (names or report.error):
-        raise UnknownNamesError(verdicts, where, report.error)
-    if report.error or report.model is None:
-        raise report.error or FileError("there is no model in the file", where=where)
-    return report.model

@@ -32,35 +32,27 @@ _DTYPES = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
-_INSIDE = (
-    *(
-        "ema",
-        "model_ema",
-        "state_dict_ema",
-        "model",
-        "state_dict",
-        "model_state_dict",
-        "module",
-        "net",
-        "weights",
-    ),
-)
+_INSIDE = str.split("ema model_ema state_dict_ema model state_dict model_state_dict module net weights")
 """What checkpoints call their model, the best first."""
 _EMBEDDINGS = ("embed", "wte", "wpe", "shared", "relative_attention_bias", "tok")
+
+
+class NoModelError(FileError):
+    """A file that was read to its end and holds no model: an optimizer, arguments, an array."""
 
 
 def model_of(values: list[Any], budget: Budget) -> FileModel:
     """The model in the values of pickles: a module, a state dict, or a checkpoint that holds one.
 
     Raises:
-        FileError: there is none.
+        NoModelError: there is none.
     """
     for value in values:
         if model := _search(value, set(), "", 0, budget):
             return model
     kind = type(values[0]).__name__ if values else ""
     what = f", but a {kind}" if kind in ("list", "dict", "int", "str", "tuple") else ""
-    raise FileError(
+    raise NoModelError(
         f"there is no model in the file{what}",
         remedy="give a module, a state dict, or a checkpoint that holds one",
     )

@@ -25,6 +25,12 @@ _STEPS = 25
 _REBUILDERS = ("copyreg._reconstructor", "copyreg.__newobj_ex__")
 _GRAFTED = "regraft.graft."
 _EDIT = ("kind", "op", "before", "after")
+_KEPT = str.split(
+    "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout Linear Embedding Identity "
+    "MultiheadAttention LSTM GRU RNN Sequential ModuleList ModuleDict ReLU GELU LayerNorm"
+)
+"""Classes of torch.nn that a plan tells apart."""
+_LINEAR = "NonDynamicallyQuantizableLinear"
 _WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
 
 
@@ -205,15 +211,8 @@ def torch_modules(model: FileModel) -> nn.Module:
     """
     from torch import nn
 
-    own = {
-        cls.__name__: cls
-        for cls in (
-            *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
-            *(nn.Linear, nn.Embedding, nn.MultiheadAttention, nn.LSTM, nn.GRU, nn.RNN),
-            *(nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ReLU, nn.GELU, nn.LayerNorm),
-            nn.modules.linear.NonDynamicallyQuantizableLinear,
-        )
-    }
+    own = {name: getattr(nn, name) for name in _KEPT}
+    own[_LINEAR] = getattr(nn.modules.linear, _LINEAR)
     classes: dict[tuple[str, str], type[nn.Module]] = {}
     modules: dict[int, nn.Module] = {}
     tensors: dict[int, torch.Tensor] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,9 @@ _WRAPPERS = (
     *("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"),
     *("torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"),
 )
+ARRAY = "joblib.numpy_pickle.NumpyArrayWrapper"
+"""Of what joblib describes an array, whose numbers follow at once."""
+_DTYPE = re.compile(r"[biufcmMSUV][0-9]{1,9}")
 _DEPTH = 8
 _ELEMENTS = 2**50
 
@@ -115,3 +119,28 @@ def _storage_dtype(value: Any) -> str | None:
     if type(value) is Call and isinstance(value.state, dict):
         return _dtype(value.state.get("dtype"))
     return None
+
+
+def array_bytes(state: Any) -> int | None:
+    """How many bytes of an array follow its description by joblib; None if a pickle of objects does.
+
+    Raises:
+        ValueError: that cannot be told.
+    """
+    shape: Any
+    dtype: Any
+    shape, dtype = (state.get("shape"), state.get("dtype")) if isinstance(state, dict) else (None, None)
+    made = type(dtype) is Call and type(dtype.callee) is Name and dtype.callee.full == "numpy.dtype"
+    code = dtype.arguments[0] if made and dtype.arguments else None
+    if not is_shape(shape) or not isinstance(code, str):
+        raise ValueError
+    if code == "O8":
+        return None
+    if not _DTYPE.fullmatch(code):
+        raise ValueError
+    width = int(code[1:]) * (4 if code[0] == "U" else 1)
+    if dtype.state is not None:
+        _, _, subarray, _, _, size, _, flags, *_ = dtype.state
+        if subarray is not None or (code[0] in "SUV" and (size != width or flags & 1)):
+            raise ValueError
+    return int(width * math.prod(shape))

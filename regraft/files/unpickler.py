@@ -2,7 +2,10 @@
 
 Python has two unpicklers, one in C and one in Python, and they differ. `torch.load` runs the one in C. This
 one accepts all that either does (frames in frames, octal integers, text after a NUL), and where both would
-stop at a type it goes on: what would run is never behind the point at which it stops.
+stop at a type it goes on: what would run is never behind the point at which it stops. Where a read crosses
+the end of a frame, the one in C drops what is left of the frame if it reads from `io.BytesIO`, and keeps it
+if it reads from bytes or from a file on disk: such a pickle is refused. So is one that ends within a frame,
+behind which the one in C goes on; a frame that is longer than the file, which it refuses, is read.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ import io
 import pickle
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from regraft.errors import FileError
+from regraft.files.tensors import ARRAY, array_bytes
 from regraft.files.values import OPAQUE, SET, Call, Long, Name, Opaque, Ordered, StatedOrdered, Storage, shown
 from regraft.files.verdicts import Verdicts
 
@@ -32,6 +36,7 @@ _INTEGER_BYTES = 512
 _HASHES_ALIKE = 2**60
 """Integers above can be chosen so that all of them hash to the same number."""
 _LITERALS = (dict, list, tuple, str, bytes, int, float, bool, type(None), Long)
+_FOUR_BYTES = struct.Struct("<I").unpack
 _DICT_KEYS = (str, bool, bytes, type(None))
 
 
@@ -56,11 +61,17 @@ _Stop: Any = vars(pickle)["_Stop"]
 
 
 class InertUnpickler(_Unpickler):  # type: ignore[misc]
-    """Reads one pickle from `file` at its position; the verdicts on what it finds go to `verdicts`."""
+    """Reads one pickle from `file` at its position; the verdicts on what it finds go to `verdicts`.
 
-    def __init__(self, file: Any, size: int, budget: Budget, verdicts: Verdicts) -> None:
+    With `arrays`, the arrays that joblib writes between the opcodes are skipped, as joblib does.
+    """
+
+    def __init__(
+        self, file: Any, size: int, budget: Budget, verdicts: Verdicts, *, arrays: bool = True
+    ) -> None:
         super().__init__(file, encoding="utf-8", errors="backslashreplace")
         self.file, self.size, self.budget, self.verdicts = file, size, budget, verdicts
+        self.skips_arrays = arrays
         self.names: dict[tuple[str, str], Name] = {}
 
     def load(self) -> Any:
@@ -70,6 +81,7 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             FileError: the stream is cut short, is no pickle, or asks too much.
         """
         self.read, self.readline = self.file.read, self._line
+        self.frame_end = 0
         self.near: list[Any] = []  # the memo: a list of what stands in order, as nearly all does,
         self.far: dict[int, Any] = {}  # and the rest
         self.metastack: list[Any] = []
@@ -93,9 +105,11 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             self.__dict__.clear()  # it refers to itself, and what is remembered can be a million values
 
     def _line(self) -> bytes:
+        start = self.file.tell()
         line: bytes = self.file.readline(_LINE_LENGTH)
         if len(line) == _LINE_LENGTH:
             raise ValueError
+        self._stay_in_frame(start, start + len(line))
         return line
 
     def _text_line(self) -> bytes:
@@ -114,6 +128,7 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
                 raise ValueError
             self.budget.charge(_NAME_STEPS)
             known = self.names[module, name] = self.verdicts.name(module, name)
+            self.verdicts.has_arrays |= known.full == ARRAY
         else:
             self.verdicts.again(known)
         return known
@@ -122,7 +137,7 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         name, module = self.stack.pop(), self.stack.pop()
         if type(name) is str and type(module) is str:
             self.append(self.find_class(module, name))
-        elif Call in (type(name), type(module)):
+        elif any(type(part) is Call and _makes_text(part) for part in (name, module)):
             self.verdicts.danger("a name is imported that is made by a call")
             self.append(Name("computed", "name", "dangerous"))
         else:
@@ -140,14 +155,17 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
     def _call(self, callee: Any, arguments: Any, *, new: bool = False) -> Any:
         if type(arguments) is list:
             arguments = tuple(arguments)
-        if type(arguments) is not tuple:
+        elif type(arguments) is not tuple:
             self.verdicts.danger(f"{shown(callee)} is called with arguments that are made by another call")
             arguments = ()
         return self.verdicts.call(callee, arguments, new=new)
 
     def load_reduce(self) -> None:
         arguments, callee = self.stack.pop(), self.stack.pop()
-        self.append(self._call(callee, arguments))
+        if arguments == () and type(callee) is Name and callee.full == "collections.OrderedDict":
+            self.append(Ordered())  # a dozen in every module
+        else:
+            self.append(self._call(callee, arguments))
 
     def load_newobj(self) -> None:
         arguments, callee = self.stack.pop(), self.stack.pop()
@@ -173,8 +191,24 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         elif type(target) is Call:
             self.verdicts.state(target, state)
             target.state = state
+            if self.verdicts.has_arrays and self.skips_arrays and _is_array(target):
+                self._skip_array(state)
         elif type(target) not in _LITERALS:
             self.verdicts.danger(f"{shown(target)} is given a state")
+
+    def _skip_array(self, state: Any) -> None:
+        self._stay_in_frame(self.file.tell(), self.frame_end + 1)
+        try:
+            size = array_bytes(state)
+        except ValueError:
+            self.verdicts.unusual("an array of joblib whose size cannot be told")
+            raise
+        if size is None:
+            InertUnpickler(self.file, self.size, self.budget, self.verdicts, arrays=False).load()
+            return
+        padding = 0 if state.get("numpy_array_alignment_bytes") is None else self.file.read(1)[0]
+        if self.file.seek(padding + size, io.SEEK_CUR) > self.size:
+            raise EOFError
 
     def _items(self, items: list[Any]) -> None:
         if len(items) % 2:
@@ -224,9 +258,31 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         self.append(Call(SET, (self.pop_mark(),)))
 
     def load_frame(self) -> None:
-        # In C a frame only says how much to read ahead; frames in frames, and reads across them, are fine.
-        if self.file.tell() + struct.unpack("<Q", self.read(8))[0] > self.size:
-            raise EOFError
+        (length,) = struct.unpack("<Q", self.read(8))
+        start = self.file.tell()
+        if start < self.frame_end:  # a frame in a frame, which C takes if it ends there
+            self._stay_in_frame(start, start + length)
+        else:
+            self.frame_end = start + length
+            self.read = self._read_in_frame  # pickles without frames read without this check
+
+    def load_stop(self) -> None:
+        self._stay_in_frame(
+            self.file.tell(), self.frame_end + 1
+        )  # the next pickle may begin behind the frame
+        raise _Stop(self.stack.pop())
+
+    def _stay_in_frame(self, start: int, end: int) -> None:
+        """Refuse a read that begins in a frame and ends behind it."""
+        if start < self.frame_end < end:
+            self.verdicts.danger("a pickle reads across the end of a frame, which readers do differently")
+            raise ValueError
+
+    def _read_in_frame(self, size: int) -> bytes:
+        start = self.file.tell()
+        self._stay_in_frame(start, start + size)
+        data: bytes = self.file.read(size)
+        return data
 
     def _put(self, index: int) -> None:
         near, value = self.near, self.stack[-1]
@@ -240,7 +296,8 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             self.far[index] = value
 
     def _get(self, index: int) -> None:
-        self.append(self.near[index] if index < len(self.near) else self.far[index])
+        near = self.near
+        self.append(near[index] if index < len(near) else self.far[index])
 
     def load_put(self) -> None:
         self._put(_index(self._text_line()))
@@ -249,7 +306,11 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         self._put(self.read(1)[0])
 
     def load_long_binput(self) -> None:
-        self._put(struct.unpack("<I", self.read(4))[0])
+        (index,) = _FOUR_BYTES(self.read(4))
+        if index == len(self.near) and not self.far:  # as nearly always: 2.5 million in a large file
+            self.near.append(self.stack[-1])
+        else:
+            self._put(index)
 
     def load_memoize(self) -> None:
         self._put(len(self.near) + len(self.far))
@@ -258,10 +319,11 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         self._get(_index(self._text_line()))
 
     def load_binget(self) -> None:
-        self._get(self.read(1)[0])
+        index, near = self.read(1)[0], self.near
+        self.append(near[index] if index < len(near) else self.far[index])
 
     def load_long_binget(self) -> None:
-        self._get(struct.unpack("<I", self.read(4))[0])
+        self._get(_FOUR_BYTES(self.read(4))[0])
 
     def load_int(self) -> None:
         line = self._text_line()
@@ -279,6 +341,7 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             here = self.file.tell()
             if size > self.size - here:
                 raise EOFError
+            self._stay_in_frame(here, here + size)
             self.file.seek(size, io.SEEK_CUR)
             self.append(Long(self.file, here, size))
             return
@@ -287,36 +350,19 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             raise EOFError
         self.append(convert(data))
 
-    dispatch = _Unpickler.dispatch | {
-        getattr(pickle, code)[0]: step
-        for code, step in {
-            "NEWOBJ": load_newobj,
-            "REDUCE": load_reduce,
-            "NEWOBJ_EX": load_newobj_ex,
-            "STACK_GLOBAL": load_stack_global,
-            "BUILD": load_build,
-            "SETITEM": load_setitem,
-            "SETITEMS": load_setitems,
-            "APPEND": load_append,
-            **dict.fromkeys(("APPENDS", "ADDITEMS"), load_appends),
-            "DICT": load_dict,
-            "EMPTY_SET": load_empty_set,
-            "FROZENSET": load_frozenset,
-            "FRAME": load_frame,
-            "PUT": load_put,
-            "BINPUT": load_binput,
-            "LONG_BINPUT": load_long_binput,
-            "MEMOIZE": load_memoize,
-            "GET": load_get,
-            "BINGET": load_binget,
-            "LONG_BINGET": load_long_binget,
-            "INT": load_int,
-            "LONG": load_long,
-            "FLOAT": load_float,
-            "NEXT_BUFFER": lambda self: self.append(OPAQUE),
-            "READONLY_BUFFER": lambda _: None,
-        }.items()
-    }
+    def load_next_buffer(self) -> None:
+        self.append(OPAQUE)
+
+    def load_readonly_buffer(self) -> None:
+        pass
+
+    load_additems = load_appends
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_Unpickler.dispatch)
+
+
+for _name, _step in list(vars(InertUnpickler).items()):
+    if _name.startswith("load_"):
+        InertUnpickler.dispatch[getattr(pickle, _name[5:].upper())[0]] = _step
 
 
 def _prefixed(width: int, convert: Callable[[bytes], Any]) -> Callable[[InertUnpickler], None]:
@@ -355,6 +401,15 @@ def _index(line: bytes) -> int:
     if not 0 <= index < 2**63:
         raise ValueError
     return index
+
+
+def _makes_text(call: Call) -> bool:
+    """Can this call return a `str`, of which alone CPython makes a name? An object is none."""
+    return getattr(call.callee, "role", "") not in ("object", "unknown")
+
+
+def _is_array(target: Call) -> bool:
+    return ARRAY in [value.full for value in (target.callee, *target.arguments[:1]) if type(value) is Name]
 
 
 def _key(value: Any) -> Any:

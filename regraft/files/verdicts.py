@@ -129,6 +129,7 @@ class Verdicts:
         dangerous: what would be run, in words, and where.
         imports: the packages that loading would import.
         nested: bytes that `torch.load` would be called with, once each; to be read as files.
+        has_arrays: whether joblib wrote arrays into a pickle, which other readers do not skip.
     """
 
     def __init__(self, allow: Sequence[str] = ()) -> None:
@@ -137,6 +138,7 @@ class Verdicts:
         self.dangerous: list[str] = []
         self.imports: set[str] = set()
         self.nested: list[bytes | Long] = []
+        self.has_arrays = False
         self._nested: set[bytes | Long] = set()
         self._encoded: dict[str, bytes] = {}
         self.where: Callable[[], str] = str
@@ -146,6 +148,15 @@ class Verdicts:
     @property
     def verdict(self) -> str:
         return DANGEROUS if self.dangerous else UNKNOWN if self.unknown else KNOWN
+
+    def facts(self) -> dict[str, Any]:
+        """The verdicts as plain JSON values."""
+        return {
+            "verdict": self.verdict,
+            "dangerous": self.dangerous,
+            "unknown": dict(self.unknown),
+            "imports": sorted(self.imports),
+        }
 
     def add(self, other: Verdicts, name: str = "") -> None:
         """Take the verdicts on another file in, which is called `name`."""
@@ -209,10 +220,10 @@ class Verdicts:
                 )
         elif role == "value":
             # What is called may call a method of an object, and that can be anything in its state.
-            if any(
-                type(value) is Call and getattr(value.callee, "role", "") == "object" for value in arguments
-            ):
-                self.unusual(f"{callee.full}{shown(arguments)}")
+            for value in arguments:
+                if type(value) is Call and getattr(value.callee, "role", "") == "object":
+                    self.unusual(f"{callee.full}{shown(arguments)}")
+                    break
             if rule := _RULES.get(callee.full):
                 return rule(self, callee, arguments)
         elif role == "reference" or (role == "object" and not new):
@@ -353,10 +364,6 @@ def _literals(allowed: Callable[[tuple[Any, ...]], bool]) -> Callable[..., Any]:
     return rule
 
 
-def _ordered(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Any:
-    return Call(callee, arguments) if arguments else Ordered()
-
-
 def _reconstructor(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Any:
     base = arguments[1] if len(arguments) > 1 else None
     if type(base) is not Name or base.full not in _BASES:
@@ -416,7 +423,6 @@ _RULES: dict[str, Callable[..., Any]] = {
     "copyreg._reconstructor": _reconstructor,
     "copyreg.__newobj__": _argument_is_called(0, None),
     "copyreg.__newobj_ex__": _argument_is_class(0),
-    "collections.OrderedDict": _ordered,
     "builtins.getattr": _attribute,
     "_codecs.encode": _encode,
     "builtins.type": _literals(lambda arguments: arguments == (None,)),

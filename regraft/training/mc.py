@@ -28,8 +28,8 @@ from regraft.libraries import is_of
 from regraft.ops import DROP_BLOCK
 from regraft.record import grafts_of
 from regraft.training.passes.analyze import work_of
-from regraft.training.passes.api import stochastic_passes
-from regraft.training.passes.fork import fork_path
+from regraft.training.passes.api import call_of, check_strategy, run_passes
+from regraft.training.passes.fork import Fork, fork_path
 from regraft.training.passes.nested import leaves, mapped
 from regraft.training.rdrop.fields import logits_in, parts_of
 from regraft.training.rdrop.options import TASKS, Key
@@ -105,7 +105,7 @@ def mc_predict(
     Args:
         model: any that has dropout with rates above 0.
         n: how many passes, 2 or more.
-        args: for the model's forward.
+        args: for the model's forward, as are `kwargs`; or `inputs=` with all of them, as of `regraft.apply`.
         batches: instead of `args`, many inputs: a `DataLoader` or any iterable of dicts (their labels are
             left out), tensors, or tuples, whose first is the input. They are moved to the model's device;
             the results are joined along the first axis, on the CPU.
@@ -146,8 +146,9 @@ def mc_predict(
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 2:
         raise RateError(f"n={n!r} passes have no variance", remedy="give 2 or more")
+    check_strategy(strategy)
     reading = Reading(task, class_axis, output)
-    calls = [(args, kwargs)] if batches is None else _calls(batches, model, kwargs)
+    calls = [call_of(model, args, kwargs)] if batches is None else _calls(batches, model, kwargs)
     done: list[MCPrediction] = []
     sampler = Sampler(model, rules, droppath)
     with torch.no_grad():
@@ -175,12 +176,14 @@ def _predict(
     chunk: int | None,
     progress: bool | None,
 ) -> MCPrediction:
-    fork = options["fork"]
-    parting = None if fork is None else fork_path(inner_model(model)[0], fork)
+    root = inner_model(model)[0]
+    # One fork for all chunks, so that they have what is drawn in front of it in common too.
+    path = None if options["fork"] is None else fork_path(root, options["fork"])
+    options = {**options, "fork": None if path is None else Fork(root, path)}
     sums = _Sums(reading, samples)
-    at_once = chunk or _at_once(n, *work_of(model, call, parting), _on_cpu(model))
+    at_once = chunk or _at_once(n, *work_of(model, call, path), _on_cpu(model))
     for passes in _bar(_sizes(n, at_once), progress):
-        outputs = stochastic_passes(model, passes, *call[0], **options, **call[1])
+        outputs = run_passes(model, model, passes, call, chunk=passes, **options)
         sums.add(*reading.logits(outputs, type(model).__name__))
     return sums.prediction()
 

@@ -194,14 +194,13 @@ def test_it_can_complete_itself():
 
 def test_help_is_quick_and_needs_no_reader():
     loaded = in_new_interpreter(
-        "import sys, time\nbegan = time.process_time()\n"
+        "import sys\n"
         "from typer.testing import CliRunner\nfrom regraft.cli.commands import app\n"
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
-        "print(time.process_time() - began, any(m.startswith('regraft.files') for m in sys.modules))"
+        "print([name for name in ('torch', 'rich.console') if name in sys.modules] + "
+        "[name for name in sys.modules if name.startswith('regraft.files')])"
     )
-    seconds, readers = loaded.split()
-    assert float(seconds) < 0.6  # 0.3 s on a machine of its own
-    assert readers == "False"
+    assert loaded.strip() == "[]"
 
 
 def test_an_unexpected_error_is_one_line_without_debug(monkeypatch):

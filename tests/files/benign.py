@@ -92,6 +92,8 @@ def benign_files():
         "checkpoint": saved({"epoch": 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}),
         "checkpoint with arguments": saved({"args": argparse.Namespace(lr=0.1, out=pathlib.Path("x")), "model": model.state_dict(), "when": datetime.datetime.now()}),
         "optimizer": saved({"model": model, "optimizer": optimizer}),
+        "optimizer.pt": saved(optimizer.state_dict()),
+        "scheduler.pt": saved(schedule.state_dict()),
         "random states": saved({"model": model.state_dict(), "cpu": torch.get_rng_state(), "numpy": np.random.get_state(), "loss": np.float32(1)}),
         "NumPy generator": saved({"model": model.state_dict(), "rng": np.random.default_rng(0).bit_generator.state}),
         "sizes and dtypes": saved({"model": model.state_dict(), "size": torch.Size([1]), "dtype": torch.bfloat16, "device": torch.device("cpu")}),
@@ -137,10 +139,29 @@ def benign_files():
 
 def scikit_learn():
     import joblib
+    import numpy as np
+    from sklearn.ensemble import RandomForestClassifier
     from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import LabelEncoder
 
-    fitted = LogisticRegression().fit([[0.0], [1.0]], [0, 1])
-    yield "sklearn", pickle.dumps(fitted)
+    rows, labels = np.array([[0.0], [1.0]]), [0, 1]
+    yield "sklearn", pickle.dumps(LogisticRegression().fit(rows, labels))
+    arrays = {
+        "numbers": np.arange(6.0).reshape(2, 3),
+        "none": np.zeros((0, 3), bool),
+        "texts": np.array(["a", "bc"]),
+        "objects": np.array([1, "x", None], dtype=object),
+        "columns": np.zeros(2, dtype=[("a", "i4"), ("b", "f8")]),
+        "dates": np.array(["2020-01-01"], dtype="M8[D]"),
+    }
+    yield "arrays by joblib", dumped(joblib, arrays)
+    yield "arrays by joblib, protocol 2", dumped(joblib, {"a": np.ones(3)}, protocol=2)
+    yield "joblib", dumped(joblib, LogisticRegression().fit(rows, labels))
+    yield "joblib, a forest", dumped(joblib, RandomForestClassifier(2).fit(rows, labels))
+    yield "joblib, labels that are objects", dumped(joblib, LabelEncoder().fit(np.array(["a", "b"], object)))
+
+
+def dumped(joblib, value, **options):
     room = io.BytesIO()
-    joblib.dump(fitted, room)
-    yield "joblib", room.getvalue()
+    joblib.dump(value, room, **options)
+    return room.getvalue()

@@ -268,6 +268,10 @@ def by_machinery(mark):
         "a persistent id": whole(Op(call(system, touch) + b"Q")),
         "frames in frames": b"\x80\x04" + frame + frame + b"\x95" + struct.pack("<Q", 0) + call(system, touch) + b".",
         "a frame that ends in a name": b"\x80\x04\x95" + struct.pack("<Q", 3) + call(system, touch) + b".",
+        "a text across two frames": b"\x80\x04\x95" + struct.pack("<Q", 2) + b"X\0\x02\0\0\0os" + lit("system") + b"\x93" + lit((touch,)) + b"R.",
+        "a line across two frames": b"\x80\x04\x95" + struct.pack("<Q", 3) + b"ctoos\nsystem\n" + lit((touch,)) + b"R.",
+        "a pickle behind a frame": b"\x80\x04\x95" + struct.pack("<Q", 3) + b"N.N" + b"\x80\x02" + call(system, touch) + b".",
+        "a frame longer than the file": b"\x80\x04\x95" + struct.pack("<Q", 10**6) + call(system, touch) + b".",
         "an octal integer": b"\x80\x02I010\n0" + call(system, touch) + b".",
         "a NUL in an index": b"\x80\x02}p1\0junk\n0" + call(system, touch) + b".",
         "a NUL in a number": b"\x80\x02L5\0junk\n0I7\0junk\n0F1.5\0junk\n0" + call(system, touch) + b".",
@@ -388,6 +392,48 @@ def in_other_forms(stream, mark):
     }  # fmt: skip
 
 
+def by_joblib(mark):
+    """Roads through the arrays that joblib writes between the opcodes of a pickle; `name -> (stream, loader)`."""
+    import numpy as np
+
+    evil = call("os:system", f"touch {mark}")
+
+    def array(code="f8", shape=(2,), alignment=16, state=None):
+        dtype = call("numpy:dtype", code, False, True)
+        facts = {"subclass": name("numpy", "ndarray"), "shape": shape, "order": "C", "allow_mmap": False,
+                 "dtype": build(dtype, state) if state else dtype, "numpy_array_alignment_bytes": alignment}  # fmt: skip
+        return build(new(name("joblib.numpy_pickle", "NumpyArrayWrapper")), facts)
+
+    def file(*parts):
+        return b"\x80\x04" + b"".join(parts) + b"."
+
+    memo = lit("os") + b"\x94" + lit("system") + b"\x94"
+    return {
+        "behind an array": (file(array(), b"\0", bytes(16), b"0", evil), "joblib"),
+        "behind a padded array": (file(array(), b"\3\xff\xff\xff", bytes(16), b"0", evil), "joblib"),
+        "behind an array of objects": (file(array("O8"), pickle.dumps(np.array([None], dtype=object), 4), b"0", evil), "joblib"),
+        "in an array of objects": (file(array("O8"), b"\x80\x04", evil, b".", b"0N"), "joblib"),
+        "in the numbers of an array": (file(array("S200", (1,), None), (b"0" + evil + b".").ljust(200, b"N"), b"0N"), "pickle"),
+        "behind an array whose text is longer": (
+            file(array("U1", (1,), 16, (3, "<", None, None, None, 400, 4, 8)), b"\0", bytes(400), b"0", evil), "joblib"
+        ),
+        "an array that is memoized otherwise": (
+            b"\x80\x04" + memo + b"00" + array("O8") + lit("torch") + b"\x94" + lit("float32") + b"\x94"
+            + b"h\0h\1\x93" + lit((f"touch {mark}",)) + b"R..", "pickle",
+        ),
+    }  # fmt: skip
+
+
+LOADERS = {
+    "a persistent id": "torch",
+    "a text across two frames": "stream",
+    "a line across two frames": "stream",
+    "a pickle behind a frame": "twice",
+    "a frame longer than the file": "python",
+}
+"""What loads a stream that `pickle.loads` does not."""
+
+
 def live_files(folder, mark):
     """`name -> (content, loader)`; what they need beside them is written into `folder`."""
     folder.mkdir(exist_ok=True)
@@ -407,5 +453,5 @@ def live_files(folder, mark):
     for title, code in by_call(mark, payload).items():
         files[title] = (whole(code), "pickle")
     for title, stream in by_machinery(mark).items():
-        files[title] = (stream, "torch" if title == "a persistent id" else "pickle")
-    return files | forms
+        files[title] = (stream, LOADERS.get(title, "pickle"))
+    return files | forms | by_joblib(mark)

@@ -5,6 +5,7 @@ Run by `test_hostile.py`, in a folder of its own: `python run_live.py FOLDER`.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -15,12 +16,23 @@ import zipfile
 from pathlib import Path
 
 import hostile
+import joblib
 import numpy as np
 import torch
+
+
+def load_twice(file):
+    pickle.load(file)
+    pickle.load(file)
+
 
 LOADERS = {
     "torch": lambda path: torch.load(path, weights_only=False),
     "pickle": lambda path: pickle.loads(path.read_bytes()),
+    "stream": lambda path: pickle.load(io.BytesIO(path.read_bytes())),
+    "twice": lambda path: load_twice(io.BytesIO(path.read_bytes())),
+    "python": lambda path: pickle._Unpickler(path.open("rb")).load(),
+    "joblib": lambda path: joblib.load(path),
     "numpy": lambda path: np.load(path, allow_pickle=True),
     "npz": lambda path: np.load(path, allow_pickle=True)["a"],
     "member": lambda path: pickle.loads(zipfile.ZipFile(path).read("m/data.pkl")),

@@ -11,15 +11,13 @@ from typer.testing import CliRunner
 
 import regraft
 from regraft.cli.commands import app
-from regraft.cli.file_view import sites_of
-from regraft.files.detect import raise_for, read, read_folder
+from regraft.cli.file_view import Files, sites_of
 from regraft.files.skeleton import torch_modules
 
 
 def model_in(path):
     """The model of a file, whatever its names."""
-    report = (read_folder(path) if path.is_dir() else [read(path)])[0]
-    return raise_for(report, names=False)
+    return Files(path).model
 
 
 def invoke(*arguments):
