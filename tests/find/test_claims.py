@@ -290,6 +290,12 @@ class KerasDropout(nn.Module):
         return y + torch.normal(0.0, 0.1, x.shape) if self.training else y
 
 
+def test_10_a_model_of_keras_that_drew_nothing_is_not_said_not_to_regularize():
+    net = nn.Sequential(KerasDropout())
+    net[0].forward = lambda x: x  # Keras's own are told to train by an argument of their call
+    assert "1 part of the model may draw" in str(regraft.inspect(net, X))
+
+
 def test_10_a_layer_of_keras_is_named_and_left_alone():
     net = nn.Sequential(nn.Linear(16, 16), KerasDropout(), nn.Dropout(0.1))
     inspection = regraft.inspect(net, X)
