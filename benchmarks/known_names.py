@@ -62,6 +62,7 @@ VALUES = {
     "lightning_fabric.utilities.data": "AttributeDict",
     "pytorch_lightning.utilities.parsing": "AttributeDict",
     "regraft.graft.classes": "_make _make_by",
+    "regraft.graft.weights": "_ForwardLock",
     "regraft.record": "read_layer read_slot",
 }
 ELEMENTWISE = str.split(

@@ -2,6 +2,7 @@
 
     python benchmarks/passes.py                     # a few minutes on two cores
     python benchmarks/passes.py --device cuda
+    torchrun --standalone --nproc-per-node 2 benchmarks/passes.py --threads 1 --fsdp2
 
 Every method takes its turn in every round, in an order that rotates, and is divided by the single pass of
 the same round; shown are the medians of those ratios. Memory is the peak above the model and its inputs, of
@@ -268,6 +269,26 @@ JOBS = {
 }
 
 
+def sharded(arguments):
+    """A step of R-Drop with dropout in the head, of models that torchrun's processes shard by FSDP2."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    for name, build in MODELS.items():
+        torch.manual_seed(0)
+        model, inputs, labels = build("head")
+        for block in model.blocks if hasattr(model, "blocks") else model.bert.encoder.layer:
+            fully_shard(block)
+        fully_shard(model.train())
+        ratios, single = in_turns(training(model, inputs, labels), arguments.rounds, "cpu", "single pass")
+        if dist.get_rank() == 0:
+            show({"case": f"R-Drop step, FSDP2, {name}, head", "single_ms": single * 1e3, "ratios": ratios})
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may still hold tensors
+
+
 def built(job, name, place, device):
     torch.manual_seed(0)
     methods, models, _ = JOBS[job]
@@ -322,10 +343,13 @@ def main():
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--only", default="", help="part of a line's name")
     parser.add_argument("--output", type=Path, help="also as JSON")
+    parser.add_argument("--fsdp2", action="store_true", help="in two processes, under torchrun")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
+    if arguments.fsdp2:
+        sharded(arguments)
     if arguments.peak:
         print(peak(*json.loads(arguments.peak), arguments.device))
         return

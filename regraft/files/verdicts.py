@@ -418,6 +418,7 @@ _RULES: dict[str, Callable[..., Any]] = {
         ("regraft.record.read_slot", "regraft.record.read_layer"),
         _literals(lambda arguments: all(isinstance(value, (str, tuple)) for value in arguments)),
     ),
+    "regraft.graft.weights._ForwardLock": _literals(lambda arguments: arguments == ()),
     "regraft.graft.classes._make": _argument_is_class(0),
     "regraft.graft.classes._make_by": _argument_is_called(0, 1),
     "copyreg._reconstructor": _reconstructor,

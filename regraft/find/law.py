@@ -7,8 +7,6 @@ without weights that has a rate is run alone in training, and what it returned s
 from __future__ import annotations
 
 import copy
-import random
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from regraft.find.probe.preserve_state import preserving, random_state_kept, silent
+from regraft.find.probe.preserve_state import preserving, random_state_kept, seed_generators, silent
 from regraft.record import grafts_of, original_attribute, original_class
 
 ELEMENTS, ROWS, CHANNELS, BLOCKS, OTHER = "elements", "rows", "channels", "blocks", "other"
@@ -59,10 +57,7 @@ def _alone() -> Iterator[None]:
         kept = (_disable_current_modes(), silent(), random_state_kept(), torch.no_grad())
         stack.enter_context(preserving(*kept))
         stack.enter_context(torch._C.DisableTorchFunction())
-        torch.default_generator.manual_seed(0)
-        random.seed(0)
-        if (numpy := sys.modules.get("numpy")) is not None:
-            numpy.random.seed(0)
+        seed_generators(0)
         yield
 
 

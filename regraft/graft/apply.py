@@ -366,7 +366,8 @@ def _state_keys(steps: list[Step], inspection: Inspection) -> list[str]:
 
 def _keys(graft: Graft) -> dict[str, str]:
     """Of each name of a graft's state, its key in the state dict of the model."""
-    path = graft.edit.get("reader") or graft.edit.get("path", "")
+    lent = graft.edit.get("kind") == "weight"  # its reader keeps it, which may be the model itself
+    path = graft.edit.get("reader" if lent else "path", "")
     return {name: f"{path}.{name}".lstrip(".") for name in graft.state if name not in graft.transient}
 
 

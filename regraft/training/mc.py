@@ -25,6 +25,7 @@ from regraft.find.walk import inner_model
 from regraft.graft.apply import grafted
 from regraft.graft.insertions import inserted_on
 from regraft.interrupts import HeldInterrupts
+from regraft.libraries import is_of
 from regraft.ops import DROP_BLOCK
 from regraft.record import grafts_of
 from regraft.training.passes.analyze import work_of
@@ -40,6 +41,7 @@ _CHUNK_FLOPS = 4e9
 element that an operator writes counts as 16, this bounds the memory too, by a gigabyte."""
 _EQUAL = 1e-6
 """Passes that differ by less than this part of their mean differ by rounding alone."""
+_OUTPUTS = "transformers.modeling_outputs"
 _AXES = {
     "SemanticSegmenterOutput": 1,
     "TokenClassifierOutput": -1,
@@ -226,7 +228,8 @@ class Reading:
         axes = logits.dim() - 1
         axis = self.class_axis
         if axis is None:
-            axis = -1 if axes == 2 else _AXES.get(type(outputs).__name__)
+            known = (at for cls, at in _AXES.items() if is_of(outputs, _OUTPUTS, cls))
+            axis = -1 if axes == 2 else next(known, None)
         if axis is None and key == _DENSE and axes == 4:
             axis = 1
         if axes < 2 or (axis is not None and logits.shape[axis + 1 if axis >= 0 else axis] == 1):

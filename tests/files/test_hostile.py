@@ -134,6 +134,8 @@ RELU = name("torch.nn.functional", "relu")
         ("somebody's module named like Python's", name("code.models", "Net"), UNKNOWN),
         ("Python's own", name("code", "InteractiveConsole"), DANGEROUS),
         ("a name of no module", name("not a module", "x"), UNKNOWN),
+        ("a lock of a grafted module", call("regraft.graft.weights:_ForwardLock"), KNOWN),
+        ("a lock that is given something", call("regraft.graft.weights:_ForwardLock", 1), UNKNOWN),
         ("a storage class", name("torch", "HalfStorage"), KNOWN),
     ],
 )  # fmt: skip

@@ -22,7 +22,7 @@ from regraft.find.frames import own_line
 from regraft.find.probe.copied import NotCopiedError, copied
 from regraft.find.probe.example_inputs import Inputs, describe
 from regraft.find.probe.fake import fake, fake_state
-from regraft.find.probe.ledger import Draw, ObservedFakeMode, Recorder, observe
+from regraft.find.probe.ledger import GENERATORS, Draw, Ledger, ObservedFakeMode, Recorder, observe
 from regraft.find.probe.preserve_state import (
     MarkedRate,
     buffers_kept,
@@ -30,9 +30,11 @@ from regraft.find.probe.preserve_state import (
     marked,
     preserving,
     random_state_kept,
+    seed_generators,
     set_training,
     silent,
 )
+from regraft.find.probe.products import ProductRecorder
 from regraft.find.tensor_io import Flow
 
 
@@ -172,6 +174,10 @@ def _is_for_being_fake(error: Exception) -> bool:
     return isinstance(error, (InputsError, *_FAKE_ERRORS))
 
 
+_FEWEST_FORWARDS, _MOST_FORWARDS = 4, 8
+"""Training forwards with other numbers, of a model that goes by numbers whose range is not known."""
+_LAST = 1 - 2**-24
+"""The greatest number that `torch.rand` gives; the smallest is 0."""
 _MOST_REAL = 3
 """Real forwards tried: they take time."""
 _FAKE_ERRORS = (
@@ -246,11 +252,7 @@ def _both(
 ) -> Probe:
     """The probe by `forward`, in training and then in eval; `running` are the modules that it runs."""
     known = {id(module): module for module in look.every}
-    seen = observe(
-        *forward, known=known, sites=look.sites, state=state, recorders=look.recorders, fake_mode=mode
-    )
-    if any(draw.op in ("numpy", "python") for draw in seen.draws):
-        seen.draws = observe(*forward, known=known, state=state, fake_mode=mode, locate=True).draws
+    seen = _train(look, forward, known, state, mode)
     probe = Probe(
         counts=seen.counts,
         lines=seen.lines,
@@ -263,12 +265,70 @@ def _both(
     set_training([*running, *running[0].modules()], mode=False)
     try:
         by_hand = any(draw.call is None for draw in seen.draws)
-        in_eval = observe(*forward, known=known, modules_too=True, operations=by_hand, fake_mode=mode)
+        in_eval = observe(
+            *forward, known=known, modules_too=True, operations=by_hand, fake_mode=mode, number=_LAST
+        )
     except Exception:  # only the diagnosis of eval is lost; the training forward stands
         return _with_twins(probe)
     probe.eval_called = [called for called in in_eval.called if called.p != 0]
     probe.eval_draws = in_eval.draws
     return _with_twins(probe)
+
+
+def _train(
+    look: _Look,
+    forward: Forward,
+    known: dict[int, nn.Module],
+    state: Mapping[str, Tensor],
+    mode: ObservedFakeMode | None,
+) -> Ledger:
+    """The ledger of the training forward; of several, where it goes by numbers that it draws.
+
+    Such a forward leaves modules out. It runs again with other numbers, and what it does then in modules
+    that have not run is taken over. A draw by which modules below its own run or do not is LayerDrop.
+    """
+
+    def run(recorders: Sequence[Recorder], seed: int) -> Ledger:
+        seed_generators(seed)
+        number = 0.0 if seed == 1 else _LAST
+        return observe(
+            *forward,
+            known=known,
+            sites=look.sites,
+            state=state,
+            recorders=recorders,
+            fake_mode=mode,
+            number=number,
+            locate=locate,
+        )
+
+    locate = False
+    seen = run(look.recorders, 0)
+    locate = any(draw.op in GENERATORS for draw in seen.draws)
+    if locate:
+        seen = run(look.recorders, 0)
+    deciding = [draw for draw in seen.draws if draw.may_decide]
+    if not deciding:
+        return seen
+    forced = all(draw.op == "rand" for draw in deciding)  # by both ends of its range
+    first, differ = dict(seen.counts), set[int]()
+    for seed in range(1, _MOST_FORWARDS):
+        own = ProductRecorder(name for name, _ in look.model.named_parameters())
+        again = run([own], seed)
+        differ |= {key for key in known if first.get(key, 0) != again.counts.get(key, 0)}
+        seen.take(again)
+        for recorder in look.recorders:
+            if isinstance(recorder, ProductRecorder):
+                recorder.add(own, "")
+        if forced or (seed >= _FEWEST_FORWARDS and all(map(seen.counts.get, differ))):
+            break
+    below = {id(draw.module): {id(one) for one in draw.module.modules()} for draw in deciding}
+    for draw in deciding:
+        inside = below[id(draw.module)] - {id(draw.module)}
+        inner = [below[key] - {key} for key in inside & below.keys()]
+        if differ & inside.difference(*inner):
+            draw.kind = "LayerDrop"
+    return seen
 
 
 def _modules_read(model: nn.Module, names: set[str]) -> set[int]:
