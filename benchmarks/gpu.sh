@@ -37,7 +37,7 @@ part() { # name, at most so many seconds, command
 
 rounds=(--rounds 15) overhead=(--rounds 100 --repeats 3) seconds=(--seconds 0.5) only=()
 if [ -n "$quick" ]; then
-    rounds=(--rounds 2) overhead=(--rounds 3 --repeats 1) seconds=(--seconds 0.02)
+    rounds=(--rounds 2) overhead=(--rounds 3 --repeats 1) seconds=(--seconds 0.02 --patience 0)
 fi
 if [ "$device" = cpu ]; then
     only=(--only "BERT")

@@ -35,6 +35,8 @@ def main():
     injected, broken = Counter(), Counter()
     for operation in OPERATIONS:
         for name in options.model or MODELS:
+            if time.monotonic() > ends:
+                break
             work, build = case(operation, name)
             lines = lines_of(work, build)
             for place, line in enumerate(lines[options.start :: options.step]):

@@ -38,7 +38,13 @@ def copied(modules: list[nn.Module], tensors: Mapping[int, Tensor]) -> list[nn.M
     memo: dict[int, Any] = dict(tensors)
     for module in modules:
         cls = type(module)
-        if isinstance(module, torch.jit.ScriptModule) or hasattr(cls, "__del__") or _has_slots(cls):
+        sharded = hasattr(cls, "reshard")  # FSDP2 keeps the modules in a state of its own
+        if (
+            sharded
+            or isinstance(module, torch.jit.ScriptModule)
+            or hasattr(cls, "__del__")
+            or _has_slots(cls)
+        ):
             raise NotCopiedError(cls.__name__)
         memo[id(module)] = object.__new__(cls)
     for module in modules:
