@@ -2,6 +2,7 @@
 
     python benchmarks/passes.py                     # a few minutes on two cores
     python benchmarks/passes.py --device cuda
+    torchrun --standalone --nproc-per-node 2 benchmarks/passes.py --threads 1 --fsdp2
 
 Every method takes its turn in every round, in an order that rotates, and is divided by the single pass of
 the same round; shown are the medians of those ratios. Memory is the peak above the model and its inputs, of
@@ -11,6 +12,7 @@ a process that does nothing else (on a GPU: of the allocator).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import gc
 import json
@@ -22,11 +24,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from timing import in_turns
+from timing import in_turns, peak_bytes
 from torch import nn
 from torch.nn import functional as F
 
 import regraft
+from regraft.training.rdrop.infer_loss import OwnLoss
+from regraft.training.rdrop.state import state_of
 
 PLACES = ("head", "last third", "last half", "everywhere")
 FORKS = {"fork at two thirds": 2 / 3, "fork at five sixths": 5 / 6}
@@ -93,6 +97,47 @@ def forked_bert(place):
     sizes = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 768}
     model = BertForSequenceClassification(BertConfig(num_labels=10, **sizes))
     return model, {"input_ids": torch.randint(0, 30_000, (16, 64))}, torch.randint(0, 10, (16,))
+
+
+def large_vocabulary(dtype):
+    """A small Llama with 128,000 tokens: nearly all of a step's memory is its logits'."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=128_000, attention_dropout=RATE, **sizes))
+    ids = torch.randint(0, 128_000, (4, 64))
+    return model.to(dtype).train(), {"input_ids": ids, "labels": ids}
+
+
+def vocabulary_memory(device):
+    """Peak of an R-Drop step over that of the two passes alone, with their own losses."""
+    for dtype in (torch.bfloat16, torch.float32):
+        model, inputs = large_vocabulary(dtype)
+        model.to(device)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+
+        def step(model=model, inputs=inputs):
+            model(**inputs).loss.backward()
+            model.zero_grad()
+
+        def alone(model=model, inputs=inputs):
+            sum(model(**inputs).loss for _ in range(2)).backward()
+            model.zero_grad()
+
+        alone()
+        single = peak_bytes(alone, cuda=device == "cuda")
+        for name, options in {"plain": {}, "its own": {"loss": "loss"}}.items():
+            regraft.rdrop(model, strategy="loop", **options)
+            if name == "plain":  # to show it of so many classes takes more forwards than rdrop makes
+                state = state_of(model)
+                state.own, state.resolved = (
+                    OwnLoss(True, True),
+                    dataclasses.replace(state.options, shift=True),
+                )
+            step()
+            ratio = peak_bytes(step, cuda=device == "cuda") / single
+            print(f"R-Drop memory, 128,000 tokens, {dtype}, {name}: {ratio:.2f} of two passes", flush=True)
+            regraft.revert(model)
 
 
 MODELS = {"ViT-tiny": vit, "BERT-mini": bert}
@@ -224,6 +269,26 @@ JOBS = {
 }
 
 
+def sharded(arguments):
+    """A step of R-Drop with dropout in the head, of models that torchrun's processes shard by FSDP2."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    for name, build in MODELS.items():
+        torch.manual_seed(0)
+        model, inputs, labels = build("head")
+        for block in model.blocks if hasattr(model, "blocks") else model.bert.encoder.layer:
+            fully_shard(block)
+        fully_shard(model.train())
+        ratios, single = in_turns(training(model, inputs, labels), arguments.rounds, "cpu", "single pass")
+        if dist.get_rank() == 0:
+            show({"case": f"R-Drop step, FSDP2, {name}, head", "single_ms": single * 1e3, "ratios": ratios})
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may still hold tensors
+
+
 def built(job, name, place, device):
     torch.manual_seed(0)
     methods, models, _ = JOBS[job]
@@ -278,13 +343,18 @@ def main():
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--only", default="", help="part of a line's name")
     parser.add_argument("--output", type=Path, help="also as JSON")
+    parser.add_argument("--fsdp2", action="store_true", help="in two processes, under torchrun")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
+    if arguments.fsdp2:
+        sharded(arguments)
     if arguments.peak:
         print(peak(*json.loads(arguments.peak), arguments.device))
         return
+    if arguments.only in "R-Drop memory, 128,000 tokens":
+        vocabulary_memory(arguments.device)
     lines = []
     for job, (_, models, places) in JOBS.items():
         for name in models:

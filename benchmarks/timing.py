@@ -136,19 +136,20 @@ def memory(module: nn.Module, x: torch.Tensor) -> tuple[float, float]:
     kept = sum(size for key, size in saved.items() if key not in own)
     output = y.untyped_storage().nbytes()
     del y
-    return kept / x.numel(), (_peak(module, x) - output) / x.numel()
+    return kept / x.numel(), (peak_bytes(lambda: module(x), cuda=x.is_cuda) - output) / x.numel()
 
 
-def _peak(module: nn.Module, x: torch.Tensor) -> int:
-    if x.is_cuda:
+def peak_bytes(run: Callable[[], object], *, cuda: bool) -> int:
+    """The most that the operators of `run` had allocated at one time."""
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        module(x)
+        run()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as seen:
-        module(x)
+        run()
     events = [one for one in seen.profiler.kineto_results.events() if one.name() == "[memory]"]
     alive = peak = 0
     for event in sorted(events, key=lambda one: one.start_ns()):

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from regraft.training.passes.api import stochastic_passes as stochastic_passes
     from regraft.training.penalty import penalty as penalty
     from regraft.training.rdrop.criterion import rdrop_criterion as rdrop_criterion
-    from regraft.training.rdrop.rdrop import RDropOutput as RDropOutput
     from regraft.training.rdrop.rdrop import rdrop as rdrop
     from regraft.training.rdrop.rdrop_loss import rdrop_loss as rdrop_loss
+    from regraft.training.rdrop.state import RDropOutput as RDropOutput
     from regraft.training.saved import load_plan as load_plan
     from regraft.training.saved import save_plan as save_plan
     from regraft.training.schedule import Schedule as Schedule
@@ -73,7 +73,7 @@ _HOMES = {
     "MCPrediction": "training.mc",
     "mc_predict": "training.mc",
     "multisample_loss": "training.multisample",
-    "RDropOutput": "training.rdrop.rdrop",
+    "RDropOutput": "training.rdrop.state",
     "stochastic_passes": "training.passes.api",
     "rdrop": "training.rdrop.rdrop",
     "rdrop_criterion": "training.rdrop.criterion",

@@ -37,6 +37,13 @@ class HeldInterrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
+        try:
+            self._leave()
+        except (MemoryError, RecursionError):
+            self._leave()  # whatever it was may be over
+            raise
+
+    def _leave(self) -> None:
         if self._previous is None:
             return
         self._left = True

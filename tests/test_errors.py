@@ -92,14 +92,14 @@ class FullyShardedDataParallel(nn.Module):
 
 
 BAD_MODELS = [
-    (None, "this is no torch.nn.Module but a NoneType\n  --> None\n  help: give the model itself"),
-    ([tiny.mlp()], "this is no torch.nn.Module but a list"),
-    (tiny.mlp().state_dict(), "no torch.nn.Module but a OrderedDict[\\s\\S]*help: a state dict holds weights, not layers"),
+    (None, "expected a torch.nn.Module, got a NoneType\n  --> None\n  help: give the model itself"),
+    ([tiny.mlp()], "expected a torch.nn.Module, got a list"),
+    (tiny.mlp().state_dict(), "expected a torch.nn.Module, got an OrderedDict[\\s\\S]*help: a state dict holds weights, not layers"),
     (nn.Linear, r"Linear is a class, not a model\n  --> [\s\S]*help: make one: Linear\(...\)"),
-    ("model.pt", "this is no torch.nn.Module but a str\n  --> 'model.pt'\n  help: load it first; on the command line: regraft inspect model.pt"),
+    ("model.pt", "expected a torch.nn.Module, got a str\n  --> 'model.pt'\n  help: load it first; on the command line: regraft inspect model.pt"),
     ("resnet50", "help: build it first[\\s\\S]*regraft inspect timm:resnet50, or hf:resnet50"),
-    (torch.ones(2), "no torch.nn.Module but a Tensor"),
-    (lambda x: x, "no torch.nn.Module but a function"),
+    (torch.ones(2), "expected a torch.nn.Module, got a Tensor"),
+    (lambda x: x, "expected a torch.nn.Module, got a function"),
     (FullyShardedDataParallel(), "flattens the parameters[\\s\\S]*help: graft before wrapping, or wrap with torch.distributed.fsdp.fully_shard"),
     (torch.jit.script(nn.Sequential(nn.Dropout(0.1))), "is compiled TorchScript[\\s\\S]*help: graft the Python model"),
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import regraft
 
 PACKAGE = Path(regraft.__file__).parent
 LAYERS = [
-    {"errors"},
+    {"errors", "libraries"},
     {"interrupts", "record", "variants", "report", "ops"},
     {"find"},
     {"planning"},

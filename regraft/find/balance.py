@@ -111,7 +111,7 @@ def left(
             _add(row, site.path, site.draws)
     for draw in probe.draws:
         if draw.kind:
-            remedy = "set its rate in the model's config"
+            remedy = named_remedy(draw.kind)
             row = rows.setdefault((draw.kind, draw.source), _row(draw.kind, draw.source, remedy))
             _add(row, paths[id(draw.module)])
     taken = {id(site.module) for site in grafted or [] if is_whole_class(site)}
@@ -142,6 +142,15 @@ def unrecognized_draws(
     return list(rows.values())
 
 
+def named_remedy(kind: str) -> str:
+    """What to do about randomness that has a name."""
+    if kind == "DropBlock":
+        return "written as a module without weights it is a site"
+    if kind in ("LayerDrop", "SpecAugment", "jitter"):
+        return "its rate is a setting of the model's own"
+    return "it stays as it is"
+
+
 def _row(name: str, source: str | None, remedy: str) -> dict[str, Any]:
     return {"what": "draw", "name": name, "count": 0, "paths": [], "source": source or None, "remedy": remedy}
 
@@ -163,7 +172,7 @@ def _remedy(draw: Draw, site: Site | None) -> str:
     if (outside := foreign(draw.module)) is not None:
         return outside[1]
     if site is not None:
-        return f"a rule on the class, {{'{site.type}': 'dropout(p=0.1)'}}, replaces its whole forward"
+        return f"a rule on the class, {{'{site.op}': 'dropout(p=0.1)'}}, replaces its whole forward"
     if draw.to_weight:
         return "it stays as it is; a plain nn.Linear with 'dropconnect' or an nn.Embedding can be grafted"
     if draw.law == "elements" and draw.p is not None:

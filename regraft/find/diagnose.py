@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from regraft.find.balance import unrecognized_draws
+from regraft.find.balance import named_remedy, unrecognized_draws
 from regraft.find.graph_nodes import nodes_fixed_by_tracing
 from regraft.find.probe.run import Probe
 from regraft.find.site import Site
@@ -173,7 +173,7 @@ def _out_of_reach(modules: list[Named], probe: Probe) -> Iterator[Finding]:
         if draw.kind and draw.kind in _KINDS and key not in told:
             told.add(key)
             where = "" if draw.kind == "LayerDrop" else paths[id(draw.module)]
-            yield Finding(where, _KINDS[draw.kind], draw.source or None, _SET_IT)
+            yield Finding(where, _KINDS[draw.kind], draw.source or None, named_remedy(draw.kind))
     config: Any = getattr(modules[0].module, "config", None)
     rates = [getattr(config, name, 0) for name in ("mask_time_prob", "mask_feature_prob")]
     if (
@@ -182,7 +182,7 @@ def _out_of_reach(modules: list[Named], probe: Probe) -> Iterator[Finding]:
         and not any(d == "SpecAugment" for d, _ in told)
     ):
         what = f"SpecAugment masks spans at {max(rates):g}, drawn from numpy: out of reach"
-        yield Finding("", what, None, _SET_IT)
+        yield Finding("", what, None, named_remedy("SpecAugment"))
 
 
 def _unrecognized(sites: list[Site], modules: list[Named], probe: Probe) -> Iterator[Finding]:
@@ -199,4 +199,3 @@ _KINDS = {
     "DropBlock": "DropBlock is called as a function: out of reach",
     "RReLU": "RReLU draws its slopes: out of reach",
 }
-_SET_IT = "set its rate in the model's config"

@@ -13,6 +13,7 @@ import torch
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep  # with the separator: not torchvision
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
+_PYTHON = os.path.dirname(os.__file__) + os.sep
 _VARIANTS = os.path.join(_OWN, "variants") + os.sep
 _GRAFT = os.path.join(_OWN, "graft") + os.sep
 _LAYERS = os.path.join(_TORCH, "nn", "modules")
@@ -41,6 +42,15 @@ def calling_frames() -> list[FrameType]:
             layers.append(frame)
         frame = frame.f_back
     return frames or layers
+
+
+def is_users(frame: FrameType) -> bool:
+    """Whether a frame is of the model or its library: of neither torch, regraft, Python nor numpy."""
+    name, numpy = frame.f_code.co_filename, sys.modules.get("numpy")
+    if name.startswith(_PYTHON) and "-packages" not in name:
+        return False
+    others = [] if numpy is None else [os.path.dirname(str(numpy.__file__)) + os.sep]
+    return not name.startswith((_TORCH, _OWN, "<", *others))
 
 
 def in_a_variant() -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from regraft.find.probe.copied import original
 from regraft.ops import ATTENTION, DROP_PATH, LINEAR, OPS
 
 NODE = "_regraft_node"
@@ -201,7 +202,7 @@ def running_node(owners: list[nn.Module], frames: list[FrameType]) -> tuple[nn.M
         return owners[-2], record.name
     if isinstance(owner, fx.GraphModule):
         for frame in frames:
-            if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is owner:
+            if frame.f_code.co_name == "forward" and original(frame.f_locals.get("self")) is owner:
                 # The generated code has one line for each node, which assigns to the node's name.
                 line = _ASSIGNED.match(linecache.getline(frame.f_code.co_filename, frame.f_lineno))
                 return owner, line[1] if line else ""

@@ -11,6 +11,7 @@ from regraft.find.balance import balance, left
 from regraft.find.diagnose import Finding, diagnose
 from regraft.find.graph_nodes import node_sites
 from regraft.find.insertion_points import inserted_sites
+from regraft.find.locks import one_at_a_time
 from regraft.find.merge_probe import probed_sites
 from regraft.find.modules import module_sites
 from regraft.find.probe.dataflow import Dataflow
@@ -20,6 +21,7 @@ from regraft.find.probe.ledger import Recorder
 from regraft.find.probe.products import ProductRecorder
 from regraft.find.probe.run import Probe, run_probe
 from regraft.find.site import Site
+from regraft.find.ungraftable import foreign, quantized
 from regraft.find.walk import Named, inner_model, named_modules
 from regraft.find.weights import Weight, weight_sites, weights_of
 from regraft.report.inspection_page import summary
@@ -59,6 +61,11 @@ class Inspection(View):
         """The draws that are at no site, with module, line and remedy."""
         return left(self.sites, self.modules, self.probe)
 
+    def _unknown_parts(self) -> int:
+        """How many parts are no torch layers, which may draw only when told to, as Keras's do."""
+        modules = [named.module for named in self.modules]
+        return sum(quantized(module) is None and foreign(module) is not None for module in modules)
+
     def to_dict(self) -> dict[str, Any]:
         """The inspection as plain JSON values."""
         sites = [site.to_dict() for site in self.sites]
@@ -68,7 +75,7 @@ class Inspection(View):
             "model": type(self.root).__name__,
             "notes": list(self.notes),
             "probe": self.probe.to_dict(),
-            "summary": summary(sites, len(self.probe.draws)),
+            "summary": summary(sites, len(self.probe.draws), self._unknown_parts()),
             "sites": sites,
             "balance": self.balance,
             "left": self.left,
@@ -98,6 +105,7 @@ def inspect(model: nn.Module, inputs: Any = None) -> Inspection:
     return inspect_flow(model, inputs, None)
 
 
+@one_at_a_time
 def inspect_flow(model: nn.Module, inputs: Any, dataflow: Dataflow | None) -> Inspection:
     """As `inspect`, with a record of where values come from and go to, if there is a `dataflow`."""
     seen = inspect_static(model)

@@ -7,17 +7,16 @@ without weights that has a rate is run alone in training, and what it returned s
 from __future__ import annotations
 
 import copy
-import random
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from regraft.find.probe.preserve_state import preserving, random_state_kept, silent
+from regraft.find.probe.preserve_state import preserving, random_state_kept, seed_generators, silent
 from regraft.record import grafts_of, original_attribute, original_class
 
 ELEMENTS, ROWS, CHANNELS, BLOCKS, OTHER = "elements", "rows", "channels", "blocks", "other"
@@ -29,7 +28,7 @@ _MOST_RUNS = 16
 """One draw for the whole batch may well be the same twice."""
 _SIMPLE = (bool, int, float, str, type(None), tuple)
 _OWN = frozenset(vars(nn.Module()))
-_known: dict[Any, str | None] = {}
+_known: WeakKeyDictionary[type, dict[Any, str | None]] = WeakKeyDictionary()
 
 
 def law_of(module: nn.Module, rate: str | None) -> str | None:
@@ -43,11 +42,12 @@ def law_of(module: nn.Module, rate: str | None) -> str | None:
         for name, value in vars(module).items()
         if name != rate and name not in _OWN and type(value) in _SIMPLE and not name.startswith("_regraft")
     }
-    key = (cls, rate, repr(sorted(settings.items())))
-    if key not in _known:
+    known = _known.setdefault(cls, {})
+    key = (rate, repr(sorted(settings.items())))
+    if key not in known:
         with _alone():
-            _known[key] = _observed(module, rate)
-    return _known[key]
+            known[key] = _observed(module, rate)
+    return known[key]
 
 
 @contextmanager
@@ -57,10 +57,7 @@ def _alone() -> Iterator[None]:
         kept = (_disable_current_modes(), silent(), random_state_kept(), torch.no_grad())
         stack.enter_context(preserving(*kept))
         stack.enter_context(torch._C.DisableTorchFunction())
-        torch.default_generator.manual_seed(0)
-        random.seed(0)
-        if (numpy := sys.modules.get("numpy")) is not None:
-            numpy.random.seed(0)
+        seed_generators(0)
         yield
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from regraft.find.law import BLOCKS, ELEMENTS, ROWS, law_of
+from regraft.libraries import is_conv1d
 from regraft.ops import DROP_BLOCK, DROP_PATH, FAMILIES, HIDDEN, MODULES
 from regraft.record import original_attribute, original_class
 
@@ -25,7 +27,7 @@ def op_of(module: nn.Module) -> str | None:
     A class of somebody's own that drops by another law than those known keeps its name.
     """
     cls = original_class(module)
-    if cls.__module__.startswith("torch.jit"):
+    if issubclass(cls, torch.jit.ScriptModule):
         scripted = getattr(module, "original_name", None)
         return str(scripted) if scripted in FAMILIES else None
     # A subclass keeps the name of its base while it keeps the base's forward: it computes the same.
@@ -35,7 +37,7 @@ def op_of(module: nn.Module) -> str | None:
     for base, name in HIDDEN.items():
         if issubclass(cls, base):
             return name
-    if cls.__name__ == "Conv1D" and len(getattr(module, "weight", ()).shape) == 2:  # type: ignore[union-attr]
+    if is_conv1d(cls):
         return "Conv1D"
     return _by_law(module, cls)
 

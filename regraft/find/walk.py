@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
+import torch
 from torch import nn
 
 from regraft.errors import ModelError
+from regraft.libraries import is_of
 
-_WRAPPERS = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-}
+_WRAPPERS = (
+    ("torch.nn.parallel", "DistributedDataParallel", "module"),
+    ("torch.nn.parallel", "DataParallel", "module"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+)
 _FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _MOST_NAMES = 1_000_000
 
@@ -64,20 +66,20 @@ def inner_model(model: object) -> tuple[nn.Module, list[str]]:
         if not isinstance(model, nn.Module):
             raise _no_module(model)
         name = type(model).__name__
-        if name == "FullyShardedDataParallel":
+        if is_of(model, "torch.distributed.fsdp", "FullyShardedDataParallel"):
             raise ModelError(
                 "FullyShardedDataParallel flattens the parameters, so a graft would see none of them",
                 where=name,
                 remedy="graft before wrapping, or wrap with torch.distributed.fsdp.fully_shard",
             )
-        if type(model).__module__.startswith("torch.jit"):
+        if isinstance(model, torch.jit.ScriptModule):
             raise ModelError(
                 f"{name} is compiled TorchScript: changing what its modules do has no effect",
                 where=name,
                 remedy="graft the Python model, then script or trace it",
             )
-        attribute = _WRAPPERS.get(name)
-        inside = model._modules.get(attribute) if attribute else None
+        attribute = next((inner for *cls, inner in _WRAPPERS if is_of(model, *cls)), "")
+        inside = model._modules.get(attribute)
         if inside is None:
             return model, notes
         notes.append(f"looked inside {name}: paths begin at the model it wraps")
@@ -85,7 +87,8 @@ def inner_model(model: object) -> tuple[nn.Module, list[str]]:
 
 
 def _no_module(model: object) -> ModelError:
-    what = f"this is no torch.nn.Module but a {type(model).__name__}"
+    name = type(model).__name__
+    what = f"expected a torch.nn.Module, got {'an' if name[0] in 'AEIOU' else 'a'} {name}"
     remedy = "give the model itself"
     if isinstance(model, dict):
         remedy = "a state dict holds weights, not layers: build the model and load them into it"

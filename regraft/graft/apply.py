@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from regraft.errors import MisfitError, UnprovenError
 from regraft.find.insertion_points import INSERTED
 from regraft.find.inspect import Inspection, inspect_flow, look
+from regraft.find.locks import lock_of, one_at_a_time
 from regraft.find.probe.example_inputs import given_inputs, made_inputs
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
 from regraft.graft.graph_nodes import (
@@ -164,9 +165,11 @@ def grafted(
             with held.released():
                 yield graft_rules(model, rules, inputs, fused, temporary=steps)
         finally:
-            take_out(steps)
+            with lock_of(model):
+                take_out(steps)
 
 
+@one_at_a_time
 def graft_rules(
     model: nn.Module,
     rules: Rules | Plan,
@@ -199,7 +202,7 @@ def graft_rules(
             for edit in plan.grafted
             if edit.fixes_eval
         ],
-        state_keys=_state_keys(steps),
+        state_keys=_state_keys(steps, inspection),
         notes=[*plan.notes],
         probe=plan.probe,
         balance=plan.balance,
@@ -207,7 +210,7 @@ def graft_rules(
     )
     if temporary is None and not report.grafted and any(variant is not None for _, variant in report.rules):
         why = report.notes or [f"{skip.reason}; {skip.remedy}" for skip in report.skipped[:1]]
-        warnings.warn(f"nothing was grafted: {'; '.join(why) or 'no site'}", stacklevel=3)
+        warnings.warn(f"nothing was grafted: {'; '.join(why) or 'no site'}", stacklevel=4)
     with all_or_nothing() as changes:
         with compiled_once():
             for module, slot, graft in steps:
@@ -350,14 +353,21 @@ def _covering(grafts: Iterable[Graft], graft: Graft) -> Iterator[Graft]:
         yield from _covering(above.covered.values(), graft)
 
 
-def _state_keys(steps: list[Step]) -> list[str]:
-    """Keys of the state dict that the grafts have brought, also those that stood already."""
-    return [key for _, _, graft in steps for key in _keys(graft).values()]
+def _state_keys(steps: list[Step], inspection: Inspection) -> list[str]:
+    """Keys of the state dict that the grafts have brought, by every name of a shared module."""
+    paths = {path: named.paths for named in inspection.modules for path in named.paths}
+    keys = []
+    for _, _, graft in steps:
+        first = graft.edit.get("reader") or graft.edit.get("path", "")
+        for name in _keys(graft):
+            keys += [f"{path}.{name}".lstrip(".") for path in paths.get(first, [first])]
+    return keys
 
 
 def _keys(graft: Graft) -> dict[str, str]:
     """Of each name of a graft's state, its key in the state dict of the model."""
-    path = graft.edit.get("reader") or graft.edit.get("path", "")
+    lent = graft.edit.get("kind") == "weight"  # its reader keeps it, which may be the model itself
+    path = graft.edit.get("reader" if lent else "path", "")
     return {name: f"{path}.{name}".lstrip(".") for name in graft.state if name not in graft.transient}
 
 

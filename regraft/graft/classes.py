@@ -14,10 +14,11 @@ import copyreg
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from torch import fx, nn
 
-from regraft.errors import RevertError
+from regraft.errors import ModelError, RevertError
 from regraft.record import (
     BASE,
     LAYER,
@@ -34,23 +35,35 @@ Namespace = dict[str, Any]
 Class = type[nn.Module]
 _COMPILED = "_wrapped_call"
 """What torch.fx puts on the class that it compiles a graph into."""
-_derived: dict[tuple[Class, Layer], Class] = {}
-_rebuilt: dict[tuple[Class, Class], Class] = {}
+_derived: WeakValueDictionary[tuple[Class, Layer], Class] = WeakValueDictionary()
+"""Freed with the last module of the class: a class that a notebook defines anew is no longer needed."""
+_rebuilt: WeakValueDictionary[tuple[Class, Class], Class] = WeakValueDictionary()
+_rebuilt_from: WeakKeyDictionary[Class, Class] = WeakKeyDictionary()
 
 
 def derive(base: Class, layer: Layer) -> Class:
     """The class that adds a layer to `base`; always the same one for the same two."""
     key = (base, layer)
-    if key not in _derived:
+    derived = _derived.get(key)
+    if derived is None:
         namespace = dict(layer.build(_stable_base(base), *layer.args))
         title = namespace.pop("__name__", base.__name__)
         namespace.setdefault("__module__", base.__module__)
         namespace.setdefault("__qualname__", base.__qualname__)
         namespace.setdefault("__doc__", base.__doc__)
         namespace |= {BASE: base, LAYER: layer, "__reduce_ex__": _reduce_ex}
+        namespace["__prepare_scriptable__"] = _refuse_script
         namespace |= _graph_methods(base)
-        _derived[key] = _new_class(base, title, (base,), namespace)
-    return _derived[key]
+        derived = _derived[key] = _new_class(base, title, (base,), namespace)
+    return derived
+
+
+def _refuse_script(self: nn.Module) -> nn.Module:
+    raise ModelError(
+        "a grafted model cannot be scripted: TorchScript cannot read what a graft does",
+        where=type(self).__name__,
+        remedy="regraft.revert(model) first; torch.export takes a grafted model in eval",
+    )
 
 
 def layered(cls: Class, layers: Sequence[Layer]) -> Class:
@@ -82,12 +95,14 @@ def _new_class(like: Class, name: str, bases: tuple[type, ...], body: Namespace)
 
 
 def _rebuild_foreign(cls: Class, base: Class) -> Class:
-    made = _rebuilt.get((cls, base))
+    made = _rebuilt.get((cls, base)) or _rebuilt_from.get(cls)
+    if made is not None and foreign_base(made) is not base:
+        made = None
     if made is None or _body(made) != _body(cls):  # torch adds a property with each parametrization
         prefix = cls.__name__.removesuffix(foreign_base(cls).__name__)
         made = _new_class(cls, f"{prefix}{base.__name__}", (*cls.__bases__[:-1], base), _body(cls))
         _rebuilt[cls, base] = made
-        _rebuilt[made, foreign_base(cls)] = cls  # the way back is to the same class
+        _rebuilt_from[made] = cls  # the way back is to the same class
     return made
 
 

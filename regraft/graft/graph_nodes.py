@@ -22,12 +22,15 @@ from regraft.find.walk import Named
 from regraft.graft.calls import call_graft
 from regraft.graft.classes import compile_graph
 from regraft.graft.handlers import call_rate
-from regraft.graft.slots import Change, set_graft
+from regraft.graft.slots import set_graft
 from regraft.interrupts import HeldInterrupts
 from regraft.ops import ATTENTION, DROP_PATH, LINEAR
 from regraft.planning.plan import Edit
-from regraft.record import Graft, Slot, grafts_of
+from regraft.record import RECORD, Graft, Slot, grafts_of
 from regraft.variants.registry import spec
+
+Change = tuple[nn.Module, Slot, Graft | None, dict[str, Graft]]
+"""A module, a slot, what was in it before, and all that the module had then."""
 
 
 class NodeFunction(nn.Module):
@@ -177,7 +180,7 @@ class Changes:
 
     def set(self, module: nn.Module, slot: Slot, graft: Graft | None) -> Graft | None:
         """As `set_slot`."""
-        self.made.append((module, slot, graft_at(module, slot)))
+        self.made.append((module, slot, graft_at(module, slot), grafts_of(module)))
         return set_slot(module, slot, graft)
 
 
@@ -192,8 +195,15 @@ def all_or_nothing() -> Iterator[Changes]:
             yield together
     except BaseException:
         with HeldInterrupts(), compiled_once():
-            finish(set_slot, reversed(changes))
+            finish(_undo, reversed(changes))
         raise
+
+
+def _undo(module: nn.Module, slot: Slot, graft: Graft | None, grafts: dict[str, Graft]) -> None:
+    """Put a slot back, and the grafts into the order that they had."""
+    set_slot(module, slot, graft)
+    if grafts_of(module).keys() == grafts.keys() and grafts:
+        module.__dict__[RECORD] = grafts
 
 
 def finish(function: Callable[..., object], items: Iterable[tuple[Any, ...]]) -> None:

@@ -12,6 +12,7 @@ from regraft.find.recognize import rate_name
 from regraft.graft.classes import Namespace
 from regraft.graft.handlers import written_back
 from regraft.graft.slots import is_applied, require_state, state_methods
+from regraft.libraries import is_conv1d
 from regraft.planning.plan import Edit
 from regraft.record import RECORD, Graft, Layer, Slot, grafts_of
 from regraft.variants.module import SHOWS, written_options
@@ -121,7 +122,7 @@ def _dropout_forward(base: type[nn.Module], found: Spec, rate: str) -> Callable[
 
 def _linear_forward(base: type[nn.Module], found: Spec, rate: str) -> Callable[..., Tensor]:
     function, in_eval = found.function_for("Linear"), found.changes_eval is not None
-    transposed = base.__name__ == "Conv1D"
+    transposed = is_conv1d(base)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         if _stands_aside(self, in_eval):

@@ -35,6 +35,8 @@ from regraft.record import Graft, grafts_of
 from regraft.variants.registry import spec
 
 _FORWARDS = 2
+_MOST_FORWARDS = 16
+"""Of a model that leaves layers out by numbers it draws, until each graft's module has run."""
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "mv", "addmv", "matmul"})
 
 
@@ -110,13 +112,16 @@ def _proof(root: nn.Module, placed: list[tuple[str, nn.Module, Graft]], inputs: 
     counts: dict[int, int] = {}
     with preserving(silent(), buffers_kept(every), unchanged(every), random_state_kept()):
         set_training(every, mode=True)
-        for _ in range(_FORWARDS):
+        for at in range(_MOST_FORWARDS):
             with _variants_seen({graft.variant for _, _, graft in placed}, seen):
                 ledger = observe(
                     root, inputs.args, inputs.kwargs, known=known, state=state, recorders=[weights]
                 )
             draws += ledger.draws
             counts |= ledger.counts
+            settled = not any(draw.may_decide for draw in draws)
+            if at + 1 >= _FORWARDS and (settled or all(counts.get(id(module)) for _, module, _ in placed)):
+                break
     never, stock = [], set()
     left = [draw for draw in draws if not draw.own and not draw.kind and draw.p != 0]
     for path, module, graft in placed:

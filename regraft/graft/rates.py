@@ -7,6 +7,8 @@ by itself for a float that it reads off a module or a graft, so rates stay plain
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,7 @@ from regraft.find.site import Site
 from regraft.find.walk import named_modules
 from regraft.graft.apply import Step
 from regraft.graft.graph_nodes import graft_at, placed_grafts
+from regraft.interrupts import HeldInterrupts
 from regraft.ops import FUSED, KEEPS_LAW
 from regraft.planning.plan import Edit, rendered
 from regraft.record import Graft, Slot
@@ -100,6 +103,22 @@ def unscheduled_edit(graft: Graft) -> dict[str, Any]:
         return graft.edit
     rate = graft.schedule["rate"]
     return _edit_at(graft, graft.schedule["base"] if graft.schedule["temporary"] else rate)
+
+
+@contextmanager
+def all_or_no_rates(placed: Iterable[tuple[nn.Module, Graft]]) -> Iterator[None]:
+    """An error in the block gives each of the grafts back the rate and the schedule that it had."""
+    before = [(module, graft, {**vars(graft), "written": dict(graft.written)}) for module, graft in placed]
+    values = [{name: module.__dict__.get(name) for name in graft.written} for module, graft, _ in before]
+    try:
+        with HeldInterrupts():
+            yield
+    except BaseException:
+        with HeldInterrupts():
+            for (module, graft, attributes), rates in zip(before, values, strict=True):
+                vars(graft).update(attributes)
+                module.__dict__.update(rates)
+        raise
 
 
 def claim(root: nn.Module, rates: list[Rate], grafts: list[Step]) -> list[Step]:

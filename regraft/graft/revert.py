@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from regraft.errors import NoMatchError
+from regraft.find.locks import one_at_a_time
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site, grafted_site
 from regraft.find.walk import Named, inner_model, named_modules
@@ -18,6 +19,7 @@ from regraft.record import Graft, Slot, grafts_of
 from regraft.variants.spec import Variant
 
 
+@one_at_a_time
 def revert(model: nn.Module, selector: Any = None) -> nn.Module:
     """Undo every graft of a model, in place, and nothing else; returns the model.
 

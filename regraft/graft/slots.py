@@ -22,9 +22,6 @@ from regraft.record import (
     rebind_instance_forward,
 )
 
-Change = tuple[nn.Module, Slot, Graft | None]
-"""A module, a slot, and what was in it before."""
-
 ORDER = ("rate", "variant", "calls", "lend", "insert", "passes")
 """Kinds of slots in the order of their layers, the lowest first."""
 _WRITTEN_OUT = [Slot("calls", op) for op in (MULTI_HEAD, *sorted(RECURRENT_OPS))]

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from regraft.errors import RegraftError
 from regraft.find.inspect import Inspection
 from regraft.find.inspect import inspect as inspect_model
+from regraft.find.locks import one_at_a_time
 from regraft.find.probe.example_inputs import Inputs, given_inputs, made_inputs
 from regraft.find.probe.preserve_state import random_state_kept
 from regraft.graft.apply import Report, apply
@@ -73,6 +74,7 @@ class Verification(View):
         return {"schema": SCHEMA, "view": "verification", "passed": self.passed, **asdict(self)}
 
 
+@one_at_a_time
 def verify(model: nn.Module, inputs: Any = None, rules: Rules | None = None) -> Verification:
     """Graft a copy of a model and check each promise on it; the model itself is left alone.
 

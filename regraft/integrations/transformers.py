@@ -16,7 +16,8 @@ from regraft.find.selectors import read_selector
 from regraft.training.mc_eval import mc_eval
 from regraft.training.norm.max_norm import MaxNorm, max_norm
 from regraft.training.rdrop.layer import disarm
-from regraft.training.rdrop.rdrop import RDropLog, rdrop, state_of
+from regraft.training.rdrop.rdrop import RDropLog, rdrop
+from regraft.training.rdrop.state import state_of, use_logits
 from regraft.training.schedule import Schedule, schedule
 
 
@@ -49,6 +50,7 @@ class _RDrop:
         """Graft it again, if it was trained before."""
         if state_of(model) is None:
             rdrop(model, **self.options)
+        use_logits(model)
         self.log.watch(model)
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:

@@ -228,7 +228,13 @@ def _cost(site: Site, found: Spec, variant: Variant) -> str | None:
         scores = site.call.score_bytes if site.call else 0
         size = f", {_bytes(scores)} a call as probed" if scores else ""
         return f"attention is written out: its scores are kept in memory{size}"
-    return "its layers run one after the other, no longer in one kernel" if site.op in RECURRENT_OPS else None
+    return _ONE_BY_ONE if site.op in RECURRENT_OPS else None
+
+
+_ONE_BY_ONE = (
+    "its layers run one after the other, no longer in one kernel: 0.95 to 1.07 times a training step, "
+    "measured on a CPU core with 2 to 4 layers; not measured on a GPU"
+)
 
 
 def _bytes(count: int) -> str:

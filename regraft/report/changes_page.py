@@ -64,16 +64,20 @@ def change_sections(rows: Sequence[Facts], rules: Sequence[Any] = (), probed: bo
         return rule_text(*rules[rule]) if rule is not None and 0 <= rule < len(rules) else ""
 
     def alike(row: Facts) -> tuple[Any, ...]:
-        costs = tuple(f"{name}: {row[name]}" for name in ("cost", "strength") if row.get(name))
         shared = _EACH if f'@{row["path"]}": ' in (rule := rule_of(row)) else rule
-        return shared, *_texts(row, rates[id(row)]), costs
+        ranges = any(".." in rate for rate in rates[id(row)])
+        return shared, *_texts(row, rates[id(row)]), row.get("cost"), ranges or row.get("strength")
 
     def cells(row: Facts) -> tuple[str, ...]:
         return kind_cell(row), calls_cell(row.get("calls"), probed=probed) if "calls" in row else ""
 
     sections = []
-    for (shared, before, after, costs), group in grouped(rows, alike).items():
+    for (shared, before, after, cost, _), group in grouped(rows, alike).items():
         title = rule_of(group[0]) if len(group) == 1 else shared
+        # Of a range of rates, the strengths at its ends.
+        strengths = [row["strength"] for row in (group[0], group[-1]) if row.get("strength")]
+        notes = {"cost": cost, "strength": " .. ".join(dict.fromkeys(strengths))}
+        costs = tuple(f"{name}: {text}" for name, text in notes.items() if text)
         table = folded(group, cells)
         section = Section("change", title, len(group), table, ("kind", "calls"), "", "", before, after, costs)
         sections.append(section)

@@ -48,10 +48,11 @@ def inspection_page(view: Facts) -> Document:
     )
 
 
-def summary(sites: Sequence[Facts], draws: int = 0) -> dict[str, str]:
+def summary(sites: Sequence[Facts], draws: int = 0, unknown: int = 0) -> dict[str, str]:
     """Whether the model regularizes at all, and a line to paste that changes it.
 
-    That it does not is said only of a training forward that drew nothing.
+    That it does not is said only of a training forward that drew nothing, and of a model without `unknown`
+    parts, which are no torch layers and may draw where they are told to.
     """
     noise = [site for site in sites if not is_layer(site)]
     grafted = sum(bool(site.get("variant")) for site in noise)
@@ -90,6 +91,8 @@ def summary(sites: Sequence[Facts], draws: int = 0) -> dict[str, str]:
         variant = "droppath(p='x2')" if op == "DropPath" else "multisample"
     if draws and answer.startswith("This model does not"):
         answer = f"A training forward draws {counted(draws, 'time')}, at no dropout that regraft knows."
+    elif unknown and answer.startswith("This model does not"):
+        answer = f"No draw was seen; {counted(unknown, 'part')} of the model may draw and cannot be grafted."
     if variant:
         paste = f"regraft.apply(model, {{{rule_text(op, variant)}}})"
     return {"answer": answer, "paste": paste}

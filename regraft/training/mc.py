@@ -20,15 +20,17 @@ from torch import Tensor, nn
 
 from regraft.errors import LossError, NoMatchError, RateError, nearest
 from regraft.find.inspect import inspect as inspect_sites
+from regraft.find.locks import one_at_a_time
 from regraft.find.walk import inner_model
 from regraft.graft.apply import grafted
 from regraft.graft.insertions import inserted_on
 from regraft.interrupts import HeldInterrupts
+from regraft.libraries import is_of
 from regraft.ops import DROP_BLOCK
 from regraft.record import grafts_of
 from regraft.training.passes.analyze import work_of
-from regraft.training.passes.api import stochastic_passes
-from regraft.training.passes.fork import fork_path
+from regraft.training.passes.api import call_of, check_strategy, run_passes
+from regraft.training.passes.fork import Fork, fork_path
 from regraft.training.passes.nested import leaves, mapped
 from regraft.training.rdrop.fields import logits_in, parts_of
 from regraft.training.rdrop.options import TASKS, Key
@@ -39,6 +41,7 @@ _CHUNK_FLOPS = 4e9
 element that an operator writes counts as 16, this bounds the memory too, by a gigabyte."""
 _EQUAL = 1e-6
 """Passes that differ by less than this part of their mean differ by rounding alone."""
+_OUTPUTS = "transformers.modeling_outputs"
 _AXES = {
     "SemanticSegmenterOutput": 1,
     "TokenClassifierOutput": -1,
@@ -76,6 +79,7 @@ class MCPrediction:
     samples: Tensor | None = field(default=None, repr=False)
 
 
+@one_at_a_time
 def mc_predict(
     model: nn.Module,
     n: int,
@@ -103,7 +107,7 @@ def mc_predict(
     Args:
         model: any that has dropout with rates above 0.
         n: how many passes, 2 or more.
-        args: for the model's forward.
+        args: for the model's forward, as are `kwargs`; or `inputs=` with all of them, as of `regraft.apply`.
         batches: instead of `args`, many inputs: a `DataLoader` or any iterable of dicts (their labels are
             left out), tensors, or tuples, whose first is the input. They are moved to the model's device;
             the results are joined along the first axis, on the CPU.
@@ -144,8 +148,9 @@ def mc_predict(
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 2:
         raise RateError(f"n={n!r} passes have no variance", remedy="give 2 or more")
+    check_strategy(strategy)
     reading = Reading(task, class_axis, output)
-    calls = [(args, kwargs)] if batches is None else _calls(batches, model, kwargs)
+    calls = [call_of(model, args, kwargs)] if batches is None else _calls(batches, model, kwargs)
     done: list[MCPrediction] = []
     sampler = Sampler(model, rules, droppath)
     with torch.no_grad():
@@ -173,12 +178,14 @@ def _predict(
     chunk: int | None,
     progress: bool | None,
 ) -> MCPrediction:
-    fork = options["fork"]
-    parting = None if fork is None else fork_path(inner_model(model)[0], fork)
+    root = inner_model(model)[0]
+    # One fork for all chunks, so that they have what is drawn in front of it in common too.
+    path = None if options["fork"] is None else fork_path(root, options["fork"])
+    options = {**options, "fork": None if path is None else Fork(root, path)}
     sums = _Sums(reading, samples)
-    at_once = chunk or _at_once(n, *work_of(model, call, parting), _on_cpu(model))
+    at_once = chunk or _at_once(n, *work_of(model, call, path), _on_cpu(model))
     for passes in _bar(_sizes(n, at_once), progress):
-        outputs = stochastic_passes(model, passes, *call[0], **options, **call[1])
+        outputs = run_passes(model, model, passes, call, chunk=passes, **options)
         sums.add(*reading.logits(outputs, type(model).__name__))
     return sums.prediction()
 
@@ -221,7 +228,8 @@ class Reading:
         axes = logits.dim() - 1
         axis = self.class_axis
         if axis is None:
-            axis = -1 if axes == 2 else _AXES.get(type(outputs).__name__)
+            known = (at for cls, at in _AXES.items() if is_of(outputs, _OUTPUTS, cls))
+            axis = -1 if axes == 2 else next(known, None)
         if axis is None and key == _DENSE and axes == 4:
             axis = 1
         if axes < 2 or (axis is not None and logits.shape[axis + 1 if axis >= 0 else axis] == 1):
@@ -433,7 +441,7 @@ def _warn_if_equal(model: nn.Module, result: MCPrediction) -> None:
     warnings.warn(
         f"all passes of {name} are equal: none of its dropouts at a rate above 0 has run; "
         "rules={'Dropout': 'mc(p=0.1)'} gives them a rate, droppath=True samples drop-paths too",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

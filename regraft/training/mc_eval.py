@@ -16,7 +16,7 @@ from regraft.graft.slots import set_graft
 from regraft.record import RECORD, Graft, Layer, Slot, grafts_of
 from regraft.training.mc import Reading, Sampler
 from regraft.training.passes.api import run_passes
-from regraft.training.passes.outputs import pass_of
+from regraft.training.passes.nested import pass_of
 from regraft.training.passes.reentrancy import is_passing, passing
 from regraft.training.rdrop.fields import loss_in, parts_of, with_loss
 from regraft.training.rdrop.layer import Call, Forward

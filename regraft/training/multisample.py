@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regraft.errors import LossError
 from regraft.training.passes.api import stochastic_passes
-from regraft.training.passes.outputs import pass_of
+from regraft.training.passes.nested import pass_of
 
 
 def multisample_loss(

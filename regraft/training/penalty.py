@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from regraft.errors import ModelError
 from regraft.find.probe.example_inputs import Inputs, given_inputs
 from regraft.find.probe.preserve_state import buffers_kept, random_state_kept
+from regraft.libraries import is_conv1d
 from regraft.record import grafts_of, original_class
 from regraft.variants.registry import names, spec
 
@@ -69,8 +70,8 @@ def penalty(model: nn.Module, inputs: Any = None) -> Tensor:
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
-_WEIGHTED = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D")
-"""Layers whose weight multiplies what they are given; Conv1D is the linear layer of GPT-2."""
+_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers whose weight multiplies what they are given."""
 _READERS = "readers"
 """On a graft, or on a module that is a variant itself: the layers that one forward has shown to read it."""
 
@@ -85,7 +86,7 @@ def _unknown_readers(model: nn.Module, module: nn.Module) -> ModelError:
 
 
 def _weighted(module: nn.Module) -> bool:
-    return any(base.__name__ in _WEIGHTED for base in type(module).__mro__)
+    return isinstance(module, _WEIGHTED) or is_conv1d(module)
 
 
 def _readers_in_sequentials(model: nn.Module) -> dict[int, list[nn.Module]]:

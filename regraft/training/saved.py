@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from regraft.errors import FileError
+from regraft.errors import FileError, LossError
+from regraft.find.walk import inner_model
 from regraft.graft import save
 from regraft.graft.apply import Report
 from regraft.training.rdrop.options import RDropOptions
-from regraft.training.rdrop.rdrop import graft_rdrop, state_of
+from regraft.training.rdrop.rdrop import graft_rdrop
+from regraft.training.rdrop.state import RDropCriterion, state_of
 
 _RDROP = "rdrop"
 
@@ -22,8 +24,7 @@ _RDROP = "rdrop"
 def save_plan(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the grafts that a model has as a plan, and the options of its R-Drop; returns the file.
 
-    Of a criterion only its name is written, and of `regraft.rdrop_criterion` nothing: the line that makes
-    the criterion grafts the model again.
+    Of a criterion only its name is written: `load_plan` has to be given it again.
 
     Args:
         model: a grafted model (one without grafts gives an empty plan).
@@ -62,7 +63,8 @@ def load_plan(
     Args:
         model: of the architecture that the plan was made for.
         path: the file, or the folder that holds `regraft.json`.
-        criterion: of R-Drop, where it was made with one.
+        criterion: of R-Drop, where it was made with one; of `regraft.rdrop_criterion` what that returns for
+            this model, whose options are then those of the file.
 
     Example:
         >>> import regraft, tempfile
@@ -79,11 +81,23 @@ def load_plan(
         MisfitError: the plan was made for another model (also a ValueError).
     """
     values = _rdrop_in(path)
-    options = None if values is None else RDropOptions.from_dict(values, criterion)
+    options = None if values is None else _options(values, model, criterion)
     report = save.load_plan(model, path)
     if options is not None:
         graft_rdrop(model, options)
     return report
+
+
+def _options(values: dict[str, Any], model: nn.Module, criterion: Any) -> RDropOptions:
+    if not values.get("outside"):
+        return RDropOptions.from_dict(values, criterion)
+    if not isinstance(criterion, RDropCriterion) or criterion.model is not inner_model(model)[0]:
+        raise LossError(
+            f"R-Drop was made by rdrop_criterion with {values.get('criterion')}, which a file cannot hold",
+            remedy="criterion = regraft.rdrop_criterion(model, ...), then "
+            "regraft.load_plan(model, path, criterion=criterion)",
+        )
+    return RDropOptions.from_dict(values, criterion.criterion)
 
 
 def _rdrop_in(path: str | os.PathLike[str]) -> Any:

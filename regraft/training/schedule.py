@@ -9,10 +9,13 @@ from torch import nn
 
 from regraft.errors import MisfitError, NoMatchError, RateError, WrongKindError
 from regraft.find.inspect import Inspection, inspect
+from regraft.find.locks import lock_of, one_at_a_time
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
+from regraft.find.walk import named_modules
 from regraft.graft.apply import Step, graft_rules, take_out
-from regraft.graft.rates import Key, Rate, claim, key_of, rates_of
+from regraft.graft.graph_nodes import placed_grafts
+from regraft.graft.rates import Key, Rate, all_or_no_rates, claim, key_of, rates_of
 from regraft.planning.plan import plan_of
 from regraft.planning.rules import read_rules
 from regraft.training.curve import Curve, level, read_curve
@@ -34,7 +37,15 @@ class Schedule:
         notes: what to know first.
     """
 
-    def __init__(self, curve: Curve, rates: list[Rate], skipped: dict[str, str], grafts: list[Step]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        curve: Curve,
+        rates: list[Rate],
+        skipped: dict[str, str],
+        grafts: list[Step],
+    ) -> None:
+        self._root = root
         self.curve = curve
         self.rates = rates
         self.skipped = skipped
@@ -58,8 +69,13 @@ class Schedule:
         if to is not None and (isinstance(to, bool) or not isinstance(to, int) or to < 0):
             raise RateError(f"to={to!r} is no number of steps")
         self._require_all()
-        self.steps_done = self.steps_done + 1 if to is None else to
-        self._write()
+        done = self.steps_done
+        self.steps_done = done + 1 if to is None else to
+        try:
+            self._write()
+        except BaseException:
+            self.steps_done = done
+            raise
         return self.rate
 
     def extend(self, steps: int) -> None:
@@ -102,10 +118,11 @@ class Schedule:
         Sites that others have grafted or scheduled since are left alone.
         """
         temporary = {id(graft) for _, _, graft in self._grafts}
-        for rate in self.rates:
-            if id(rate.graft) not in temporary:
-                rate.restore()
-        take_out([step for step in self._grafts if step[2].schedule.get("owner") == self.rates[0].owner])
+        with lock_of(self._root):
+            for rate in self.rates:
+                if id(rate.graft) not in temporary:
+                    rate.restore()
+            take_out([step for step in self._grafts if step[2].schedule.get("owner") == self.rates[0].owner])
         self._grafts = []
 
     def __repr__(self) -> str:
@@ -124,10 +141,13 @@ class Schedule:
             )
 
     def _write(self) -> None:
-        for rate in self.rates:
-            rate.set(self.curve.rate(self.steps_done, rate.base))
+        placed = [(rate.module, rate.graft) for rate in self.rates]
+        with lock_of(self._root), all_or_no_rates(placed):
+            for rate in self.rates:
+                rate.set(self.curve.rate(self.steps_done, rate.base))
 
 
+@one_at_a_time
 def schedule(model: nn.Module, p: Mapping[str, Any], selector: Any = None, inputs: Any = None) -> Schedule:
     """Let rates change over time, in place: of any graft that has a rate, and of dropouts without one.
 
@@ -182,19 +202,22 @@ def schedule(model: nn.Module, p: Mapping[str, Any], selector: Any = None, input
     wanted = None if selector is None else read_selector(selector)
     sites = _selected(inspection, wanted)
     bare = {key_of(site) for site in sites.values() if site.variant is None and site.family in _NOISE}
-    grafts, skipped = _graft(model, inspection, bare)
-    rates, without = rates_of(inspection.root, sites)
-    skipped |= without
-    if wanted is not None and not wanted.any_type:
-        known = {rate.path for rate in rates} | set(skipped)
-        skipped |= {site.path: _NO_RATE for site in sites.values() if site.path not in known}
+    grafts: list[Step] = []
+    placed = [(named.module, graft) for named, _, graft in placed_grafts(named_modules(inspection.root))]
     try:
-        _check(curve, rates, sites, skipped, wanted)
+        with all_or_no_rates(placed):
+            skipped = _graft(model, inspection, bare, grafts)
+            rates, without = rates_of(inspection.root, sites)
+            skipped |= without
+            if wanted is not None and not wanted.any_type:
+                known = {rate.path for rate in rates} | set(skipped)
+                skipped |= {site.path: _NO_RATE for site in sites.values() if site.path not in known}
+            _check(curve, rates, sites, skipped, wanted)
+            claimed = claim(inspection.root, rates, grafts)
+            return Schedule(inspection.root, curve, rates, skipped, claimed)
     except BaseException:
         take_out(grafts)
         raise
-    claimed = claim(inspection.root, rates, grafts)
-    return Schedule(curve, rates, skipped, claimed)
 
 
 def _selected(inspection: Inspection, selector: Selector | None) -> dict[Key, Site]:
@@ -212,10 +235,10 @@ def _selected(inspection: Inspection, selector: Selector | None) -> dict[Key, Si
     return {key_of(site): site for site in selected}
 
 
-def _graft(model: nn.Module, inspection: Inspection, bare: set[Key]) -> tuple[list[Step], dict[str, str]]:
-    """Graft the sites that have no graft yet, with the variant that only sets their rate."""
+def _graft(model: nn.Module, inspection: Inspection, bare: set[Key], grafts: list[Step]) -> dict[str, str]:
+    """Graft the sites that have no graft yet, with the variant that only sets their rate; what is skipped."""
     if not bare:
-        return [], {}
+        return {}
 
     def family(name: str) -> Any:
         return lambda site: key_of(site) in bare and site.family == name
@@ -225,9 +248,8 @@ def _graft(model: nn.Module, inspection: Inspection, bare: set[Key]) -> tuple[li
         for name, value in _NOISE.items()
         if any(key_of(site) in bare and site.family == name for site in inspection.sites)
     ]
-    grafts: list[Step] = []
     report = graft_rules(model, plan_of(inspection, read_rules(pairs)), temporary=grafts)
-    return grafts, {skip.path: skip.reason for skip in report.skipped}
+    return {skip.path: skip.reason for skip in report.skipped}
 
 
 def _check(

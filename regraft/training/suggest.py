@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from regraft.errors import OptionError, RegraftError
-from regraft.find.inspect import Inspection, inspect
+from regraft.find.inspect import Inspection, inspect_flow
+from regraft.find.probe.dataflow import Dataflow
 from regraft.ops import ATTENTION
 from regraft.planning.plan import plan_of
 from regraft.planning.rules import read_rules
@@ -122,7 +123,7 @@ def suggest(model: nn.Module, examples: int, inputs: Any = None) -> Advice:
             f"examples={examples!r} is no number of examples",
             remedy="give the number of examples to train on, a whole number",
         )
-    profile = ModelProfile(inspect(model, inputs), examples)
+    profile = ModelProfile(inspect_flow(model, inputs, Dataflow()), examples)
     advice = [item for item in _advice(profile) if item.rule is None or _fits(profile.inspection, item.rule)]
     name = type(profile.root).__name__
     return Advice(name, profile.kind, profile.trainable, examples, advice, list(_notes(profile)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import RateError
+from regraft.libraries import is_conv1d
 from regraft.variants.spec import written_value
 
 SHOWS = "_regraft_shows"
@@ -100,7 +101,7 @@ class LinearVariant(nn.Linear, metaclass=VariantType):
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight of a linear layer as (out, in), which is not how a Conv1D (GPT-2) stores it."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.T if any(base.__name__ == "Conv1D" for base in type(module).__mro__) else weight
+    return weight.T if is_conv1d(module) else weight
 
 
 _QUIET = {"exact": False, "couple_channels": False, "noise": "bernoulli", "eval": "plain", "match": "rate"}

@@ -72,8 +72,11 @@ _RDROP = [
     _loader,
     lambda: {"model": Labelled()},
     _trl,
+    lambda: {"model": tiny.mlp(), "train_loss_fn": nn.CrossEntropyLoss()},
+    lambda: {"model": Labelled()},
+    lambda: {"model": tiny.mlp()},
 ]
-"""docs/rdrop.md speaks of four models, one in each block."""
+"""docs/rdrop.md speaks of a model in each block."""
 
 
 def _files():

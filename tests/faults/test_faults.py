@@ -1,80 +1,43 @@
-"""A Ctrl-C at any line of an operation leaves the model as it was."""
+"""A Ctrl-C, or no memory, at any line of an operation leaves the model as it was."""
 
 from __future__ import annotations
 
 import pytest
-import tiny
-import torch
-from harness import broken_by, lines_of
-from torch import nn
+from cases import MODELS, OPERATIONS, apply, case, grafted, inspect, revert
+from harness import FAULTS, broken_by, lines_of
 
-import regraft
-
-RULES = {"Dropout": "gaussian(p=0.2)"}
+QUICK = (apply, revert, inspect, grafted)
+CASES = [(operation, name) for operation in OPERATIONS for name in MODELS]
 
 
-def grafted_bert():
-    model = tiny.bert(layers=1)
-    regraft.apply(model, RULES)
-    return model
-
-
-def block(model):
-    with regraft.grafted(model, RULES):
-        pass
-
-
-def bound(model):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    regraft.max_norm(model, {"Linear": 3.0}, optimizer).remove()
-
-
-MODELS = {
-    "bert": lambda: tiny.bert(layers=1),
-    "bart": tiny.bart,
-    "llama": tiny.llama,
-    "albert": tiny.albert,
-    "mlp": lambda: nn.Sequential(nn.Linear(6, 8), nn.LSTM(8, 8, 2, dropout=0.1)),
-}
-OPERATIONS = {
-    "apply": lambda model: regraft.apply(model, RULES),
-    "inspect": regraft.inspect,
-    "grafted": block,
-    "max_norm": bound,
-}
-CASES = {
-    f"{operation} {name}": (OPERATIONS[operation], MODELS[name])
-    for operation in OPERATIONS
-    for name in MODELS
-}
-CASES |= {
-    "revert bert": (regraft.revert, grafted_bert),
-    "schedule bert": (lambda m: regraft.schedule(m, p={"start": 0.0, "end": 0.1, "steps": 9}), grafted_bert),
-    "rdrop bert": (lambda model: regraft.rdrop(model, alpha=1.0), MODELS["bert"]),
-    "rdrop llama": (lambda model: regraft.rdrop(model, alpha=1.0), MODELS["llama"]),
-    "inspect grafted": (regraft.inspect, grafted_bert),
-    "mc_predict bert": (
-        lambda model: regraft.mc_predict(model, 2, input_ids=torch.ones(2, 4, dtype=torch.long)),
-        lambda: tiny.bert(layers=1),
-    ),
-}
-QUICK = ("apply mlp", "grafted mlp", "revert bert", "inspect grafted")
-SAMPLES = {"few lines": 60, "every line": 1}
-
-
-def _samples():
-    for case in CASES:
-        for name, step in SAMPLES.items():
-            quick = pytest.mark.slow if case not in QUICK else ()
-            marks = pytest.mark.weekly if step == 1 else quick
-            yield pytest.param(case, step, id=f"{case}, {name}", marks=marks)
-
-
-@pytest.mark.parametrize(("case", "step"), list(_samples()))
-def test_an_interrupt_leaves_the_model_as_it_was(case, step):
-    operation, build = CASES[case]
-    lines = lines_of(operation, build)
+def broken(operation, name, places, faults):
+    """Of these lines, those at which a fault leaves something changed."""
+    work, build = case(operation, name)
+    lines = lines_of(work, build)
     assert len(lines) > 50
-    places = lines[step // 2 :: step]
-    broken = {f"{file}:{line}": broken_by(operation, build, (file, line)) for file, line in places}
-    assert {place: what for place, what in broken.items() if what} == {}
+    results = {
+        (fault, *line): broken_by(work, build, line, FAULTS[fault])
+        for place, line in enumerate(lines[places])
+        for fault in (faults if len(faults) == len(FAULTS) else [faults[place % len(faults)]])
+    }
+    return {place: what for place, what in results.items() if what}
+
+
+@pytest.mark.parametrize("operation", QUICK, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_leaves_a_small_model_as_it_was(operation, fault):
+    assert broken(operation, "lstm", slice(30, None, 60), [fault]) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("operation", "name"), CASES, ids=lambda one: getattr(one, "__name__", one))
+def test_a_fault_at_some_lines_leaves_a_model_as_it_was(operation, name):
+    kinds = list(FAULTS)
+    shift = CASES.index((operation, name))  # in turns: which lines, and which fault
+    assert broken(operation, name, slice(shift, None, 160), [kinds[shift % 3], kinds[(shift + 1) % 3]]) == {}
+
+
+@pytest.mark.weekly
+@pytest.mark.parametrize(("operation", "name"), CASES, ids=lambda one: getattr(one, "__name__", one))
+def test_a_fault_at_any_line_leaves_a_model_as_it_was(operation, name):
+    assert broken(operation, name, slice(None), list(FAULTS)) == {}

@@ -280,6 +280,62 @@ def test_10_what_is_not_torchs_own_is_said():
     assert "quantized layers cannot be grafted" in skip.reason
 
 
+class KerasDropout(nn.Module):
+    """A layer in the shape of Keras 3 on torch, which has no `nn.Dropout` inside and a class of its own."""
+
+    __module__ = "keras.src.layers.regularization.dropout"
+
+    def forward(self, x):
+        y = F.dropout(x, 0.3, training=self.training)
+        return y + torch.normal(0.0, 0.1, x.shape) if self.training else y
+
+
+def test_10_a_model_of_keras_that_drew_nothing_is_not_said_not_to_regularize():
+    net = nn.Sequential(KerasDropout())
+    net[0].forward = lambda x: x  # Keras's own are told to train by an argument of their call
+    assert "1 part of the model may draw" in str(regraft.inspect(net, X))
+
+
+def test_10_a_layer_of_keras_is_named_and_left_alone():
+    net = nn.Sequential(nn.Linear(16, 16), KerasDropout(), nn.Dropout(0.1))
+    inspection = regraft.inspect(net, X)
+    assert {(finding.path, finding.remedy) for finding in inspection.findings} == {
+        ("1", "write it with torch's layers to graft it")
+    }
+    report = regraft.apply(net, {"Dropout": "gaussian"}, X, verify=True)
+    assert [edit.path for edit in report.grafted] == ["2"]
+    assert [(skip.path, "Keras" in skip.reason) for skip in report.skipped] == [("1", True)]
+    assert type(net[1]) is KerasDropout
+    assert report.balance["draws"] == 3
+
+
+def test_10_the_report_says_what_a_step_will_cost():
+    report = regraft.plan(tiny.bert(), {"Dropout": "gaussian"})
+    assert any("a call as probed" in edit.cost for edit in report.grafted if edit.cost)
+    net = nn.Sequential(nn.LSTM(4, 4, 2, dropout=0.2))
+    (edit,) = regraft.plan(net, {"Dropout": "gaussian"}, torch.randn(3, 2, 4)).grafted
+    assert "0.95 to 1.07 times a training step, measured on a CPU core" in edit.cost
+
+
+class TiedAutoencoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.drop = nn.Linear(16, 8), nn.Dropout(0.1)
+
+    def forward(self, x):
+        return F.linear(self.drop(self.encoder(x)), self.encoder.weight.T)
+
+
+def test_9_verify_proves_each_graft_in_real_forwards():
+    net = TiedAutoencoder()
+    regraft.apply(net, {"Linear": "dropconnect(p=0.3)", "Dropout": "gaussian"}, X)
+    before = {name: type(module) for name, module in net.named_modules()}
+    assert regraft.verify(net, X).passed  # of a grafted model: as it stands
+    assert {name: type(module) for name, module in net.named_modules()} == before
+    net.drop.forward = lambda x: x  # somebody's own, which hides the graft
+    assert regraft.verify(net, X).passed is False
+
+
 @pytest.mark.parametrize(
     ("rules", "says"),
     [

@@ -290,3 +290,12 @@ def test_saved_plans_rebuild_the_grafts_beside_a_checkpoint(tmp_path, rules):
     expected = model(**tiny.tokens()).logits
     torch.manual_seed(5)
     assert torch.equal(again(**tiny.tokens()).logits, expected)
+
+
+def test_the_keys_of_a_shared_modules_state_are_all_of_its_names():
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.Sequential(nn.ReLU(), layer))
+    before = set(model.state_dict())
+    report = regraft.apply(model, {"Linear": "standout(gate='learned')"}, torch.ones(2, 4))
+    assert set(report.state_keys) == set(model.state_dict()) - before
+    assert {key.rpartition(".")[0] for key in report.state_keys} == {"0", "1.1"}

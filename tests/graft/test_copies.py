@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import tiny
@@ -170,3 +172,27 @@ def test_a_pickle_can_name_no_builder_but_regrafts_own(build):
 def test_a_layer_with_a_function_of_its_own_is_not_known_in_a_file():
     assert role_of("regraft.record", "Layer") == "unknown"
     assert role_of("regraft.record", "read_layer") == "value"
+
+
+def test_a_class_that_is_defined_anew_is_freed_after_revert():
+    """As in a notebook whose cell runs again."""
+
+    def used():
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layers = nn.Sequential(nn.Linear(4, 4), type("Drop", (nn.Dropout,), {})(0.2))
+
+            def forward(self, x):
+                return nn.functional.dropout(self.layers(x), 0.1, self.training)
+
+        model = Net()
+        regraft.apply(model, {"Dropout": "gaussian", "Linear": "dropconnect(p=0.1)"}, torch.ones(2, 4))
+        model(torch.ones(2, 4))
+        regraft.revert(model)
+        return weakref.ref(Net), weakref.ref(type(model.layers[1]))
+
+    classes = used()
+    for _ in range(3):  # a class is part of a circle, and what is made of it goes first
+        gc.collect()
+    assert [reference() for reference in classes] == [None, None]

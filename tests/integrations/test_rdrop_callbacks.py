@@ -6,7 +6,7 @@ from torch import nn
 
 import regraft
 from regraft.errors import ModelError
-from regraft.training.rdrop.rdrop import state_of
+from regraft.training.rdrop.state import state_of
 from tests.training.models import bert, tokens, vit
 
 Y = torch.tensor([0, 1, 0, 1])

@@ -59,10 +59,11 @@ def test_a_diff_folds_what_is_alike():
 def test_rates_that_grow_with_depth_are_one_range():
     rows = [
         edit(f"b.{i}.path", p=i / 10, before=f"DropPath(p={i / 10})", after=f"Noise(p={i / 20})",
-             options={"p": i / 20})
+             options={"p": i / 20}, strength=f"noise {i}")
         for i in (1, 2, 3)
     ]  # fmt: skip
     text = to_text(report(grafted=rows))
+    assert "  strength: noise 1 .. noise 3" in text
     assert "- DropPath(p=0.1..0.3)" in text
     assert "+ Noise(p=0.05..0.15)" in text
     assert "b.{1..3}.path     x3" in text

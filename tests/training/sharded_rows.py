@@ -10,24 +10,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+from transformers.pytorch_utils import Conv1D
 
 import regraft
 
 
-class Conv1D(nn.Module):
-    """GPT-2's: its rows are the columns, which FSDP shards across."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.zeros(5))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
-
-
 def build():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(7, 6), Conv1D(), nn.Linear(5, 3))
+    # The rows of GPT-2's Conv1D are its columns, which FSDP shards across.
+    net = nn.Sequential(nn.Linear(7, 6), Conv1D(5, 6), nn.Linear(5, 3))
     for p in net.parameters():
         p.data.mul_(2)
     return net

@@ -362,3 +362,14 @@ def test_an_insertion_in_a_graph_drops_in_the_call():
     regraft.apply(graph, {"after:ReLU": "dropout(p=0.5)"}, inputs=x)
     assert (regraft.mc_predict(graph, 50, x).variance > 1e-5).all()
     assert torch.equal(graph(x), plain)
+
+
+@pytest.mark.parametrize("strategy", ["shared", "loop"])
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_passes_in_chunks_have_the_common_part_of_a_fork_in_common(strategy, chunk):
+    model = nn.Sequential(nn.Dropout(0.5), nn.Identity(), nn.Dropout(0.01)).eval()
+    settings = {"fork": "2", "strategy": strategy, "chunk": chunk, "task": "regression", "samples": True}
+    dropped = [regraft.mc_predict(model, 8, torch.ones(4, 64), **settings).samples == 0 for _ in range(2)]
+    for each in dropped:
+        assert 0.35 < each.all(0).float().mean() < 0.65  # of independent passes it would be 1 in 256
+    assert not torch.equal(dropped[0].all(0), dropped[1].all(0))

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -708,3 +709,29 @@ def test_what_only_reads_a_tensors_data_is_shared():
     assert torch.equal(passes, model(x).expand(2, 3, 2))
     model.drop.p = 0.5
     assert not torch.equal(*regraft.stochastic_passes(model, 2, x, strategy="shared"))
+
+
+def test_a_model_with_several_main_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main_input_name = ["x", "names"]  # as OneFormer has
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x, names=None):
+            return self.drop(x)
+
+    for strategy in ("auto", "shared", "batch", "loop"):
+        inputs = {"x": torch.rand(4, 3), "names": [1, [2], {}]}
+        assert regraft.stochastic_passes(Two(), 2, strategy=strategy, **inputs).shape == (2, 4, 3)
+
+
+def test_equal_passes_in_eval_are_said():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)).eval()
+    with pytest.warns(UserWarning, match="are equal, for it is in eval"):
+        regraft.stochastic_passes(model, 2, torch.rand(5, 4))
+    regraft.apply(model, {"Dropout": "mc"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        regraft.stochastic_passes(model, 2, torch.rand(5, 4))
+        regraft.stochastic_passes(model.train(), 2, torch.rand(5, 4))

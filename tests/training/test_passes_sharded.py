@@ -1,4 +1,4 @@
-"""Passes of models sharded by FSDP2, in two processes on the CPU."""
+"""Passes of models that two processes train together, on the CPU."""
 
 import os
 import subprocess
@@ -10,11 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
-def test_two_processes_share_as_the_whole_model_does():
+def two_processes(script):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, ROOT / "tests/training/sharded_passes.py"],
+        [*command, ROOT / "tests/training" / script],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -22,4 +21,14 @@ def test_two_processes_share_as_the_whole_model_does():
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["agreed", "agreed"]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_share_as_the_whole_model_does():
+    assert two_processes("sharded_passes.py").split() == ["agreed", "agreed"]
+
+
+@pytest.mark.slow
+def test_two_processes_decide_alike_whether_the_batch_is_repeated():
+    assert two_processes("votes.py").strip() == "True [[6, 6], [12], [6, 6]]"

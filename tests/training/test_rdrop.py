@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import regraft
 from regraft.errors import InputsError, LossError, ModelError, RateError
-from regraft.training.rdrop.rdrop import state_of
+from regraft.training.rdrop.state import state_of
 from tests.training.models import bert, headed_bert, images, tokens, vit
 
 Y = torch.tensor([0, 1, 0, 1])
@@ -60,7 +60,7 @@ def t5():
 def test_it_trains_with_the_loss_of_its_passes(monkeypatch):
     model, seen = regraft.rdrop(bert(), alpha=0.7, passes=3), []
     monkeypatch.setattr(
-        "regraft.training.rdrop.rdrop.rdrop_terms",
+        "regraft.training.rdrop.state.rdrop_terms",
         lambda logits, *a, **k: (
             seen.append(logits.detach()) or regraft.training.rdrop.rdrop_loss.rdrop_terms(logits, *a, **k)
         ),
@@ -139,7 +139,7 @@ def test_copies_and_files(tmp_path):
     code = (
         "import sys, torch; m = torch.load(sys.argv[1], weights_only=False); x = torch.ones(2, 8).long(); "
         "m(input_ids=x, labels=torch.tensor([0, 1])); "
-        "from regraft.training.rdrop.rdrop import state_of; print(bool(state_of(m).terms.kl > 0))"
+        "from regraft.training.rdrop.state import state_of; print(bool(state_of(m).terms.kl > 0))"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, tmp_path / "model.pt"],
@@ -178,6 +178,22 @@ def test_a_criterion_is_asked_for_when_a_plan_is_loaded(tmp_path):
     assert all("_regraft" not in vars(module) for module in again.modules())
     regraft.load_plan(again, tmp_path, criterion=F.cross_entropy)
     assert state_of(again).options == state_of(model).options
+
+
+def test_the_criterion_outside_is_asked_for_too(tmp_path):
+    model, again = vit(drop_rate=0.3), vit(drop_rate=0.3)
+    regraft.apply(model, {"Dropout@head_drop": "gaussian"})
+    regraft.rdrop_criterion(model, F.cross_entropy, alpha=0.5, fork=0.5)
+    regraft.save_plan(model, tmp_path)
+    for criterion in (None, F.cross_entropy, regraft.rdrop_criterion(model, F.cross_entropy)):
+        with pytest.raises(LossError, match=r"rdrop_criterion with cross_entropy, which a file cannot hold"):
+            regraft.load_plan(again, tmp_path, criterion=criterion)
+        assert all("_regraft" not in vars(module) for module in again.modules())
+    criterion = regraft.rdrop_criterion(again, F.cross_entropy)
+    assert len(regraft.load_plan(again, tmp_path, criterion=criterion).grafted) == 1
+    assert (state_of(again).options.alpha, state_of(again).options.fork) == (0.5, 0.5)
+    criterion(again.train()(images()), Y.repeat(2)[: len(images())]).backward()
+    assert criterion.terms.kl > 0
 
 
 def quiet(build):
@@ -453,7 +469,40 @@ def test_at_alpha_0_trainers_steps_are_plain_steps(tmp_path, options):
     assert logs[0] == [pytest.approx(entry, rel=1e-4) for entry in logs[1]]
 
 
-def test_what_takes_the_labels_away_is_refused(tmp_path):
-    trainer = trainer_of(regraft.rdrop(bert()), tmp_path, label_smoothing_factor=0.1)
-    with pytest.raises(LossError, match=r"regraft\.rdrop\(model, label_smoothing=\.\.\.\)"):
+def test_trainers_label_smoothing_is_that_of_each_pass(tmp_path):
+    logs = []
+    for armed in (False, True):
+        torch.manual_seed(0)
+        model = quiet(bert)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of passes that are equal
+            model = regraft.rdrop(model) if armed else model
+        options = {"label_smoothing_factor": 0.1, "eval_strategy": "steps", "eval_steps": 3}
+        trainer = trainer_of(model, tmp_path, **options)
         trainer.train()
+        keys = ("loss", "grad_norm", "eval_loss")
+        logs.append([entry[key] for entry in trainer.state.log_history for key in keys if key in entry])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    regraft.revert(model)
+    trainer.train()  # plain again
+
+    trainer = trainer_of(regraft.rdrop(bert()), tmp_path, label_smoothing_factor=0.1)
+    trainer.train()
+    assert state_of(trainer.model).terms.kl > 0
+
+
+def test_a_loss_function_of_trainer_is_that_of_each_pass(tmp_path):
+    def weighted(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs.logits, labels, torch.tensor([1.0, 2.0]))
+
+    trainer = trainer_of(regraft.rdrop(bert()), tmp_path)
+    trainer.compute_loss_func = weighted
+    with pytest.raises(LossError, match="say task="):
+        trainer.train()
+    trainer = trainer_of(regraft.rdrop(bert(), task="classification"), tmp_path)
+    trainer.compute_loss_func = weighted
+    trainer.train()
+    assert state_of(trainer.model).terms.kl > 0
+    trainer = trainer_of(regraft.rdrop(bert(), label_smoothing=0.1), tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(LossError, match="no labels"):
+        trainer.train()  # smoothed twice

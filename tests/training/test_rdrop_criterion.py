@@ -416,3 +416,40 @@ def test_token_batches_of_a_language_model():
     counted = criterion.terms
     criterion(model(input_ids=tokens()), labels, num_items_in_batch=2 * items).backward()
     assert criterion.terms.kl < 0.8 * counted.kl
+
+
+class WordLanguageModel(nn.Module):
+    """As in pytorch/examples: time first, log-probabilities of all positions in one row, and the hidden state."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.encoder = nn.Dropout(0.2), nn.Embedding(11, 16)
+        self.rnn, self.decoder = nn.LSTM(16, 16, 2, dropout=0.2), nn.Linear(16, 11)
+
+    def forward(self, x, hidden):
+        output, hidden = self.rnn(self.drop(self.encoder(x)), hidden)
+        return self.decoder(self.drop(output)).view(-1, 11).log_softmax(-1), hidden
+
+
+def test_the_loop_of_word_language_model():
+    torch.manual_seed(0)
+    model = WordLanguageModel().train()
+    text = torch.randint(0, 11, (7, 4))
+    data, targets = text[:-1], text[1:].reshape(-1)
+    hidden = start = (torch.zeros(2, 4, 16), torch.zeros(2, 4, 16))
+    criterion = regraft.rdrop_criterion(model, nn.NLLLoss(), alpha=0.7)
+    for _ in range(2):  # the lines of its loop
+        hidden = tuple(each.detach() for each in hidden)
+        output, hidden = model(data, hidden)
+        loss = criterion(output, targets)
+        loss.backward()
+    assert hidden[0].shape == (2, 4, 16)
+    criterion = regraft.rdrop_criterion(model, nn.NLLLoss(), alpha=0.7, strategy="loop")
+    torch.manual_seed(3)
+    loss = criterion(model(data, start)[0], targets)
+    regraft.revert(model)
+    torch.manual_seed(3)
+    p, q = (model(data, start)[0] for _ in range(2))
+    kl = ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2
+    task = (F.nll_loss(p, targets) + F.nll_loss(q, targets)) / 2
+    torch.testing.assert_close(loss, task + 0.7 * kl)

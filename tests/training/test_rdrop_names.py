@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import regraft
 from regraft.errors import LossError, ModelError
 from regraft.training.rdrop.options import RDropOptions
-from regraft.training.rdrop.rdrop import state_of
+from regraft.training.rdrop.state import state_of
 from tests.training.models import bert, images, tokens, vit
 from tests.training.test_rdrop import gpt2, small
 

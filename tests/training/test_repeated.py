@@ -156,3 +156,21 @@ def test_a_cache_of_keys_and_values_is_each_passs_own(strategy):
 def test_a_cache_that_was_asked_for_is_refused_by_name():
     with pytest.raises(InputsError, match="DynamicCache"):
         regraft.stochastic_passes(gpt2(), 2, input_ids=tokens(2, 8), use_cache=True, strategy="batch")
+
+
+def test_inputs_are_given_as_everywhere_else():
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(3, 2))
+    x = torch.ones(4, 3)
+    both = regraft.stochastic_passes(model, 2, x), regraft.stochastic_passes(model, 2, inputs=x)
+    assert both[0].shape == both[1].shape == (2, 4, 2)
+    assert regraft.mc_predict(model, 4, inputs=(x,)).mean.shape == (4, 2)
+    loss = regraft.multisample_loss(model, torch.mean, 3, inputs=x)
+    assert loss.shape == ()
+    with pytest.raises(regraft.errors.InputsError, match="and more are given"):
+        regraft.stochastic_passes(model, 2, x, inputs=x)
+
+    class Own(torch.nn.Module):
+        def forward(self, inputs):
+            return torch.nn.functional.dropout(inputs, 0.5)
+
+    assert regraft.stochastic_passes(Own(), 2, inputs=x).shape == (2, 4, 3)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import regraft
-from regraft.training.rdrop.rdrop import state_of
+from regraft.training.rdrop.state import state_of
 from tests.training.models import bert, tokens
 
 WAY, FOLDER = sys.argv[1:3]

@@ -62,6 +62,21 @@ def test_noise_on_complex_numbers_is_real(name):
     assert y.real.std() > 0.05
 
 
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_where_only_deterministic_operators_are_allowed(name):
+    torch.use_deterministic_algorithms(True)
+    try:
+        x = torch.rand(2, 3, 4, 4, requires_grad=True)
+        outputs = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            outputs.append(run(name, x))
+        assert torch.equal(*outputs)
+        outputs[0].sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 LAYOUTS = {
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "transposed": lambda x: x.transpose(1, 3),

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from regraft.libraries import is_sharded
+
 
 def fake_state(model: nn.Module, mode: FakeTensorMode) -> dict[str, Tensor]:
     """Parameters and buffers by name, each tied tensor once."""
@@ -24,7 +26,7 @@ def fake(leaf: Any, mode: FakeTensorMode, device: torch.device | None = None) ->
     """A tensor as a fake one, on `device` or where it is (a meta one: on the CPU); others as they are."""
     if not isinstance(leaf, Tensor):
         return leaf
-    if type(leaf).__name__ == "DTensor":  # a part of a parameter that FSDP2 shards: the fake one is whole
+    if is_sharded(leaf):  # a part of a parameter that FSDP2 shards: the fake one is whole
         with mode:
             return torch.empty(leaf.shape, dtype=leaf.dtype, device=device or leaf.device).requires_grad_(
                 leaf.requires_grad

@@ -9,13 +9,11 @@ the rate and the law of a dropout written by hand.
 from __future__ import annotations
 
 import functools
-import math
 import random
-import re
 import sys
 import threading
-from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -29,8 +27,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regraft.find.calls import Called
-from regraft.find.frames import caller_line, calling_frames, in_a_variant, line_of
+from regraft.find.frames import caller_line, calling_frames, in_a_variant, is_users, line_of
 from regraft.find.graph_calls import running_node
+from regraft.find.probe.copied import NotCopiedError, original
 from regraft.find.probe.dataflow import Dataflow
 from regraft.find.probe.masks import ROWS, Masks
 from regraft.find.recognize import op_of
@@ -40,7 +39,10 @@ from regraft.record import grafts_of
 
 NOISE = ("Dropout", "DropPath")
 _NO_METHODS = {"__call__", "_call_impl", "_wrapped_call_impl"}
-_BLOCK = re.compile(r"drop_?block", re.IGNORECASE)
+GENERATORS = ("python", "numpy")
+"""Global generators that are no torch's, seen by their states."""
+_SPEC_AUGMENT = "apply_spec_augment"
+"""The setting of a configuration by which a speech model masks spans with numpy's generator."""
 _FIXED_KINDS = {F.gumbel_softmax: "Gumbel softmax", F.rrelu: "RReLU", torch.multinomial: "sampling"}
 """Functions that draw, and are no regularizers of a layer's output."""
 _DEVICE = torch.ops.prim.device.default
@@ -75,6 +77,8 @@ class Draw:
         call: the call of a function that drops in which it was drawn.
         own: whether a variant of regraft drew it; known of models whose grafts are in place.
         kind: named randomness that is no regularizer of a layer's output: "LayerDrop", "jitter", ...
+        methods: methods of the module that were running.
+        read: whether it, or a comparison of it, was read as a number of Python's, as a decision is.
     """
 
     op: str
@@ -89,6 +93,12 @@ class Draw:
     own: bool = False
     kind: str = ""
     methods: frozenset[str] = frozenset()
+    read: bool = False
+
+    @property
+    def may_decide(self) -> bool:
+        """Whether the forward may have gone another way with other numbers."""
+        return not self.kind and (self.read or self.op in GENERATORS)
 
 
 @dataclass
@@ -111,6 +121,17 @@ class Ledger:
     draws: list[Draw] = field(default_factory=list)
     read: set[str] = field(default_factory=set)
 
+    def take(self, other: Ledger) -> None:
+        """Take over what another forward did in modules that did not run in this one."""
+        known = {(id(called.owner), called.op, called.node) for called in self.called}
+        fresh = {key for key, count in other.counts.items() if count and not self.counts.get(key)}
+        self.called += [one for one in other.called if (id(one.owner), one.op, one.node) not in known]
+        self.draws += [draw for draw in other.draws if id(draw.module) in fresh]
+        self.counts |= {key: other.counts[key] for key in fresh}
+        self.lines = other.lines | self.lines
+        self.flows = other.flows | self.flows
+        self.read |= other.read
+
 
 def observe(
     forward: Callable[..., Any],
@@ -122,7 +143,7 @@ def observe(
     state: Mapping[str, Tensor] | None = None,
     recorders: Sequence[Recorder] = (),
     modules_too: bool = False,
-    keep_layers: bool = True,
+    number: float | None = None,
     operations: bool = True,
     fake_mode: ObservedFakeMode | None = None,
     locate: bool = False,
@@ -138,10 +159,10 @@ def observe(
         state: parameters by name, as the forward sees them.
         recorders: told every operation.
         modules_too: whether calls that are a dropout module's own count as calls of it.
-        keep_layers: LayerDrop, which draws a scalar, keeps every layer.
+        number: what each `torch.rand` of one number gives, which may decide whether a layer runs.
         operations: False sees named functions alone, which is quicker.
         fake_mode: the mode of the fake tensors that it runs on.
-        locate: look at the generators of Python and numpy at each module, not at the end alone.
+        locate: look at the generators of Python and numpy at each line of the model's, not at the end alone.
 
     The hooks are torch's global ones: hooks on the modules themselves would turn its fused paths off, and
     the user's model is not to be touched.
@@ -153,8 +174,7 @@ def observe(
         tensors,
         recorders,
         modules_too=modules_too,
-        keep_layers=keep_layers,
-        locate=locate,
+        number=number,
     )
     for recorder in recorders:
         recorder.start(tensors)
@@ -168,6 +188,8 @@ def observe(
             stack.enter_context(_Operations(observer))
         stack.enter_context(_Functions(observer))
         stack.enter_context(torch.no_grad())
+        if locate:
+            stack.enter_context(_lines_traced(observer))
         if observer.dataflow is not None:
             observer.dataflow.begin(args, kwargs)
         returned = forward(*args, **kwargs)
@@ -187,16 +209,14 @@ class Observer:
         recorders: Sequence[Recorder],
         *,
         modules_too: bool,
-        keep_layers: bool,
-        locate: bool,
+        number: float | None,
     ) -> None:
         self.known = known
         self.sites = sites
         self.recorders = recorders
         self.dataflow = next((one for one in recorders if isinstance(one, Dataflow)), None)
         self.modules_too = modules_too
-        self.keep_layers = keep_layers
-        self.locate = locate
+        self.number = number
         self.root = next(iter(known.values()))
         self.grafted = any(grafts_of(module) for module in known.values())
         self.owners: list[nn.Module] = []
@@ -207,6 +227,7 @@ class Observer:
         self._called: dict[tuple[int, str, str], Called] = {}
         self._generators = _generators()
         self._thread = threading.get_ident()
+        self._copies = False
 
     @property
     def here(self) -> nn.Module:
@@ -216,8 +237,10 @@ class Observer:
     def enter(self, module: nn.Module, given: Any) -> None:
         if threading.get_ident() != self._thread:
             return
-        if self.locate:
-            self._check_generators()
+        entered, module = module, original(module)
+        self._copies |= entered is not module
+        if self._copies and entered is module and id(module) in self.known:
+            raise NotCopiedError(type(module).__name__)
         self.owners.append(module)
         if self.dataflow is not None:
             self.dataflow.enter(module, given)
@@ -227,9 +250,8 @@ class Observer:
             lines[id(module)] = caller_line()
 
     def leave(self, module: nn.Module, given: Any, returned: Any) -> None:
+        module = original(module)
         if threading.get_ident() == self._thread and self.owners and self.owners[-1] is module:
-            if self.locate:
-                self._check_generators()
             self.owners.pop()
             self.ledger.flows.setdefault(id(module), (flow(given), flow(returned)))
             if self.dataflow is not None:
@@ -256,18 +278,27 @@ class Observer:
         called.score_bytes = max(called.score_bytes, parsed.score_bytes)
         running.called = called
 
-    def drew(self, op: str, shape: tuple[int, ...], kind: str = "") -> Draw:
+    def drew(self, op: str, shape: tuple[int, ...]) -> Draw:
         """Write a draw down."""
         frames, here = calling_frames(), self.here
-        draw = Draw(op, here, line_of(frames), shape, kind=kind, own=self.grafted and in_a_variant())
+        draw = Draw(op, here, line_of(frames), shape, own=self.grafted and in_a_variant())
         self.ledger.draws.append(draw)
         if self.calls:
             running = self.calls[-1]
             draw.p, draw.call, draw.kind = running.p, running.called, running.kind
         else:
             draw.methods = frozenset(_methods(here, frames))
-            draw.kind = kind or _kind_of(op, shape, here, frames)
         return draw
+
+    def decided(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """A `torch.rand` of one number, which gets the number of this forward."""
+        shape = (1,) if args in ((1,), ([1],), ((1,),)) else ()
+        device = kwargs.get("device") if shape else None  # a number without axes goes along with any device
+        number = torch.tensor(self.number, device=device, dtype=kwargs.get("dtype")).reshape(shape)
+        draw = self.drew("rand", shape)
+        if not self.calls:
+            self.masks.begin(draw, number, "rand", args)
+        return number
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """An operation ran."""
@@ -288,8 +319,10 @@ class Observer:
 
     def finish(self) -> Ledger:
         """The ledger, with the drop-paths written by hand as calls of their own."""
-        self._check_generators()
+        self.check_generators()
         for draw in self.ledger.draws:
+            if draw.call is None and FAMILIES.get(op_of(draw.module) or "") in NOISE:
+                draw.kind = ""  # a site's own
             if draw.call is None and draw.law == ROWS and not draw.kind and _may_own(draw.module):
                 draw.call = self._call(draw.module, DROP_PATH, "")
                 draw.call.rates.append(draw.p)
@@ -302,10 +335,14 @@ class Observer:
         key = (id(owner), node, op)
         return self._called.setdefault(key, Called(owner, op, node=node))
 
-    def _check_generators(self) -> None:
+    def check_generators(self, source: str = "") -> None:
+        """Write down what Python's and numpy's generators drew since the last look, at the line `source`."""
         for name, state in _generators().items():
             if self._generators.setdefault(name, state) != state:
-                self.drew(name, ()).source = ""
+                draw = self.drew(name, ())
+                draw.source = source
+                if name == "numpy" and getattr(getattr(draw.module, "config", None), _SPEC_AUGMENT, False):
+                    draw.kind = "SpecAugment"
                 self._generators[name] = state
 
 
@@ -333,9 +370,8 @@ class _Functions(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs, observer = kwargs or {}, self.observer
-        if func is torch.rand and observer.keep_layers and _is_scalar(args):
-            observer.drew("rand", (), "LayerDrop")
-            return torch.tensor(1.0)  # keeps every layer
+        if func is torch.rand and observer.number is not None and _is_scalar(args):
+            return observer.decided(args, kwargs)
         if func in FUNCTIONS:
             observer.begin_call(FUNCTIONS[func](*args, **kwargs))
         elif func in RECURRENT:
@@ -408,24 +444,9 @@ def _methods(owner: nn.Module, frames: list[FrameType]) -> set[str]:
     found = set()
     for frame in frames:
         name = frame.f_code.co_name
-        if frame.f_locals.get("self") is owner and callable(getattr(type(owner), name, None)):
+        if original(frame.f_locals.get("self")) is owner and callable(getattr(type(owner), name, None)):
             found.add(name)
     return found - _NO_METHODS
-
-
-def _kind_of(op: str, shape: tuple[int, ...], module: nn.Module, frames: list[FrameType]) -> str:
-    """What a draw outside the known functions is for, where that can be told from what is seen."""
-    if FAMILIES.get(op_of(module) or "") in NOISE:
-        return ""  # a site's own
-    if op == "rand" and len(shape) <= 1 and math.prod(shape) == 1:
-        return "LayerDrop"
-    if op == "numpy" and getattr(getattr(module, "config", None), "apply_spec_augment", False):
-        return "SpecAugment"
-    if op in ("uniform_", "rand_like") and any(
-        "jitter" in name and value for name, value in vars(module).items()
-    ):
-        return "jitter"
-    return "DropBlock" if any(_BLOCK.search(frame.f_code.co_name) for frame in frames) else ""
 
 
 def _may_own(module: nn.Module) -> bool:
@@ -442,5 +463,32 @@ def _generators() -> dict[str, Any]:
     numpy = sys.modules.get("numpy")
     states: dict[str, Any] = {"python": random.getstate()}
     if numpy is not None:
-        states["numpy"] = repr(numpy.random.get_state(legacy=False)["state"])
+        state = numpy.random.get_state(legacy=False)["state"]
+        states["numpy"] = (state["key"].tobytes(), state["pos"])
     return states
+
+
+@contextmanager
+def _lines_traced(observer: Observer) -> Iterator[None]:
+    """While it runs, the generators of Python and numpy are looked at behind each line of the model's."""
+
+    def called(frame: FrameType, event: str, value: Any) -> Any:
+        if not is_users(frame):
+            return None
+        last = line_of([frame])
+
+        def ran(frame: FrameType, event: str, value: Any) -> Any:
+            nonlocal last
+            if event in ("line", "return"):
+                observer.check_generators(last)
+                last = line_of([frame])
+            return ran
+
+        return ran
+
+    before = sys.gettrace()
+    sys.settrace(called)
+    try:
+        yield
+    finally:
+        sys.settrace(before)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from regraft.find.probe.copied import original
 from regraft.interrupts import HeldInterrupts
 from regraft.record import temporarily_ungrafted
 
@@ -97,6 +98,14 @@ def random_state_kept() -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
+def seed_generators(seed: int) -> None:
+    """Put the global generators of torch, Python and numpy at a known state."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed)
+
+
 @contextmanager
 def buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
     """On leaving, all buffers have the values they had: for a forward on real tensors.
@@ -175,9 +184,6 @@ def _cached(value: Any) -> Iterator[Any]:
             yield inside
 
 
-_LAYER_DROPS = ("layerdrop", "layer_drop")
-
-
 class MarkedRate(float):
     """A rate that knows whose it is: the same number, so that no model can notice."""
 
@@ -188,20 +194,16 @@ class MarkedRate(float):
 def marked(modules: list[nn.Module]) -> Iterator[None]:
     """The originals of all modules in training mode; afterwards everything is as it was.
 
-    LayerDrop draws, but at a rate so small that no layer is missed. Each dropout's rate is marked, so that a
-    call that uses it tells which module it got it from.
+    Each dropout's rate is marked, so that a call that uses it tells which module it got it from.
     """
     with unchanged(modules), temporarily_ungrafted(modules):
         set_training(modules, mode=True)
         for module in modules:
             attributes = module.__dict__
-            for name in _LAYER_DROPS:
-                if isinstance(attributes.get(name), float) and attributes[name] > 0:
-                    attributes[name] = sys.float_info.min
             rate: Any = attributes.get("p")
             if isinstance(rate, (float, int)) and not isinstance(rate, bool) and 0 <= rate <= 1:
                 attributes["p"] = MarkedRate(rate)
-                attributes["p"].module = module
+                attributes["p"].module = original(module)
         yield
 
 

@@ -136,13 +136,13 @@ class ProductRecorder:
                 self._derived.setdefault(key, _NO_ROOTS)
 
     def add(self, part: ProductRecorder, path: str) -> None:
-        """Take over what was recorded of a part of the model, the module at `path`, run by itself."""
+        """Take over what was recorded of a part of the model, the module at `path`; or of another forward."""
         for key, product in part._products.items():
-            names = tuple(f"{path}.{name}" for name in product.parameters)
-            self._products.setdefault((path, *key), replace(product, parameters=names))
-        self.used.update(f"{path}.{name}" for name in part.used)
+            names = tuple(f"{path}.{name}".lstrip(".") for name in product.parameters)
+            self._products.setdefault((path, *key) if path else key, replace(product, parameters=names))
+        self.used.update(f"{path}.{name}".lstrip(".") for name in part.used)
         for name, modules in part.lookups.items():
-            self.lookups.setdefault(f"{path}.{name}", []).extend(modules)
+            self.lookups.setdefault(f"{path}.{name}".lstrip("."), []).extend(modules)
 
     @property
     def products(self) -> list[Product]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,9 +19,10 @@ from torch.utils._pytree import tree_map
 from regraft.errors import InputsError
 from regraft.find.calls import Called
 from regraft.find.frames import own_line
+from regraft.find.probe.copied import NotCopiedError, copied
 from regraft.find.probe.example_inputs import Inputs, describe
 from regraft.find.probe.fake import fake, fake_state
-from regraft.find.probe.ledger import Draw, ObservedFakeMode, Recorder, observe
+from regraft.find.probe.ledger import GENERATORS, Draw, Ledger, ObservedFakeMode, Recorder, observe
 from regraft.find.probe.preserve_state import (
     MarkedRate,
     buffers_kept,
@@ -28,9 +30,11 @@ from regraft.find.probe.preserve_state import (
     marked,
     preserving,
     random_state_kept,
+    seed_generators,
     set_training,
     silent,
 )
+from regraft.find.probe.products import ProductRecorder
 from regraft.find.tensor_io import Flow
 
 
@@ -118,11 +122,14 @@ def run_probe(
         # A lazy module makes its weights in its first forward, which is not the probe's to run.
         return Probe(reason="a module of it is lazy, and has no weights before its first forward")
     began = time.perf_counter()
-    probe = _first_that_runs(_Look(model, every, sites, recorders, given), candidates)
+    with _probing:
+        probe = _first_that_runs(_Look(model, every, sites, recorders, given), candidates)
     probe.seconds = None if probe.reason == _UNKNOWN else round(time.perf_counter() - began, 3)
     return probe
 
 
+_probing = threading.RLock()
+"""One probe at a time: they share the generators, the filters of warnings and the caches of model files."""
 _UNKNOWN = "regraft does not know this model's inputs; give inputs="
 
 
@@ -167,6 +174,10 @@ def _is_for_being_fake(error: Exception) -> bool:
     return isinstance(error, (InputsError, *_FAKE_ERRORS))
 
 
+_FEWEST_FORWARDS, _MOST_FORWARDS = 4, 8
+"""Training forwards with other numbers, of a model that goes by numbers whose range is not known."""
+_LAST = 1 - 2**-24
+"""The greatest number that `torch.rand` gives; the smallest is 0."""
 _MOST_REAL = 3
 """Real forwards tried: they take time."""
 _FAKE_ERRORS = (
@@ -179,16 +190,34 @@ _FAKE_ERRORS = (
 
 def _on_fake_tensors(look: _Look, inputs: Inputs) -> Probe:
     mode = ObservedFakeMode(allow_non_fake_inputs=True)
-    with preserving(silent(), forgotten(look.every), marked(look.every), random_state_kept()):
+    with preserving(silent(), forgotten(look.every), random_state_kept()):
         state = fake_state(look.model, mode)
         device = next(reversed(state.values())).device if state else torch.device("cpu")
         args, kwargs = tree_map(lambda leaf: fake(leaf, mode, device), (inputs.args, inputs.kwargs))
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def in_place(*args: Any, **kwargs: Any) -> Any:
             return functional_call(look.model, state, args, kwargs)
 
         with mode:
-            return _both(look, (forward, args, kwargs), state, mode)
+            return _on_copies(look, (in_place, args, kwargs), state, mode)
+
+
+def _on_copies(
+    look: _Look, forward: Forward, state: dict[str, Tensor], mode: ObservedFakeMode | None = None
+) -> Probe:
+    """The probe by copies of the modules on the tensors of `state`.
+
+    Where those would reach the modules themselves, the modules are run, by `forward`, and put back.
+    """
+    run, args, kwargs = forward
+    own = dict([*look.model.named_parameters(), *look.model.named_buffers()])
+    try:
+        copies = copied(look.every, {id(own[name]): tensor for name, tensor in state.items()})
+        with marked(copies):
+            return _both(look, (copies[0], args, kwargs), state, copies, mode)
+    except NotCopiedError:
+        with preserving(marked(look.every)):
+            return _both(look, (run, args, kwargs), state, look.every, mode)
 
 
 def _for_real(look: _Look, inputs: Inputs, reason: str) -> Probe:
@@ -197,10 +226,11 @@ def _for_real(look: _Look, inputs: Inputs, reason: str) -> Probe:
     if torch.device("meta") in devices or len(devices) > 1:
         return Probe(reason=reason)
     args, kwargs = tree_map(lambda leaf: _moved(leaf, devices), (inputs.args, inputs.kwargs))
-    state = dict([*model.named_parameters(), *model.named_buffers()])
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    state = {**dict(model.named_parameters()), **buffers}
     try:
-        with preserving(silent(), buffers_kept(every), marked(every), random_state_kept()):
-            probe = _both(look, (model, args, kwargs), state)
+        with preserving(silent(), buffers_kept(every), random_state_kept()):
+            probe = _on_copies(look, (model, args, kwargs), state)
     except Exception as error:
         if look.given:
             raise InputsError(
@@ -214,14 +244,15 @@ def _for_real(look: _Look, inputs: Inputs, reason: str) -> Probe:
 
 
 def _both(
-    look: _Look, forward: Forward, state: Mapping[str, Tensor], mode: ObservedFakeMode | None = None
+    look: _Look,
+    forward: Forward,
+    state: Mapping[str, Tensor],
+    running: list[nn.Module],
+    mode: ObservedFakeMode | None = None,
 ) -> Probe:
+    """The probe by `forward`, in training and then in eval; `running` are the modules that it runs."""
     known = {id(module): module for module in look.every}
-    seen = observe(
-        *forward, known=known, sites=look.sites, state=state, recorders=look.recorders, fake_mode=mode
-    )
-    if any(draw.op in ("numpy", "python") for draw in seen.draws):
-        seen.draws = observe(*forward, known=known, state=state, fake_mode=mode, locate=True).draws
+    seen = _train(look, forward, known, state, mode)
     probe = Probe(
         counts=seen.counts,
         lines=seen.lines,
@@ -231,15 +262,73 @@ def _both(
         read=_modules_read(look.model, seen.read),
     )
     # With those that the first forward made and kept.
-    set_training([*look.every, *look.model.modules()], mode=False)
+    set_training([*running, *running[0].modules()], mode=False)
     try:
         by_hand = any(draw.call is None for draw in seen.draws)
-        in_eval = observe(*forward, known=known, modules_too=True, operations=by_hand, fake_mode=mode)
+        in_eval = observe(
+            *forward, known=known, modules_too=True, operations=by_hand, fake_mode=mode, number=_LAST
+        )
     except Exception:  # only the diagnosis of eval is lost; the training forward stands
         return _with_twins(probe)
     probe.eval_called = [called for called in in_eval.called if called.p != 0]
     probe.eval_draws = in_eval.draws
     return _with_twins(probe)
+
+
+def _train(
+    look: _Look,
+    forward: Forward,
+    known: dict[int, nn.Module],
+    state: Mapping[str, Tensor],
+    mode: ObservedFakeMode | None,
+) -> Ledger:
+    """The ledger of the training forward; of several, where it goes by numbers that it draws.
+
+    Such a forward leaves modules out. It runs again with other numbers, and what it does then in modules
+    that have not run is taken over. A draw by which modules below its own run or do not is LayerDrop.
+    """
+
+    def run(recorders: Sequence[Recorder], seed: int) -> Ledger:
+        seed_generators(seed)
+        number = 0.0 if seed == 1 else _LAST
+        return observe(
+            *forward,
+            known=known,
+            sites=look.sites,
+            state=state,
+            recorders=recorders,
+            fake_mode=mode,
+            number=number,
+            locate=locate,
+        )
+
+    locate = False
+    seen = run(look.recorders, 0)
+    locate = any(draw.op in GENERATORS for draw in seen.draws)
+    if locate:
+        seen = run(look.recorders, 0)
+    deciding = [draw for draw in seen.draws if draw.may_decide]
+    if not deciding:
+        return seen
+    forced = all(draw.op == "rand" for draw in deciding)  # by both ends of its range
+    first, differ = dict(seen.counts), set[int]()
+    for seed in range(1, _MOST_FORWARDS):
+        own = ProductRecorder(name for name, _ in look.model.named_parameters())
+        again = run([own], seed)
+        differ |= {key for key in known if first.get(key, 0) != again.counts.get(key, 0)}
+        seen.take(again)
+        for recorder in look.recorders:
+            if isinstance(recorder, ProductRecorder):
+                recorder.add(own, "")
+        if forced or (seed >= _FEWEST_FORWARDS and all(map(seen.counts.get, differ))):
+            break
+    below = {id(draw.module): {id(one) for one in draw.module.modules()} for draw in deciding}
+    for draw in deciding:
+        inside = below[id(draw.module)] - {id(draw.module)}
+        inner = [below[key] - {key} for key in inside & below.keys()]
+        if differ & inside.difference(*inner):
+            draw.kind = "LayerDrop"
+    return seen
 
 
 def _modules_read(model: nn.Module, names: set[str]) -> set[int]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import InputsError
+from regraft.find.locks import lock_of
 from regraft.find.walk import inner_model
 from regraft.record import grafts_of
 from regraft.training.passes.caches import Call
@@ -23,7 +24,6 @@ from regraft.training.passes.fork import Fork, ForkError
 from regraft.training.passes.independence import UNDECIDED, why_dependent
 from regraft.training.passes.measure import (
     Forward,
-    Measured,
     Meter,
     measured,
     on_fake_tensors,
@@ -106,7 +106,7 @@ class PassAnalysis:
     per_pass: PerPass = field(default_factory=dict)
     decides: bool = False
     no_batch: list[str | InputsError | None] = field(default_factory=list)
-    plain: Measured | None = None
+    plain: Meter | None = None
     elements: int = 0
     place: Any = on_fake_tensors
     template: Any = None
@@ -143,19 +143,20 @@ def analysis_of(model: nn.Module, inputs: Inputs) -> PassAnalysis:
     """
     if torch.compiler.is_compiling():
         return PassAnalysis(no_sharing=_COMPILING, no_batch=[_COMPILING])
-    known = _known.setdefault(model, {})
-    key = _state(model, inputs)
-    if key not in known:
-        known[key] = _analyzed(model, inputs)
-        known[key].elements = _elements(inputs.call)
-        if known[key].no_sharing is not None:
-            log.info("%s: passes share nothing: %s", type(model).__name__, known[key].no_sharing)
-    return known[key]
+    with lock_of(model):
+        known = _known.setdefault(model, {})
+        key = _state(model, inputs)
+        if key not in known:
+            known[key] = _analyzed(model, inputs)
+            known[key].elements = _elements(inputs.call)
+            if known[key].no_sharing is not None:
+                log.info("%s: passes share nothing: %s", type(model).__name__, known[key].no_sharing)
+        return known[key]
 
 
 def work_of(model: nn.Module, call: Call, fork: str | None = None) -> tuple[float, float]:
     """The part of one pass that passes can share, in [0, 1]; and about how many flops a pass has."""
-    analysis = analysis_of(model, Inputs(call, getattr(model, "main_input_name", None), fork=fork))
+    analysis = analysis_of(model, Inputs(call, main_input(model), fork=fork))
     prefix = 0.0 if analysis.no_sharing is not None else analysis.prefix
     if analysis.plain is None:
         return prefix, math.inf
@@ -190,6 +191,14 @@ def _state(model: nn.Module, inputs: Inputs) -> Any:
 
 def _number(value: Any) -> Any:
     return value if isinstance(value, (int, float)) else None
+
+
+def main_input(model: nn.Module) -> str | None:
+    """The argument that says how long a Transformers model's batch is: of several, the first."""
+    name = getattr(model, "main_input_name", None)
+    if isinstance(name, (list, tuple)):
+        name = next(iter(name), None)
+    return name if isinstance(name, str) else None
 
 
 def _analyzed(model: nn.Module, inputs: Inputs) -> PassAnalysis:
@@ -299,7 +308,7 @@ def _sharing(analysis: PassAnalysis, model: nn.Module, draws: bool, per_pass: Pe
     return trial
 
 
-def _each(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> list[Measured]:
+def _each(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> list[Meter]:
     """The same passes one after the other, with decisions at the ends of what they can be."""
     assert analysis.plain is not None
     if not analysis.plain.scalars:
@@ -315,7 +324,7 @@ def _each(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> list[Meas
     return [_tried(analysis.place, model, inputs, trial_at(number)) for number in (0.0, LAST)]
 
 
-def _flaw(both: Measured, each: list[Measured]) -> str | None:
+def _flaw(both: Meter, each: list[Meter]) -> str | None:
     if both.scalars > both.common.scalars:
         return _DECIDES
     if both.draws != both.common.draws + sum(one.draws - one.common.draws for one in each):
@@ -327,7 +336,7 @@ def _flaw(both: Measured, each: list[Measured]) -> str | None:
     return None
 
 
-def _prefix(both: Measured, each: list[Measured]) -> float:
+def _prefix(both: Meter, each: list[Meter]) -> float:
     cost = sum(one.cost for one in each) / _PROBED
     suffix = (both.cost - cost) / max(cost, 1)
     return min(max(1 - suffix / (_PROBED - 1), 0.0), 1.0)
@@ -361,7 +370,7 @@ def _batch_draws(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> st
     return _SHARED_DRAW if decided or both.draws != _PROBED * single.draws else None
 
 
-def _tried(place: Any, model: nn.Module, inputs: Inputs, trial: Trial) -> Measured:
+def _tried(place: Any, model: nn.Module, inputs: Inputs, trial: Trial) -> Meter:
     fork = None if inputs.fork is None else Fork(model, inputs.fork)
     with place(model, *inputs.call) as (forward, args, kwargs):
         return measured(lambda meter: trial(forward, (args, kwargs), meter, fork))

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regraft.errors import InputsError, ModelError, RateError, nearest
+from regraft.find.probe.example_inputs import given_inputs
 from regraft.find.walk import inner_model
-from regraft.training.passes.analyze import Inputs, PassAnalysis, analysis_of, log, why
+from regraft.training.passes.analyze import Inputs, PassAnalysis, analysis_of, log, main_input, why
 from regraft.training.passes.caches import Call
 from regraft.training.passes.compiled import compiled_forward, is_compiled
 from regraft.training.passes.fork import Fork, ForkError, Parting, fork_path
 from regraft.training.passes.intercept import RecomputeError
 from regraft.training.passes.loop import joined, single_forward
 from regraft.training.passes.measure import Forward
+from regraft.training.passes.nested import leaves
 from regraft.training.passes.per_pass_modules import modules_of
 from regraft.training.passes.reentrancy import passing
 from regraft.training.passes.repeat import NoBatchAxisError, repeated_forward
@@ -49,7 +52,7 @@ def stochastic_passes(
     Args:
         model: as it is, in training or in eval; it is not switched.
         n: how many passes.
-        args: for the model's forward.
+        args: for the model's forward, as are `kwargs`; or `inputs=` with all of them, as of `regraft.apply`.
         strategy: "auto", "shared", "batch" or "loop".
         chunk: at most this many passes at once, to bound the memory.
         unbatched: names of keyword arguments that "batch" must not repeat, although their first axis is
@@ -74,6 +77,9 @@ def stochastic_passes(
     asked for by `use_cache=True` is None among the outputs. A table of what works under which strategy:
     docs/passes.md.
 
+    Warns:
+        If the model is in eval and the passes are equal.
+
     Raises:
         InputsError: an input that cannot be repeated, or an output without a value for each pass.
         ModelError: the strategy asked for cannot run this model, or its passes would not be independent.
@@ -87,16 +93,46 @@ def stochastic_passes(
         torch.Size([2, 5, 3])
     """
     check_strategy(strategy)
-    return run_passes(
+    outputs = run_passes(
         model,
         model,
         _check_count("n", n),
-        (args, kwargs),
+        call_of(model, args, kwargs),
         strategy=strategy,
         chunk=n if chunk is None else _check_count("chunk", chunk),
         unbatched=unbatched,
         fork=fork,
     )
+    if n > 1 and not torch.compiler.is_compiling() and not any(m.training for m in model.modules()):
+        _warn_if_equal(model, outputs)
+    return outputs
+
+
+def _warn_if_equal(model: nn.Module, outputs: Any) -> None:
+    tensors = [leaf for _, leaf in leaves("", outputs) if isinstance(leaf, Tensor)]
+    if all(bool((x[0] == x[1]).all()) for x in tensors if len(x) > 1):
+        warnings.warn(
+            f"the passes of {type(inner_model(model)[0]).__name__} are equal, for it is in eval: "
+            "model.train() for training, regraft.mc_predict for a prediction",
+            stacklevel=3,
+        )
+
+
+def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The arguments of a forward, also given as one `inputs=`, as `regraft.apply` takes them.
+
+    Raises:
+        InputsError: both are given, or the inputs do not fit the forward.
+    """
+    inner = inner_model(model)[0]
+    if "inputs" not in kwargs or "inputs" in inspect.signature(inner.forward).parameters:
+        return args, kwargs
+    if args or len(kwargs) > 1:
+        raise InputsError(
+            "inputs= has all of a forward's arguments, and more are given", where=type(inner).__name__
+        )
+    made = given_inputs(inner, kwargs["inputs"])
+    return made.args, dict(made.kwargs)
 
 
 def run_passes(
@@ -108,9 +144,12 @@ def run_passes(
     strategy: str,
     chunk: int,
     unbatched: Collection[str] = (),
-    fork: str | float | None = None,
+    fork: str | float | Fork | None = None,
 ) -> Any:
-    """What `stochastic_passes` does, by a `forward` of `model` that need not be the model's own."""
+    """What `stochastic_passes` does, by a `forward` of `model` that need not be the model's own.
+
+    Calls that are given one `Fork` have what is drawn in front of it in common.
+    """
     inner = inner_model(model)[0]
     if fork is not None and (is_compiled(model) or torch.compiler.is_compiling()):
         raise ForkError(
@@ -118,14 +157,11 @@ def run_passes(
             remedy="pass the model uncompiled; its blocks may be compiled, each by compile()",
         )
     args, kwargs = call
-    inputs = Inputs(
-        (args, _without_cache(inner, kwargs)),
-        getattr(inner, "main_input_name", None),
-        unbatched,
-        None if fork is None else fork_path(inner, fork),
-    )
+    path = fork.path if isinstance(fork, Fork) else None if fork is None else fork_path(inner, fork)
+    inputs = Inputs((args, _without_cache(inner, kwargs)), main_input(inner), unbatched, path)
+    shared = fork if isinstance(fork, Fork) else None
     with passing(inner):
-        return getattr(_Passes(model, forward, n, min(chunk, n), inputs), strategy)()
+        return getattr(_Passes(model, forward, n, min(chunk, n), inputs, shared), strategy)()
 
 
 @dataclass(frozen=True)
@@ -137,6 +173,8 @@ class _Passes:
     n: int
     chunk: int
     inputs: Inputs
+    fork: Fork | None
+    """One that other calls have in common with this one."""
 
     @property
     def analysis(self) -> PassAnalysis:
@@ -208,8 +246,8 @@ class _Passes:
         sizes = [min(chunk, self.n - start) for start in range(0, self.n, chunk)]
         parting = None
         if self.inputs.fork is not None:
-            fork = Fork(inner_model(self.model)[0], self.inputs.fork)
-            parting = fork.watched if len(sizes) == 1 else fork.replayed
+            fork = self.fork or Fork(inner_model(self.model)[0], self.inputs.fork)
+            parting = fork.watched if len(sizes) == 1 and self.fork is None else fork.replayed
         return joined([run(size, parting) for size in sizes])
 
     def _why_no_batch(self) -> str | InputsError | None:

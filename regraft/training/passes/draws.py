@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from regraft.ops import RECURRENT
 from regraft.training.passes.caches import stateless
 from regraft.training.passes.intercept import Interception, RecomputeError, Run
+from regraft.training.passes.measure import Meter
 from regraft.training.passes.nested import leaves
-from regraft.training.passes.scalar_draws import LAST, Decided, Observer, sizes_of_decision
+from regraft.training.passes.scalar_draws import LAST, Decided, sizes_of_decision
 from regraft.training.passes.vmap_escape import attention, ends, linear, pass_by_pass
 
 _UNINITIALIZED: tuple[Any, ...] = (torch.empty, torch.empty_like, Tensor.new_empty)
@@ -57,7 +58,7 @@ class DrawsPerPass(TorchFunctionMode):
 
     axis: Any = None
 
-    def __init__(self, observer: Observer | None = None, *, cached: bool = False) -> None:
+    def __init__(self, observer: Meter | None = None, *, cached: bool = False) -> None:
         super().__init__()
         self.cached = cached
         self.observer = observer

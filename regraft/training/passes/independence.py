@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regraft.find.probe.preserve_state import random_state_kept, silent
+from regraft.libraries import is_sharded
 from regraft.training.passes.caches import without_caches
 from regraft.training.passes.nested import leaves
 from regraft.training.passes.repeat import Batch, check_batched
-from regraft.training.passes.sharded import is_sharded, real_forwards
+from regraft.training.passes.sharded import real_forwards
 
 _TOLERANCE = 1e-3
 """Of what another row does to the output."""

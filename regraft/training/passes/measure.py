@@ -7,8 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,7 @@ _PER_ELEMENT = 16
 """Operations without a formula are bound by memory: an element costs about as much as this many flops."""
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """What operations cost and drew.
 
     Attributes:
@@ -44,11 +42,13 @@ class Counts:
     scalars: int = 0
 
 
-@dataclass(frozen=True)
-class Measured(Counts):
-    """One forward.
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up what the operations under it cost and draw: one forward.
 
     Attributes:
+        cost: see `Counts`.
+        draws: likewise.
+        scalars: likewise.
         common: what came before the fork.
         elsewhere: whether Python's or numpy's generator was used too.
         reads_replaced: whether a tensor was read after an in-place change of it was left out.
@@ -56,24 +56,12 @@ class Measured(Counts):
         decides: whether a module that each pass runs by itself drew a number, to decide something by it.
     """
 
-    common: Counts = field(default_factory=Counts)
-    elsewhere: bool = False
-    reads_replaced: bool = False
-    outputs: int = 0
-    decides: bool = False
-
-
-class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up what the operations under it cost and draw."""
-
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.cost = 0.0
-        self.draws = 0
-        self.scalars = 0
+        self.draws = self.scalars = self.outputs = 0
         self.common = Counts()
-        self.reads_replaced = False
-        self.decides = False
+        self.elsewhere = self.reads_replaced = self.decides = False
         self._marking = False
         self._replaced: dict[int, Any] = {}
 
@@ -131,7 +119,7 @@ def _rate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | N
     return None if rate is None else float(rate)
 
 
-def measured(run: Callable[[Meter], Any]) -> Measured:
+def measured(run: Callable[[Meter], Any]) -> Meter:
     """What `run` costs and draws, with gradients on where they are; all generators are put back."""
     meter = Meter()
     with preserving(random_state_kept()), warnings.catch_warnings():
@@ -139,17 +127,10 @@ def measured(run: Callable[[Meter], Any]) -> Measured:
         before = _other_generators()
         with meter:
             outputs = run(meter)
-        elsewhere = _other_generators() != before
-    return Measured(
-        cost=meter.cost,
-        draws=meter.draws,
-        scalars=meter.scalars,
-        common=meter.common,
-        elsewhere=elsewhere,
-        reads_replaced=meter.reads_replaced,
-        outputs=sum(isinstance(leaf, Tensor) for _, leaf in leaves("", outputs)),
-        decides=meter.decides,
-    )
+        meter.elsewhere = _other_generators() != before
+    meter.outputs = sum(isinstance(leaf, Tensor) for _, leaf in leaves("", outputs))
+    meter._replaced.clear()
+    return meter
 
 
 def _other_generators() -> Any:

@@ -64,6 +64,11 @@ def mapped(change: Change, name: str, first: Any, *others: Any) -> Any:
     return _rebuilt(first, new)
 
 
+def pass_of(outputs: Any, number: int) -> Any:
+    """What one of the passes gave, of outputs of several."""
+    return mapped(lambda _, leaf: leaf[number] if isinstance(leaf, Tensor) else leaf, "", outputs)
+
+
 def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Every leaf with its name, in order."""
     parts = _parts(value)

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from regraft.training.passes.measure import Meter
 
 LAST = 1 - 2**-24
 """The greatest number that `torch.rand` gives; the smallest is 0."""
 
 
-class Observer(Protocol):
-    """What the analysis is told while passes run."""
-
-    def forked(self) -> None:
-        """The passes part here."""
-
-    def replaced(self, tensor: Tensor) -> None:
-        """`tensor` was to change in place, and a new one took its place."""
-
-    def decided(self) -> None:
-        """A module that each pass runs by itself drew a number, to decide something by it."""
-
-
 class Decided(TorchFunctionMode):
     """Gives every scalar drawn for control flow this value, and tells the observer."""
 
-    def __init__(self, number: float, observer: Observer) -> None:
+    def __init__(self, number: float, observer: Meter) -> None:
         super().__init__()
         self.number = number
         self.observer = observer

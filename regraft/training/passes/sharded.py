@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from regraft.find.probe.preserve_state import buffers_kept, preserving, unchanged
+from regraft.libraries import is_sharded
 
 
 def why_not_shared(model: nn.Module) -> str | None:
@@ -32,11 +33,6 @@ def why_not_shared(model: nn.Module) -> str | None:
     if not isinstance(model, FSDPModule) or any(p.device_mesh.ndim > 1 for p in sharded):  # type: ignore[attr-defined]
         return "its parameters are sharded otherwise than by fully_shard over one axis, the model included"
     return None
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, which holds a part of its values."""
-    return type(tensor).__name__ == "DTensor"
 
 
 @contextmanager

@@ -22,9 +22,9 @@ from regraft.training.passes.caches import Call, is_cache, own_caches, without_c
 from regraft.training.passes.draws import DrawsPerPass
 from regraft.training.passes.fork import Parting
 from regraft.training.passes.intercept import Interception
+from regraft.training.passes.measure import Meter
 from regraft.training.passes.nested import CONSTANTS, leaves, mapped
 from regraft.training.passes.per_pass_modules import run_per_pass
-from regraft.training.passes.scalar_draws import Observer
 
 SLOWER = "There is a performance drop"
 
@@ -37,7 +37,7 @@ def shared_forward(
     draws: bool = True,
     per_pass: Mapping[nn.Module, bool] | None = None,
     parting: Parting | None = None,
-    observer: Observer | None = None,
+    observer: Meter | None = None,
     quiet: bool = True,
 ) -> Any:
     """All passes in one forward.

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from regraft.errors import LossError
 from regraft.training.rdrop.options import RDropOptions
+from regraft.training.rdrop.rdrop_loss import divergence
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,13 @@ _FUNCTIONS: dict[Any, Reading] = {
     F.smooth_l1_loss: _VALUES,
     F.huber_loss: _VALUES,
 }
-_OF_TIMM = {
-    "SoftTargetCrossEntropy": _SOFT,
-    "LabelSmoothingCrossEntropy": _SOFT,
-    "BinaryCrossEntropy": _COLUMNS,
+_ELSEWHERE = {
+    "timm.loss.SoftTargetCrossEntropy": _SOFT,
+    "timm.loss.LabelSmoothingCrossEntropy": _SOFT,
+    "timm.loss.BinaryCrossEntropy": _COLUMNS,
+    "transformers.trainer_pt_utils.LabelSmoother": Reading("classification", -1, -100),
 }
-"""Classes of `timm.loss`, by name, so that timm need not be there."""
+"""Classes of other libraries, by name, so that these need not be there."""
 
 
 def read_criterion(criterion: Callable[..., Any], options: RDropOptions) -> Reading:
@@ -104,14 +106,16 @@ def _known(criterion: Any) -> Reading | None:
         settings = {**criterion.keywords, **settings}
         criterion = criterion.func
     reading = None
+    cls = type(criterion)
     if isinstance(criterion, nn.Module):
-        cls = type(criterion)
         for base, each in _MODULES.items():
             if isinstance(criterion, base) and cls.forward is base.forward:
                 reading, settings = each, vars(criterion)
-        if cls.__module__.startswith("timm.loss."):
-            reading = _OF_TIMM.get(cls.__name__)
-    elif callable(criterion):
+    library = cls.__module__.rpartition(".")[0] if cls.__module__.startswith("timm.") else cls.__module__
+    elsewhere = _ELSEWHERE.get(f"{library}.{cls.__name__}")
+    if elsewhere is not None:
+        reading, settings = elsewhere, vars(criterion)
+    elif not isinstance(criterion, nn.Module) and callable(criterion):
         reading = _FUNCTIONS.get(criterion) if getattr(criterion, "__hash__", None) else None
     if reading is not None and reading.ignore_index is not None:
         ignored = int(settings.get("ignore_index", -100))
@@ -119,7 +123,22 @@ def _known(criterion: Any) -> Reading | None:
     return reading
 
 
-def compared_positions(
+def divergence_of(
+    logits: Tensor,
+    labels: Any,
+    reading: Reading,
+    options: RDropOptions,
+    items: Any = None,
+    mask: Any = None,
+) -> Tensor:
+    """The KL term of what a criterion compares; `mask` says which positions without a label count."""
+    logits, compared = _compared_positions(logits, labels, reading, options)
+    if options.consistency == "all" and isinstance(mask, Tensor) and mask.shape == compared.shape:
+        compared = mask.bool()
+    return divergence(logits, compared, options, reading.task, items)
+
+
+def _compared_positions(
     logits: Tensor, labels: Any, reading: Reading, options: RDropOptions
 ) -> tuple[Tensor, Tensor]:
     """Logits of all passes as the divergence takes them, and which of their positions count.

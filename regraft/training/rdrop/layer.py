@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,20 +25,8 @@ Forward = Callable[..., Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class Passes(Protocol):
-    """What a graft of passes does; `reached` says that a forward came to it."""
-
-    reached: bool
-
-    def forward(self, model: nn.Module, forward: Forward, call: Call) -> Any:
-        """One forward of the grafted model; `forward` is the model's own."""
-
-    def before_tracing(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What has to be done before a compiler records the forward."""
-
-
-def arm(root: nn.Module, passes: Passes, fork: str | float | None = None) -> None:
-    """Put a graft of passes on a model; refused where its forward would never reach it."""
+def arm(root: nn.Module, passes: Any, fork: str | float | None = None) -> None:
+    """Put passes (an `RDrop`) on a model; refused where its forward would never reach it."""
     if fork is not None:
         fork_path(root, fork)  # names a module, or raises
     with all_or_nothing() as change:
@@ -49,7 +37,7 @@ def arm(root: nn.Module, passes: Passes, fork: str | float | None = None) -> Non
                 "R-Drop",
                 where="accelerate does so in mixed precision, and TRL's trainers",
                 remedy="call regraft.rdrop before accelerator.prepare, or before the Trainer is made; with "
-                "TRL give compute_loss_func=regraft.rdrop_criterion(model, ...)",
+                "TRL SFTTrainer(..., callbacks=[RDropCallback()])",
             )
 
 
@@ -80,14 +68,14 @@ def passes_layer(base: type[nn.Module]) -> Namespace:
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        passes: Passes | None = armed(self)
+        passes = armed(self)
         if passes is None or is_passing(self):
             return own(self, *args, **kwargs)
         with _entered_once(self):
             return passes.forward(self, functools.partial(own, self), (args, kwargs))
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        passes: Passes | None = armed(self)
+        passes = armed(self)
         if passes is None or not self.training or is_passing(self):
             return own_call(self, *args, **kwargs)
         if torch.compiler.is_compiling():
@@ -106,8 +94,8 @@ def _not_reached(model: nn.Module) -> ModelError:
     return ModelError(
         f"{name} is grafted with R-Drop, and this training forward did not reach it",
         where=f"a forward stands on the model itself, {_home_of(model.__dict__.get('forward'))}",
-        remedy="regraft.revert(model) trains plain; TRL's trainers and others with a loss of their own "
-        "take compute_loss_func=regraft.rdrop_criterion(model, ...)",
+        remedy="regraft.revert(model) trains plain; TRL's SFTTrainer takes callbacks=[RDropCallback()] from "
+        "regraft.integrations.transformers, others compute_loss_func=regraft.rdrop_criterion(model, ...)",
     )
 
 

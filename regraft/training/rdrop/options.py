@@ -46,6 +46,8 @@ class RDropOptions:
     strategy: str = "auto"
     chunk: int | None = None
     fork: str | float | None = None
+    outside: bool = False
+    """The criterion is called outside the model."""
 
     def __post_init__(self) -> None:
         alpha, passes = self.alpha, self.passes
@@ -67,6 +69,17 @@ class RDropOptions:
                 listed = " or ".join(map(repr, texts))
                 raise LossError(f"{name}={value!r} is not {listed}", remedy=nearest(str(value), texts))
         check_strategy(self.strategy)
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], **more: Any) -> RDropOptions:
+        """The options among the arguments of a function."""
+        names = {field.name for field in dataclasses.fields(cls)} - set(more)
+        return cls(**{name: value for name, value in arguments.items() if name in names}, **more)
+
+    @property
+    def label_keys(self) -> tuple[Key, ...]:
+        """The arguments that hold labels."""
+        return self.labels if isinstance(self.labels, tuple) else (self.labels,)
 
     def loss_of(self, task: Tensor, kl: Tensor) -> Tensor:
         """The loss of its two terms."""

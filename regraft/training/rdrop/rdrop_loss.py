@@ -6,7 +6,7 @@ Everything is written for logits of shape (passes, batch, ...), in single precis
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,8 @@ from regraft.training.rdrop.options import RDropOptions
 
 CHUNK_ELEMENTS = 2**22
 """Larger logits are taken so many elements at a time, so that no copy of all of them is made in float32."""
+_PARTS = 64
+"""Or in so many parts: the intermediate results of a chunk together are to be small beside the logits."""
 
 
 class RDropTerms(NamedTuple):
@@ -169,19 +171,8 @@ class _Target:
 
     def rows(self, rows: slice) -> _Target:
         """The same for some of its positions, which are on one axis."""
-
-        def cut(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[rows]
-
-        return _Target(
-            self.task,
-            self.kept[rows],
-            self.compared[rows],
-            cut(self.labels),
-            cut(self.weights),
-            self.weight,
-            self.smoothing,
-        )
+        tensors: Any = {name: getattr(self, name) for name in ("kept", "compared", "labels", "weights")}
+        return replace(self, **{name: x[rows] for name, x in tensors.items() if x is not None})
 
 
 def _target(
@@ -217,20 +208,18 @@ def _per_position(logits: Tensor, target: _Target, *, loss: bool, divergence: bo
     passes, *places, classes = logits.shape
     labels = target.labels
     soft = labels is not None and labels.is_floating_point()
-    flat = _Target(
-        target.task,
-        target.kept.flatten(),
-        target.compared.flatten(),
-        None if labels is None else labels.flatten(0, -2 if soft else -1),
-        None if target.weights is None else target.weights.flatten(),
-        target.weight,
-        target.smoothing,
+    flat = replace(
+        target,
+        kept=target.kept.flatten(),
+        compared=target.compared.flatten(),
+        labels=None if labels is None else labels.flatten(0, -2 if soft else -1),
+        weights=None if target.weights is None else target.weights.flatten(),
     )
 
     def compute(x: Tensor, rows: slice) -> Positions:
         return terms(x, flat.rows(rows), loss, divergence)
 
-    size = max(1, CHUNK_ELEMENTS // (passes * classes))
+    size = max(1, min(CHUNK_ELEMENTS, logits.numel() // _PARTS) // (passes * classes))
     both = _InChunks.apply(logits.reshape(passes, -1, classes), compute, size)
     return both[0].view(places), both[1].view(places)
 
