@@ -1,4 +1,4 @@
-"""Writes docs/compatibility.md from a run of the tests that it names.
+"""Writes the runs in docs/compatibility.md, from a run of the tests that it names.
 
 python tests/ecosystem/table.py             # runs them, ten minutes on one core
 python tests/ecosystem/table.py --only peft
@@ -104,11 +104,12 @@ ROWS = [
         [f"{COPIES}::test_a_saved_model_loads_in_a_fresh_interpreter"],
     ),
 ]
-HEAD = """# Compatibility
+HEAD = """
+## Runs
 
-Each line is a run of the tests named in it, on {system}, by `python tests/ecosystem/table.py`. "Before" and
+By `python tests/ecosystem/table.py`, on {system}: each line is a run of the tests named in it. "Before" and
 "after": the model was grafted before, or after, the other tool took hold of it; lines without the two have
-one order that makes sense. "not run": the package was not installed.
+one order that makes sense, or tests of both. "Not run": the package was not installed.
 
 | what | version | result | tests |
 |---|---|---|---|
@@ -130,7 +131,8 @@ def main():
     if options.only:
         print(text)
     else:
-        options.output.write_text(text)
+        written = options.output.read_text().partition(HEAD[:8])[0]
+        options.output.write_text(written + text)
     sys.exit(any(outcome == "failed" for _, outcome in outcomes))
 
 

@@ -268,6 +268,8 @@ def _both(
         in_eval = observe(
             *forward, known=known, modules_too=True, operations=by_hand, fake_mode=mode, number=_LAST
         )
+    except NotCopiedError:
+        raise
     except Exception:  # only the diagnosis of eval is lost; the training forward stands
         return _with_twins(probe)
     probe.eval_called = [called for called in in_eval.called if called.p != 0]
