@@ -27,6 +27,7 @@ ALLOWED = {
     "find/trace.py: is_leaf_module": "whose class it is, by the package it comes from",
     "find/ungraftable.py: quantized": "whose class it is, by the library that it comes from",
     "find/ungraftable.py: _is_kerass": "whose class it is, by the library that it comes from",
+    "find/walk.py: _no_module": "the article in a message",
     "find/weights.py: _idle": "whose class it is, by the package it comes from",
     "graft/classes.py: _rebuild_foreign": "names a rebuilt class of torch's as the one that it stands for",
     "graft/proof.py: record": "the name of an operator, which is what it is",

@@ -111,7 +111,9 @@ def run_page(path):
     new_names = given(path.relative_to(ROOT).as_posix())
     names = next(new_names)
     for block in blocks_of(path.read_text(encoding="utf-8")):
-        names.update(next(new_names, {}))
+        if (new := next(new_names, {})) is None:
+            continue
+        names.update(new)
         yield block, run_block(block, names, path)
 
 

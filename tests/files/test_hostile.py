@@ -382,6 +382,9 @@ def test_the_names_are_those_that_pickletools_lists(live, files):
 
     compared = 0
     computed = [live[title][0] for title in ("a name that is computed", "a name from a default")]
+    computed.append(
+        files["joblib, labels that are objects"]
+    )  # in which `pickle.load` takes an object for a name
     for data in streams(live, files):
         if data in computed:
             continue

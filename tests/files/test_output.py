@@ -138,7 +138,8 @@ def test_a_terminal_sees_no_escape_of_a_file(tmp_path):
     """Rich prints there what it is given."""
     from rich.console import Console
 
-    from regraft.cli.output import _Visible
+    from regraft.cli.file_view import Facts
+    from regraft.cli.output import _visible_facts
 
     class View(regraft.report.view.View):
         def to_dict(self):
@@ -153,7 +154,7 @@ def test_a_terminal_sees_no_escape_of_a_file(tmp_path):
 
     console = Console(force_terminal=True, width=80)
     with console.capture() as shown:
-        console.print(_Visible(View()))
+        console.print(Facts(_visible_facts(View().to_dict())))
     assert "\x1b]0" not in shown.get()
     assert "\x07" not in shown.get()
     assert "\x9b" not in shown.get()
