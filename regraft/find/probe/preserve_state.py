@@ -86,16 +86,13 @@ def _refill(value: Any, copied: Any) -> None:
 def random_state_kept() -> Iterator[None]:
     """On leaving, the generators of torch, Python and numpy stand where they stood."""
     numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy is not None else None
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
+    with ExitStack() as stack:  # puts all of them back, whatever happens to one
+        stack.callback(random.setstate, random.getstate())
         if numpy is not None:
-            numpy.random.set_state(numpy_state)
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        yield
 
 
 def seed_generators(seed: int) -> None:
