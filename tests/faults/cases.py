@@ -84,7 +84,7 @@ def grafted(model, inputs):
 
 
 def schedule(model, inputs):
-    regraft.schedule(model, p={"start": 0.0, "end": 0.1, "steps": 9}, inputs=inputs).step()
+    regraft.schedule(model, p={"start": 0.0, "end": 0.1, "steps": 9}, inputs=inputs)
 
 
 def rdrop(model, inputs):
