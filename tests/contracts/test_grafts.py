@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import regraft
-from regraft.errors import RateError
+from regraft.errors import OptionError, RateError
 from regraft.variants.registry import complete_options, names, parse_variant, spec
 
 WIDTH = 6
@@ -110,7 +110,8 @@ def options_of(name: str, options: str) -> dict:
 
 
 def rule(name: str, options: str, p: float | str | None = None) -> str:
-    rate = [f"p={p!r}"] if p is not None and spec(name).rated else []
+    rated = spec(name).rated and "sigma" not in options  # which takes the place of a rate
+    rate = [f"p={p!r}"] if p is not None and rated else []
     return f"{name}({', '.join(filter(None, [*rate, options]))})"
 
 
@@ -122,6 +123,7 @@ CASES = [
     for options in OPTIONS.get(name, [""])
     if (place == "module" or not stateful(name, options))
     and (not spec(name).attention or place in ("attention", "multihead"))
+    and not (spec(name).activations and place in ("attention", "multihead"))
     # There is nothing to take out at a plain layer.
     and not (name == "off" and family in ("Linear", "Embedding"))
 ]
@@ -319,6 +321,12 @@ def test_a_rate_outside_its_range_is_refused_and_nothing_changed(name, options, 
     if not spec(name).rated:
         with pytest.raises(TypeError, match="has no option 'p'"):
             regraft.variant(name, p=p)
+        return
+    if "sigma" in options:
+        with pytest.raises(
+            (OptionError, RateError), match=r"p plays no part beside sigma|p=1 drops|not in \[0, 1\)"
+        ):
+            regraft.variant(name, p=p, sigma=0.5)
         return
     model = Host(build())
     before = snapshot(model)

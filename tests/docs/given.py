@@ -50,6 +50,18 @@ class Labelled(nn.Module):
         return logits, None if targets is None else nn.functional.cross_entropy(logits, targets)
 
 
+def _trl():
+    from transformers import Trainer, TrainingArguments
+
+    ids = tiny.tokens(4)["input_ids"]
+    return {
+        "model": tiny.llama(),
+        "SFTTrainer": Trainer,  # TRL's is a subclass that takes the same arguments
+        "args": TrainingArguments("out", max_steps=1, report_to=[], use_cpu=True),
+        "data": [{"input_ids": row, "labels": row} for row in ids],
+    }
+
+
 def _loader():
     data = TensorDataset(torch.randn(8, 6), torch.arange(8) % 3)
     return {"model": tiny.mlp(), "nn": nn, "loader": DataLoader(data, batch_size=4)}
