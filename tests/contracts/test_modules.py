@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from regraft.errors import RateError
 from regraft.variants.registry import complete_options, names, spec
+from regraft.variants.spec import DEFAULT_RATE
 
 SHAPES = {"BC": (5, 6), "BTC": (3, 5, 6), "BCHW": (2, 6, 5, 4)}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -134,7 +135,9 @@ def test_a_rate_of_0_is_the_identity_and_draws_nothing(name, family, options, tr
 @pytest.mark.parametrize("p", [1, 1.0, 1.5, -0.1, float("nan"), True, "0.5", None], ids=repr)
 def test_rates_outside_0_to_1_are_refused(name, family, options, p):
     if name == "gaussian" and p is None:
-        assert build(name, family, options, p=p).p == 0.1  # its default, which sigma takes the place of
+        assert (
+            build(name, family, options, p=p).p == DEFAULT_RATE
+        )  # the default, which sigma takes the place of
         return
     known = {1: "p=1 drops everything", 1.5: "p=1.5 is not in", -0.1: "p=-0.1 is not in"}
     message = "a rate is a number" if isinstance(p, bool) else known.get(p, "not in|a rate is a number")
