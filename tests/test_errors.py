@@ -9,6 +9,7 @@ import re
 import pytest
 import tiny
 import torch
+import torch.distributed.fsdp
 from snapshots import assert_same, snapshot
 from torch import nn
 
@@ -87,8 +88,11 @@ def test_a_bad_rule(rules, name, builtin, message):
     assert torch.equal(state, torch.get_rng_state())
 
 
-class FullyShardedDataParallel(nn.Module):
-    """Stands for torch's, which needs a process group."""
+class FullyShardedDataParallel(torch.distributed.fsdp.FullyShardedDataParallel):
+    """Torch's, without the process group that it needs to be of use."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
 
 
 BAD_MODELS = [
