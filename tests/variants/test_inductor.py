@@ -34,6 +34,7 @@ MODULES = {
     "dropconnect": lambda: nn.DropConnectLinear(32, 48, p=0.1),
     "dropconnect-example": lambda: nn.DropConnectLinear(32, 48, p=0.1, mask="example"),
     "mixout": lambda: nn.MixoutLinear(32, 48, p=0.1),
+    "weightdrop": lambda: nn.WeightDropLinear(32, 48, p=0.1),
     "neftune": lambda: nn.NEFTuneEmbedding(10, 32),
     "elementwise": lambda: nn.ElementwiseDropout(0.1),
     "noise": lambda: nn.GaussianNoise(0.1),
