@@ -358,7 +358,7 @@ def _state_keys(steps: list[Step], inspection: Inspection) -> list[str]:
     paths = {path: named.paths for named in inspection.modules for path in named.paths}
     keys = []
     for _, _, graft in steps:
-        first = graft.edit.get("reader") or graft.edit.get("path", "")
+        first = _keeper(graft)
         for name in _keys(graft):
             keys += [f"{path}.{name}".lstrip(".") for path in paths.get(first, [first])]
     return keys
@@ -366,9 +366,14 @@ def _state_keys(steps: list[Step], inspection: Inspection) -> list[str]:
 
 def _keys(graft: Graft) -> dict[str, str]:
     """Of each name of a graft's state, its key in the state dict of the model."""
-    lent = graft.edit.get("kind") == "weight"  # its reader keeps it, which may be the model itself
-    path = graft.edit.get("reader" if lent else "path", "")
+    path = _keeper(graft)
     return {name: f"{path}.{name}".lstrip(".") for name in graft.state if name not in graft.transient}
+
+
+def _keeper(graft: Graft) -> str:
+    """The path of the module that keeps a graft's state; of a lent weight's, that is the reader."""
+    path: str = graft.edit.get("reader" if graft.edit.get("kind") == "weight" else "path", "")
+    return path
 
 
 @torch.no_grad()

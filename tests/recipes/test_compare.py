@@ -165,6 +165,7 @@ def test_seeds_are_paired_and_the_test_stays_apart(worker):
     assert not {*data.test} & {*data.apart}
 
 
+@pytest.mark.slow
 def test_a_tiny_run_and_its_resumption(tmp_path):
     done = run(tmp_path, "--arm", "own", "Dropout=gaussian(p=0.3)", "alpha=1", "--also", "own")
     assert done.returncode == 0, done.stderr[-3000:]

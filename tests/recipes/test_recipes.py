@@ -73,6 +73,7 @@ def test_preferences_without_dropout(tmp_path):
     assert quiet["log-ratio before training"] < 1e-4  # a padded batch's rounding, and no noise
 
 
+@pytest.mark.slow
 def test_uncertainty(tmp_path):
     run("uncertainty", tmp_path, "--steps", "2", "--test", "60", "--passes", "3", threads=1)
     rows = {row["method"]: row for row in results(tmp_path)}

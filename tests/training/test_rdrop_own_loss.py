@@ -181,6 +181,7 @@ def compiled_twice(model, **batch):
     return compiled
 
 
+@pytest.mark.slow
 def test_compiled_it_learns_before_the_first_trace():
     model = gpt2().train()
     regraft.rdrop(model)

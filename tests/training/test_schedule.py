@@ -290,6 +290,7 @@ def test_a_changing_rate_compiles_once_more_and_no_further(build, key, rule, x):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_kernels_own_rate_is_said_to_compile_anew_and_stairs_help():
     torch._dynamo.reset()
     model = tiny.Attention().train()

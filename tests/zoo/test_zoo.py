@@ -24,8 +24,14 @@ CHOSEN = frozenset(
     for name in names.split()
 )
 IDS = [one.id for one in entries()]
+chosen = pytest.mark.xdist_group("chosen")
 MODELS = [
-    pytest.param(name, id=name, marks=() if name in CHOSEN else pytest.mark.slow)
+    pytest.param(
+        name,
+        id=name,
+        # A row is made once in a process: all tests that share one run in the same process.
+        marks=chosen if name in CHOSEN else [pytest.mark.xdist_group(name), pytest.mark.slow],
+    )
     for name in sorted(IDS, key=lambda name: name not in CHOSEN)
 ]
 
@@ -89,6 +95,7 @@ def test_nearly_all_models_run_without_regraft():
     assert len(broken) <= 5, broken
 
 
+@chosen
 def test_the_chosen_models_are_reached():
     rows = [_row(name) for name in CHOSEN]
     assert [row.error for row in rows if row.error] == []
