@@ -266,6 +266,8 @@ class Recording:
         self.names = []
 
     def find_class(self, module, name):
+        if len(module) + len(name) > 1000:
+            raise ModuleNotFoundError  # as it would be: no file system has such a name
         self.names.append((module, name))
         return Inert
 
