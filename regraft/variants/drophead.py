@@ -37,7 +37,7 @@ def drophead(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tenso
     p = check_rate(p)
     if not training or p == 0:
         return x
-    shape = [size if axis < x.dim() - 2 else 1 for axis, size in enumerate(x.shape)]
+    shape = [*x.shape[:-2], 1, 1]
     return times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
 
 

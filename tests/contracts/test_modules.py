@@ -159,12 +159,14 @@ def test_training_changes_the_values_and_nothing_else(name, family, options, sha
     before = x.clone()
     if x.is_floating_point():
         x.requires_grad_()
-    outputs = [seeded(module, x, seed) for seed in range(4)]
+    outputs = [seeded(module, x, 0)]
+    while torch.equal(outputs[-1], outputs[0]) and len(outputs) < 100:  # few draws, at a low rate: one in two
+        outputs.append(seeded(module, x, len(outputs)))
     without = plain(module, x)
     assert all(y.shape == without.shape and y.dtype == dtype and y.isfinite().all() for y in outputs)
     assert any(not torch.equal(y, without) for y in outputs)
     assert torch.equal(outputs[0], seeded(module, x, 0))
-    assert not all(torch.equal(y, outputs[0]) for y in outputs)
+    assert not torch.equal(outputs[-1], outputs[0])
     outputs[0].sum().backward()
     gradients = [x.grad] if x.is_floating_point() else [module.weight.grad]
     assert all(grad.dtype == dtype and grad.isfinite().all() for grad in gradients)
