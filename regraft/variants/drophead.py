@@ -37,7 +37,7 @@ def drophead(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tenso
     p = check_rate(p)
     if not training or p == 0:
         return x
-    shape = [*x.shape[:-2], 1, 1]
+    shape = [*x.shape[:-2], *[1] * min(x.dim(), 2)]
     return times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
 
 
