@@ -52,9 +52,12 @@ def test_trainers_callback_logs_both_terms(tmp_path, options):
         assert type(model).forward is type(bert()).forward
 
 
-def test_a_forward_on_the_instance_is_refused(tmp_path):
+def test_a_forward_on_the_instance_is_refused(request):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(True)  # one for the process, which an earlier Trainer may have made
+    request.addfinalizer(lambda: AcceleratorState._reset_state(True))
     model = Accelerator(mixed_precision="bf16", cpu=True).prepare(bert())
     cls = type(model)
     with pytest.raises(ModelError, match="would never reach R-Drop"):

@@ -48,7 +48,7 @@ def test_vit_small(tmp_path):
     assert "GaussianDropout" in stdout
 
 
-@pytest.mark.parametrize("loop", ["trainer", "plain"])
+@pytest.mark.parametrize("loop", ["trainer", pytest.param("plain", marks=pytest.mark.slow)])
 def test_bert_small(tmp_path, loop):
     sizes = ("--steps", "2", "--seeds", "2", "--train", "16", "--test", "24", "--batch", "8")
     stdout = run("bert", tmp_path, *sizes, "--loop", loop, threads=1)
@@ -66,6 +66,7 @@ def test_dropout_in_a_causal_model_with_lora(tmp_path):
     assert [row["arm"] for row in results(tmp_path)] == ["no dropout", "LoRA's own dropout", "inserted"]
 
 
+@pytest.mark.slow
 def test_preferences_without_dropout(tmp_path):
     run("preferences", tmp_path, *SIZES, "--pairs", "16", threads=1)
     noisy, quiet = results(tmp_path)
@@ -85,12 +86,14 @@ def test_uncertainty(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_token_classification(tmp_path):
     run("token_classification", tmp_path, "--steps", "2", "--train", "16", "--test", "16", threads=1)
     assert [row["arm"] for row in results(tmp_path)] == ["baseline", "R-Drop"]
     assert all(0 <= row["f1"] <= 1 for row in results(tmp_path))
 
 
+@pytest.mark.slow
 def test_sequence_to_sequence(tmp_path):
     run("seq2seq", tmp_path, "--steps", "3", "--train", "64", "--test", "16", threads=1)
     baseline, rdrop = (row["held-out loss"] for row in results(tmp_path))
