@@ -26,6 +26,11 @@ def is_conv1d(value: Any) -> bool:
     return is_of(value, "transformers.pytorch_utils", "Conv1D")
 
 
+def is_fsdp(module: Any) -> bool:
+    """A module that `fully_shard` has been applied to."""
+    return is_of(module, "torch.distributed.fsdp", "FSDPModule")
+
+
 def is_sharded(tensor: Any) -> bool:
     """A DTensor, which holds a part of its values."""
     return is_of(tensor, "torch.distributed.tensor", "DTensor")

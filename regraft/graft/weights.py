@@ -24,6 +24,7 @@ from regraft.errors import ModelError
 from regraft.graft.calls import checkpoint_marks, inside_checkpoint
 from regraft.graft.classes import Namespace
 from regraft.graft.slots import require_state, state_methods
+from regraft.libraries import is_fsdp, is_sharded
 from regraft.planning.plan import Edit
 from regraft.record import RECORD, Graft, Layer, Slot
 from regraft.variants.registry import complete_options, spec
@@ -290,12 +291,12 @@ def _in_checkpoint() -> bool:
 
 def _refuse_sharded(module: nn.Module, graft: Lending, weight: Tensor) -> None:
     """FSDP gathers the weights of a module when that module begins: below the reader is too late."""
-    if not hasattr(weight, "placements"):
+    if not is_sharded(weight):
         return
     below = module
     for part in graft.holder.split(".") if graft.holder else ():
         below = below.get_submodule(part)
-        if hasattr(below, "reshard"):
+        if is_fsdp(below):
             raise ModelError(
                 f"{type(module).__name__} multiplies by a weight that FSDP gathers only inside it",
                 where=f"{graft.holder}.{graft.name}",

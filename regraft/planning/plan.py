@@ -163,7 +163,10 @@ def _told(edit: Edit) -> Edit:
 
 def _strength(edit: Edit) -> str | None:
     p = _rate(edit)
-    if edit.family not in NOISE or (p is None and spec(edit.variant).rated):
+    # What a class with a law of its own did before is not known, and alpha dropout is no factor.
+    drops = edit.p is not None and edit.op in FAMILIES and "alpha" not in edit.op.lower()
+    known = edit.kind == INSERTED or drops
+    if edit.family not in NOISE or not known or (p is None and spec(edit.variant).rated):
         return None
     change = strength(edit.p, edit.variant, p, {**spec(edit.variant).defaults, **edit.options})
     return str(change) if change and change.before != change.after else None

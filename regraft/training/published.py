@@ -19,7 +19,7 @@ MERITY = "Merity et al. 2018, AWD-LSTM"
 RESULTS = "docs/results.md: 200 labelled film reviews, twice 8 seeds"
 
 FEW_LABELS = 1000
-"""Up to here `RESULTS` is taken as a guide: it is of 200 labels, and more have a weaker need of it."""
+"""Up to here `RESULTS` is taken as a guide; it is of 200 labels, and other numbers were not tried."""
 SMALL = 5.0
 """Trainable parameters per example. Dropout hurt ViT-T on ImageNet-1k (4.5) and helped ViT-B (68)."""
 LOST_BY_IT = (

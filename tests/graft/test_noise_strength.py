@@ -3,9 +3,25 @@
 import json
 
 import pytest
+import torch
 from torch import nn
 
 import regraft
+
+
+class GaussianDropout(nn.Module):
+    """A law of its own, whose strength before is not known."""
+
+    def forward(self, x):
+        return x * (1 + 0.5 * torch.randn_like(x)) if self.training else x
+
+
+@pytest.mark.parametrize("noise", [GaussianDropout, lambda: nn.AlphaDropout(0.1)], ids=["own", "alpha"])
+def test_nothing_is_said_of_a_noise_whose_strength_is_not_known(noise):
+    model = nn.Sequential(nn.Linear(4, 4), noise())
+    name = type(model[1]).__name__
+    report = regraft.apply(model, {name: "dropout(p=0.3)"}, torch.ones(2, 4))
+    assert [edit.strength for edit in report.grafted] == [None]
 
 
 @pytest.mark.parametrize(

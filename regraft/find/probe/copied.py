@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regraft.libraries import is_fsdp
+
 _ORIGINAL = "_regraft_original"
 """The attribute of a copy that holds the module it was made from."""
 
@@ -38,9 +40,8 @@ def copied(modules: list[nn.Module], tensors: Mapping[int, Tensor]) -> list[nn.M
     memo: dict[int, Any] = dict(tensors)
     for module in modules:
         cls = type(module)
-        sharded = hasattr(cls, "reshard")  # FSDP2 keeps the modules in a state of its own
         if (
-            sharded
+            is_fsdp(module)  # which keeps the modules in a state of its own
             or isinstance(module, torch.jit.ScriptModule)
             or hasattr(cls, "__del__")
             or _has_slots(cls)

@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
+from regraft.find.probe.products import storage_of
 from regraft.find.tensor_io import NoTensorError, first_tensor
 
 BATCH, CHANNEL, POSITION, PACKED = "batch", "channel", "position", "packed"
@@ -195,7 +196,7 @@ class Dataflow:
         """A module's forward begins."""
         tensor = _first(given, "")
         value = None if tensor is None else self.value(tensor)
-        storage = None if tensor is None else _storage(tensor)
+        storage = None if tensor is None else storage_of(tensor)
         writes = self._writes.get(storage, 0) if storage is not None else 0
         self._entered.append((module, value, storage, writes))
 
@@ -240,7 +241,7 @@ class Dataflow:
         made = [self._made(func, name, args, kwargs, values, tensor) for tensor in returned]
         if func._schema.is_mutable:
             for tensor in _written(func, args, kwargs):
-                storage = _storage(tensor)
+                storage = storage_of(tensor)
                 if storage is not None:
                     self._writes[storage] = self._writes.get(storage, 0) + 1
         for tensor, value in zip(returned, made, strict=True):
@@ -589,16 +590,9 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
     return [leaf for leaf in tree_leaves(changed) if isinstance(leaf, Tensor)]
 
 
-def _storage(tensor: Tensor) -> StorageWeakRef | None:
-    try:
-        return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-    except (NotImplementedError, RuntimeError):  # sparse tensors and some subclasses have none
-        return None
-
-
 def _key(tensor: Tensor) -> tuple[Any, StorageWeakRef | None]:
     """What tells values apart: the memory that holds it, and how it is read."""
-    storage = _storage(tensor)
+    storage = storage_of(tensor)
     if storage is None:
         return id(tensor), None
     return (storage, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()), storage

@@ -126,13 +126,13 @@ class ProductRecorder:
         self._fake = any(isinstance(tensor, FakeTensor) for tensor in state.values())
         seen: set[int] = set()
         for name, tensor in state.items():
-            key = _storage(tensor)
+            key = storage_of(tensor)
             if name in self._names and id(tensor) not in seen and key is not None:
                 seen.add(id(tensor))  # a tied one is known by its first name
                 self._parameters.setdefault(key, []).append((*_extent(tensor), name))
                 self._shapes[name] = (tuple(tensor.shape), tensor.stride())
         for name, tensor in state.items():
-            if name not in self._names and (key := _storage(tensor)) is not None:
+            if name not in self._names and (key := storage_of(tensor)) is not None:
                 self._derived.setdefault(key, _NO_ROOTS)
 
     def add(self, part: ProductRecorder, path: str) -> None:
@@ -170,14 +170,14 @@ class ProductRecorder:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         for tensor in given:
-            parts = self._parameters.get(_storage(tensor), ())  # type: ignore[arg-type]
+            parts = self._parameters.get(storage_of(tensor), ())  # type: ignore[arg-type]
             self.used.update(name for *_, name in parts)
         if self._choices:
             self._choose(func, name, given, returned)
         if name in _SELECT:
             # The choice is made once its indices are used: the largest values alone are a statistic.
             for tensor in returned:
-                if not tensor.is_floating_point() and (key := _storage(tensor)) is not None:
+                if not tensor.is_floating_point() and (key := storage_of(tensor)) is not None:
                     self._choices[key] = self._scores_of(given)
             return
         found = list(self._weights(name, func, args, kwargs))
@@ -193,12 +193,12 @@ class ProductRecorder:
 
     def _choose(self, func: Any, name: str, given: list[Tensor], returned: list[Tensor]) -> None:
         """A choice that is compared and counted, as an accuracy is, chooses nothing; any other use does."""
-        chosen = [one for tensor in given for one in self._choices.get(_storage(tensor), ())]  # type: ignore[arg-type]
+        chosen = [one for tensor in given for one in self._choices.get(storage_of(tensor), ())]  # type: ignore[arg-type]
         if not chosen or func.is_view or name in _COUNTS:
             return
         if name in _COMPARES:
             for tensor in returned:
-                if (key := _storage(tensor)) is not None:
+                if (key := storage_of(tensor)) is not None:
                     self._choices[key] = chosen
             return
         for product in chosen:
@@ -256,7 +256,7 @@ class ProductRecorder:
 
     def _axis(self, roots: tuple[str, ...], weight: Tensor, summed: int | None) -> int | None:
         """The axis of the parameter that the axis `summed` of a view of it is; None of a copy."""
-        if summed is None or len(roots) > 1 or _storage(weight) not in self._parameters:
+        if summed is None or len(roots) > 1 or storage_of(weight) not in self._parameters:
             return None
         shape, stride = self._shapes[roots[0]]
         wanted = (weight.shape[summed], weight.stride()[summed])
@@ -267,7 +267,7 @@ class ProductRecorder:
         """What a product returns depends on inputs if one of its operands does, and is made of no weight."""
         constant = all(self._known(one) for one in given)
         for tensor in returned:
-            if (key := _storage(tensor)) is None:
+            if (key := storage_of(tensor)) is None:
                 continue
             self._derived.pop(key, None)
             if constant:
@@ -287,16 +287,16 @@ class ProductRecorder:
 
     def _derive(self, func: Any, given: list[Tensor], returned: list[Tensor]) -> None:
         """What is made of parameters and constants alone is a weight, of those parameters."""
-        inputs = {key for one in given if (key := _storage(one)) is not None}
+        inputs = {key for one in given if (key := storage_of(one)) is not None}
         changed = func._schema.is_mutable
-        fresh = [one for one in returned if changed or _storage(one) not in inputs]  # the others are views
+        fresh = [one for one in returned if changed or storage_of(one) not in inputs]  # the others are views
         if not fresh:
             return
         if all(self._known(one) for one in given):
             self._set(fresh, frozenset().union(*(self._roots(one) for one in given)))
         elif changed:
             for one in fresh:
-                if (key := _storage(one)) is not None:
+                if (key := storage_of(one)) is not None:
                     self._derived.pop(key, None)
 
     def _lead_on(self, func: Any, name: str, given: list[Tensor], returned: list[Tensor]) -> None:
@@ -306,22 +306,22 @@ class ProductRecorder:
             return
         if torch.Tag.pointwise in func.tags or name in _LEADS_ON:
             for tensor in returned:
-                if (key := _storage(tensor)) is not None:
+                if (key := storage_of(tensor)) is not None:
                     self._scores[key] = scores
 
     def _set(self, tensors: list[Tensor], roots: _Roots) -> None:
         for tensor in tensors:
-            key = _storage(tensor)
+            key = storage_of(tensor)
             if key is not None and key not in self._parameters:
                 self._derived[key] = roots
 
     def _scores_of(self, tensors: list[Tensor]) -> list[Product]:
-        products = [one for tensor in tensors for one in self._scores.get(_storage(tensor), ())]  # type: ignore[arg-type]
+        products = [one for tensor in tensors for one in self._scores.get(storage_of(tensor), ())]  # type: ignore[arg-type]
         return list({id(one): one for one in products}.values())
 
     def _known(self, tensor: Tensor) -> bool:
         """Is the tensor made of parameters and constants alone?"""
-        key = _storage(tensor)
+        key = storage_of(tensor)
         if key in self._parameters or key in self._derived:
             return True
         # In a fake forward a real tensor is one that the model keeps to itself.
@@ -329,7 +329,7 @@ class ProductRecorder:
 
     def _roots(self, tensor: Any) -> _Roots:
         """The parameters that a tensor is made of; none if it depends on an input."""
-        key = _storage(tensor) if isinstance(tensor, Tensor) else None
+        key = storage_of(tensor) if isinstance(tensor, Tensor) else None
         if key is None:
             return _NO_ROOTS
         if key in self._derived and key not in self._parameters:
@@ -360,7 +360,7 @@ class RecordProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def _storage(tensor: Tensor) -> StorageWeakRef | None:
+def storage_of(tensor: Tensor) -> StorageWeakRef | None:
     """What tells storages apart; while it is held, no other storage takes the place of one that is gone."""
     try:
         return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]

@@ -36,6 +36,7 @@ from regraft.find.probe.preserve_state import (
 )
 from regraft.find.probe.products import ProductRecorder
 from regraft.find.tensor_io import Flow
+from regraft.libraries import is_fsdp
 
 
 @dataclass
@@ -148,7 +149,7 @@ def _first_that_runs(look: _Look, candidates: Iterable[Inputs]) -> Probe:
     failed: list[tuple[Inputs, Exception]] = []
     for inputs in candidates:
         try:
-            if any(hasattr(module, "reshard") for module in look.every):
+            if any(is_fsdp(module) for module in look.every):
                 # Fake tensors would stay behind in the state that FSDP keeps of its shards.
                 raise InputsError("its parameters are sharded by FSDP")
             probe = _on_fake_tensors(look, inputs)
