@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -159,14 +159,17 @@ def grafted(
         >>> net[1]
         Dropout(p=0.1, inplace=False)
     """
-    with HeldInterrupts() as held:
+    with HeldInterrupts() as held, ExitStack() as stack:
         steps: list[Step] = []
-        try:
-            with held.released():
-                yield graft_rules(model, rules, inputs, fused, temporary=steps)
-        finally:
-            with lock_of(model):
-                take_out(steps)
+        for _ in range(2):  # what an exception in the first has left, the second takes out
+            stack.callback(_take_out_of, model, steps)
+        with held.released():
+            yield graft_rules(model, rules, inputs, fused, temporary=steps)
+
+
+def _take_out_of(model: nn.Module, steps: list[Step]) -> None:
+    with lock_of(model):
+        take_out(steps)
 
 
 @one_at_a_time
@@ -324,9 +327,17 @@ def _put_in(
 
 
 def take_out(steps: list[Step]) -> None:
-    """Take temporary grafts out and put back what they covered; what others have since put there stays."""
+    """Take temporary grafts out and put back what they covered; what others have since put there stays.
+
+    The list then has those alone that an exception has left in place.
+    """
+
+    def undo(at: int) -> None:
+        _take_out(*steps[at])
+        del steps[at]
+
     with HeldInterrupts(), compiled_once():
-        finish(_take_out, reversed(steps))
+        finish(undo, [(at,) for at in reversed(range(len(steps)))])
 
 
 def _take_out(module: nn.Module, slot: Slot, graft: Graft) -> None:

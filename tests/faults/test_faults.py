@@ -6,6 +6,8 @@ import pytest
 from cases import MODELS, OPERATIONS, apply, case, grafted, inspect, revert
 from harness import FAULTS, broken_by, lines_of
 
+from regraft.graft import apply as graft_apply
+
 QUICK = (apply, revert, inspect, grafted)
 CASES = [(operation, name) for operation in OPERATIONS for name in MODELS]
 
@@ -27,6 +29,16 @@ def broken(operation, name, places, faults):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_leaves_a_small_model_as_it_was(operation, fault):
     assert broken(operation, "lstm", slice(30, None, 60), [fault]) == {}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_block_takes_its_grafts_out_whatever_line_of_its_end_fails(fault):
+    work, build = case(grafted, "lstm")
+    ends = [function.__code__ for function in (graft_apply._take_out_of, graft_apply.take_out)]
+    lines = {(code.co_filename, line) for code in ends for _, _, line in code.co_lines()}
+    lines = sorted(lines & set(lines_of(work, build)))
+    assert len(lines) > 3
+    assert {line: what for line in lines if (what := broken_by(work, build, line, FAULTS[fault]))} == {}
 
 
 @pytest.mark.slow
