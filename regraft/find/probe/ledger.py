@@ -168,14 +168,7 @@ def observe(
     the user's model is not to be touched.
     """
     tensors = state or {}
-    observer = Observer(
-        known,
-        sites,
-        tensors,
-        recorders,
-        modules_too=modules_too,
-        number=number,
-    )
+    observer = Observer(known, sites, tensors, recorders, modules_too=modules_too, number=number)
     for recorder in recorders:
         recorder.start(tensors)
     with ExitStack() as stack:
