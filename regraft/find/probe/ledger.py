@@ -405,10 +405,10 @@ class ObservedFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs, observer = kwargs or {}, self.observer
         if observer is None or func is _DEVICE:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            return self.dispatch(func, types, args, kwargs)
         self.observer = None  # what the operation is made of is not told as well
         try:
-            result = super().__torch_dispatch__(func, types, args, kwargs)
+            result = self.dispatch(func, types, args, kwargs)
         finally:
             self.observer = observer
         observer.operation(func, tuple(args), dict(kwargs), result)
