@@ -7,10 +7,11 @@ that contains everything that multiplies by it.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -87,8 +88,8 @@ def weight_sites(sites: list[Site], weights: list[Weight], modules: list[Named])
     ]
     names = {(id(one.reader), node): one.names for one in weights for node in nodes.get(one.name, ())}
     own = [
-        replace(site, paths=(*site.paths, *names.get((id(site.module), site.node), ())))
-        if site.kind == "node"
+        replace(site, paths=(*site.paths, *more))
+        if site.kind == "node" and (more := names.get((id(site.module), site.node)))
         else site
         for site in own
     ]
@@ -198,12 +199,8 @@ def weights_of(recorder: ProductRecorder, modules: list[Named]) -> list[Weight]:
             for slot in tree.slots(root)[:1]:
                 by_root.setdefault(slot, []).append(product)
     order = {id(named.module): position for position, named in enumerate(modules)}
-    weights = [
-        weight
-        for slot, products in by_root.items()
-        for weight in [_weight(tree, recorder, slot, products)]
-        if weight is not None
-    ]
+    found = (_weight(tree, recorder, slot, products) for slot, products in by_root.items())
+    weights = [weight for weight in found if weight is not None]
     weights += _idle(tree, recorder.used)
     return sorted(weights, key=lambda weight: (order[id(weight.holder)], weight.name))
 
@@ -228,7 +225,6 @@ class _Tree:
         self.by_path = {path: named.module for named in modules for path in named.paths}
         self.paths = {id(named.module): named.paths for named in modules}
         self.aliases: dict[int, list[tuple[str, str]]] = {}
-        self.places: dict[str, tuple[str, str]] = {}
         for path, module in self.by_path.items():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -302,13 +298,9 @@ def _smallest(
 
 
 def _common(paths: list[str]) -> str:
-    split = [path.split(".") if path else [] for path in paths]
-    shared = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    shared = takewhile(lambda parts: len(set(parts)) == 1, levels)
+    return ".".join(parts[0] for parts in shared)
 
 
 def _depth(path: str) -> int:
@@ -338,12 +330,9 @@ def _per_matrix(weight: Tensor, product: Product) -> bool:
     """Is the weight a stack of matrices, each of which multiplies inputs of its own?"""
     if product.form == "grouped":
         return True
-    size = 1
-    for length in product.weight:
-        size *= length
     if product.form == "batched":
         return product.weight[0] > 1
-    return size < weight.numel()
+    return math.prod(product.weight) < weight.numel()
 
 
 def _obstacle(
@@ -359,7 +348,8 @@ def _obstacle(
     found = owner_obstacle(reader) or quantized(reader) or quantized(holder, attribute)
     if found is not None:
         return found
-    for module in _looked_up(recorder, roots):
+    looked_up = [module for root in roots for module in recorder.lookups.get(root, ()) if module is not None]
+    for module in looked_up:
         inside = any(_within(path, reader_path) for path in tree.paths[id(module)])
         if inside and holder is not reader:
             return (
@@ -374,13 +364,6 @@ def _obstacle(
             "choose weights that every example uses, such as attention's",
         )
     return None
-
-
-def _looked_up(recorder: ProductRecorder, roots: Iterable[str]) -> Iterator[nn.Module]:
-    for root in roots:
-        for module in recorder.lookups.get(root, ()):
-            if module is not None:
-                yield module
 
 
 def _within(path: str, above: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from regraft.find.probe.preserve_state import buffers_kept, forgotten, random_state_kept, silent, unchanged
-from regraft.find.probe.products import ProductRecorder, RecordProducts
+from regraft.find.probe.products import ProductRecorder
 
 
 def record_products(model: nn.Module, *args: Any, **kwargs: Any) -> ProductRecorder:
@@ -68,3 +70,19 @@ def found(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, set[str]]:
         for name in product.parameters:
             result.setdefault(name, set()).add("router" if product.selects else product.form)
     return result
+
+
+class RecordProducts(TorchDispatchMode):
+    """A mode with nothing but a `ProductRecorder`; `current` names the module whose forward is running."""
+
+    def __init__(self, recorder: ProductRecorder, current: Callable[[], nn.Module | None]) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.current = current
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.recorder.record(func, args, kwargs or {}, result, self.current())
+        return result

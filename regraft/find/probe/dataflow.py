@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from regraft.find.probe.products import storage_of
-from regraft.find.tensor_io import NoTensorError, first_tensor
+from regraft.find.tensor_io import first_tensor
 
 BATCH, CHANNEL, POSITION, PACKED = "batch", "channel", "position", "packed"
 BLOCK, BRANCH = "block", "branch"
@@ -573,8 +573,6 @@ def _sizes(axes: Sequence[Atoms]) -> tuple[int, ...]:
 def _first(value: Any, part: str) -> Tensor | None:
     try:
         return first_tensor(value, part)
-    except NoTensorError:
-        return None
     except Exception:  # a module may return what nobody has foreseen
         return None
 

@@ -111,7 +111,7 @@ class Ledger:
         flows: the first tensor that went into and came out of each module.
         called: calls of functions that drop, by innermost owner and operation.
         draws: every draw.
-        read: names of the weights that an operation read.
+        names_read: of the weights that an operation read.
     """
 
     counts: dict[int, int] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class Ledger:
     flows: dict[int, tuple[Flow | None, Flow | None]] = field(default_factory=dict)
     called: list[Called] = field(default_factory=list)
     draws: list[Draw] = field(default_factory=list)
-    read: set[str] = field(default_factory=set)
+    names_read: set[str] = field(default_factory=set)
 
     def take(self, other: Ledger) -> None:
         """Take over what another forward did in modules that did not run in this one."""
@@ -130,7 +130,7 @@ class Ledger:
         self.counts |= {key: other.counts[key] for key in fresh}
         self.lines = other.lines | self.lines
         self.flows = other.flows | self.flows
-        self.read |= other.read
+        self.names_read |= other.names_read
 
 
 def observe(
@@ -168,14 +168,7 @@ def observe(
     the user's model is not to be touched.
     """
     tensors = state or {}
-    observer = Observer(
-        known,
-        sites,
-        tensors,
-        recorders,
-        modules_too=modules_too,
-        number=number,
-    )
+    observer = Observer(known, sites, tensors, recorders, modules_too=modules_too, number=number)
     for recorder in recorders:
         recorder.start(tensors)
     with ExitStack() as stack:
@@ -313,7 +306,7 @@ class Observer:
         if func is not _DETACH:
             for argument in args:
                 if id(argument) in self.weights:
-                    self.ledger.read.add(self.weights[id(argument)])
+                    self.ledger.names_read.add(self.weights[id(argument)])
         for recorder in self.recorders:
             recorder.record(func, args, kwargs, result, self.here)
 
@@ -412,10 +405,10 @@ class ObservedFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs, observer = kwargs or {}, self.observer
         if observer is None or func is _DEVICE:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            return self.dispatch(func, types, args, kwargs)
         self.observer = None  # what the operation is made of is not told as well
         try:
-            result = super().__torch_dispatch__(func, types, args, kwargs)
+            result = self.dispatch(func, types, args, kwargs)
         finally:
             self.observer = observer
         observer.operation(func, tuple(args), dict(kwargs), result)

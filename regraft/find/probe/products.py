@@ -7,7 +7,7 @@ views, transposes, casts, parametrizations and stacks of weights still name the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _OPERANDS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -342,22 +341,6 @@ class ProductRecorder:
         """Is the tensor a parameter itself, or its cast: no transpose, no part?"""
         roots = self._roots(tensor)
         return len(roots) == 1 and self._shapes[next(iter(roots))] == (tuple(tensor.shape), tensor.stride())
-
-
-class RecordProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A mode with nothing but a `ProductRecorder`; `current` names the module whose forward is running."""
-
-    def __init__(self, recorder: ProductRecorder, current: Callable[[], nn.Module | None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.recorder = recorder
-        self.current = current
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.recorder.record(func, args, kwargs or {}, result, self.current())
-        return result
 
 
 def storage_of(tensor: Tensor) -> StorageWeakRef | None:

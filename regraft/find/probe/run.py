@@ -35,41 +35,30 @@ from regraft.find.probe.preserve_state import (
     silent,
 )
 from regraft.find.probe.products import ProductRecorder
-from regraft.find.tensor_io import Flow
 from regraft.libraries import is_fsdp
 
 
 @dataclass
-class Probe:
-    """What one training forward did, and which draws one in eval made.
+class Probe(Ledger):
+    """The ledger of one training forward, and what one in eval drew.
 
     Attributes:
         how: "fake tensors", "real forward", or None if no forward ran.
         reason: why it did not run, or not on fake tensors.
         seconds: how long it took.
-        counts: forwards of each module in training, by id.
-        lines: the line that first called each module, by id.
-        called: the functional dropouts that ran in training, by innermost owner and operation.
         twins: the modules whose rate a call used, by the id of the call's owner and its operation.
         eval_called: the functional dropouts that drew in eval.
-        flows: the first tensor that went into and came out of each module, by id; None where not known.
-        draws: every draw of the training forward.
-        eval_draws: every draw of the one in eval.
+        eval_draws: every draw of the forward in eval.
         read: modules whose weight an operation read, by id.
     """
 
     how: str | None = None
     reason: str | None = None
     seconds: float | None = None
-    counts: dict[int, int] = field(default_factory=dict)
-    lines: dict[int, str] = field(default_factory=dict)
-    called: list[Called] = field(default_factory=list)
     twins: dict[tuple[int, str], list[nn.Module]] = field(default_factory=dict)
     eval_called: list[Called] = field(default_factory=list)
-    draws: list[Draw] = field(default_factory=list)
     eval_draws: list[Draw] = field(default_factory=list)
     read: set[int] = field(default_factory=set)
-    flows: dict[int, tuple[Flow | None, Flow | None]] = field(default_factory=dict)
     covered: set[int] | None = None
     """Where only parts of the model could be run: the modules inside those, by id."""
 
@@ -254,14 +243,7 @@ def _both(
     """The probe by `forward`, in training and then in eval; `running` are the modules that it runs."""
     known = {id(module): module for module in look.every}
     seen = _train(look, forward, known, state, mode)
-    probe = Probe(
-        counts=seen.counts,
-        lines=seen.lines,
-        called=seen.called,
-        flows=seen.flows,
-        draws=seen.draws,
-        read=_modules_read(look.model, seen.read),
-    )
+    probe = Probe(**vars(seen), read=_modules_read(look.model, seen.names_read))
     # With those that the first forward made and kept.
     set_training([*running, *running[0].modules()], mode=False)
     try:
