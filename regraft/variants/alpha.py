@@ -46,18 +46,8 @@ def alpha_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> 
     return (x * kept).sub_(kept, alpha=_FLOOR).add_(floor * (1 - p))
 
 
-class AlphaDropout(DropoutVariant):
-    """`alpha_dropout` as a module.
-
-    Example:
-        >>> AlphaDropout(0.1)
-        AlphaDropout(p=0.1)
-    """
-
-    function = staticmethod(alpha_dropout)
-
-    def __init__(self, p: float = DEFAULT_RATE) -> None:
-        super().__init__(p)
+SPEC = Spec("alpha", alpha_dropout)
 
 
-SPECS = (Spec("alpha", alpha_dropout, ("Dropout",), AlphaDropout),)
+class AlphaDropout(DropoutVariant, spec=SPEC):
+    """`alpha_dropout` as a module: `AlphaDropout(p=0.2)`."""

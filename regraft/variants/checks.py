@@ -39,6 +39,12 @@ def check_count(name: str, value: object, *, least: int = 1, most: int | None = 
         raise RateError(f"{name}={value!r} is out of range", remedy=f"give a whole number {wanted}")
 
 
+def check_axis(name: str, value: object) -> None:
+    """`value` is a whole number, of any sign."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise OptionError(f"{name}={value!r} is not a whole number", remedy="for example -1, the last")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """`value` is one of `choices`."""
     if value not in choices:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -85,18 +82,25 @@ def _seed() -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
 
 
-def _state(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {"consistent_seed": _seed()}
-
-
 def _begin_run(module: nn.Module, training: bool) -> None:
     if not training:
         seed: Tensor = module.consistent_seed  # type: ignore[assignment]
         seed.copy_(_seed())
 
 
-class ConsistentDropout(DropoutVariant):
-    """`consistent_dropout` as a module; `eval()` begins a new run, with a new mask.
+SPEC = Spec(
+    "consistent",
+    consistent_dropout,
+    changes_eval=lambda _: True,
+    state=lambda *_: {"consistent_seed": _seed()},
+    transient=("consistent_seed",),
+    on_mode=_begin_run,
+    activations=True,
+)
+
+
+class ConsistentDropout(DropoutVariant, spec=SPEC):
+    """`consistent_dropout` as a module, whose `eval()` begins a new run: `ConsistentDropout(p=0.2)`.
 
     Example:
         >>> import torch
@@ -106,30 +110,7 @@ class ConsistentDropout(DropoutVariant):
         (True, False)
     """
 
-    function = staticmethod(consistent_dropout)
-    state = ("consistent_seed",)
-    consistent_seed: Tensor
-
-    def __init__(self, p: float = DEFAULT_RATE) -> None:
-        super().__init__(p)
-        self.register_buffer("consistent_seed", _seed(), persistent=False)
-
     def train(self, mode: bool = True) -> ConsistentDropout:
         super().train(mode)
         _begin_run(self, mode)
         return self
-
-
-SPECS = (
-    Spec(
-        "consistent",
-        consistent_dropout,
-        ("Dropout",),
-        ConsistentDropout,
-        changes_eval=lambda _: True,
-        state=_state,
-        transient=("consistent_seed",),
-        on_mode=_begin_run,
-        activations=True,
-    ),
-)

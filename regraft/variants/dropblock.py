@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,36 +79,13 @@ def _clear_windows(clear: Tensor, axis: int, width: int) -> Tensor:
     return clear
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    check_count("block_size", options["block_size"])
-    check_switch("couple_channels", options["couple_channels"])
-
-
-class DropBlock(DropoutVariant):
-    """`dropblock` as a module.
-
-    Example:
-        >>> DropBlock(0.1, block_size=5)
-        DropBlock(p=0.1, block_size=5)
-    """
-
-    function = staticmethod(dropblock)
-    check = staticmethod(_check)
-
-    def __init__(
-        self, p: float = DEFAULT_RATE, *, block_size: int = 7, couple_channels: bool = False
-    ) -> None:
-        super().__init__(p, block_size=block_size, couple_channels=couple_channels)
-
-
-SPECS = (
-    Spec(
-        "dropblock",
-        dropblock,
-        ("Dropout",),
-        DropBlock,
-        {"block_size": 7, "couple_channels": False},
-        check=_check,
-        activations=True,
-    ),
+SPEC = Spec(
+    "dropblock",
+    dropblock,
+    checks={"block_size": check_count, "couple_channels": check_switch},
+    activations=True,
 )
+
+
+class DropBlock(DropoutVariant, spec=SPEC):
+    """`dropblock` as a module: `DropBlock(p=0.2, *, block_size=7, couple_channels=False)`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,52 +163,24 @@ class _Noisy(torch.autograd.Function):
         return tuple(slopes)
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    check_choice("mask", options["mask"], ("batch", "example"))
-    check_choice("noise", options["noise"], ("bernoulli", "gaussian"))
-    check_choice("eval", options["eval"], ("plain", "sample"))
-    check_switch("exact", options["exact"])
-
-
-class DropConnectLinear(LinearVariant):
-    """`dropconnect` as a module: an `nn.Linear` with a rate.
-
-    Example:
-        >>> DropConnectLinear(4, 2, p=0.1)
-        DropConnectLinear(in_features=4, out_features=2, bias=True, p=0.1, mask='batch')
-    """
-
-    function = staticmethod(dropconnect)
-    check = staticmethod(_check)
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        p: float = DEFAULT_RATE,
-        *,
-        mask: str = "batch",
-        noise: str = "bernoulli",
-        eval: str = "plain",
-        exact: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        options = {"mask": mask, "noise": noise, "eval": eval, "exact": exact}
-        super().__init__(in_features, out_features, bias, p, device=device, dtype=dtype, **options)
-
-
-SPECS = (
-    Spec(
-        "dropconnect",
-        dropconnect,
-        ("Linear",),
-        DropConnectLinear,
-        {"mask": "batch", "noise": "bernoulli", "eval": "plain", "exact": False},
-        check=_check,
-        changes_eval=lambda options: options["eval"] == "sample",
-        weight_function=dropconnect_weight,
-        weight_unfit=_unfit,
-    ),
+SPEC = Spec(
+    "dropconnect",
+    dropconnect,
+    ("Linear",),
+    {
+        "mask": partial(check_choice, choices=("batch", "example")),
+        "noise": partial(check_choice, choices=("bernoulli", "gaussian")),
+        "eval": partial(check_choice, choices=("plain", "sample")),
+        "exact": check_switch,
+    },
+    changes_eval=lambda options: options["eval"] == "sample",
+    weight_function=dropconnect_weight,
+    weight_unfit=_unfit,
 )
+
+
+class DropConnectLinear(LinearVariant, spec=SPEC):
+    """`dropconnect` as a module, an `nn.Linear` with a rate and options.
+
+    `DropConnectLinear(4, 2, p=0.1, *, mask='batch', noise='bernoulli', eval='plain', exact=False)`.
+    """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from regraft.variants.draws import keep_mask, times_mask
+from regraft.variants.draws import thinned
 from regraft.variants.module import DropoutVariant, check_rate
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
@@ -37,22 +37,11 @@ def drophead(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tenso
     p = check_rate(p)
     if not training or p == 0:
         return x
-    shape = [*x.shape[:-2], *[1] * min(x.dim(), 2)]
-    return times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
+    return thinned(x, p, [x.dim() - 2, x.dim() - 1])
 
 
-class DropHead(DropoutVariant):
-    """`drophead` as a module, on attention weights.
-
-    Example:
-        >>> DropHead(0.1)
-        DropHead(p=0.1)
-    """
-
-    function = staticmethod(drophead)
-
-    def __init__(self, p: float = DEFAULT_RATE) -> None:
-        super().__init__(p)
+SPEC = Spec("drophead", drophead, attention=True)
 
 
-SPECS = (Spec("drophead", drophead, ("Dropout",), DropHead, attention=True),)
+class DropHead(DropoutVariant, spec=SPEC):
+    """`drophead` as a module, on attention weights: `DropHead(p=0.2)`."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,23 +62,13 @@ def key_shape(shape: Sequence[int], keys: str) -> list[int]:
     return [1 if keys == "column" and axis == len(shape) - 2 else size for axis, size in enumerate(shape)]
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    check_choice("keys", options["keys"], ("column", "element"))
+SPEC = Spec(
+    "dropkey",
+    dropkey,
+    checks={"keys": partial(check_choice, choices=("column", "element"))},
+    attention=True,
+)
 
 
-class DropKey(DropoutVariant):
-    """`dropkey` as a module, on attention weights.
-
-    Example:
-        >>> DropKey(0.1)
-        DropKey(p=0.1, keys='column')
-    """
-
-    function = staticmethod(dropkey)
-    check = staticmethod(_check)
-
-    def __init__(self, p: float = DEFAULT_RATE, *, keys: str = "column") -> None:
-        super().__init__(p, keys=keys)
-
-
-SPECS = (Spec("dropkey", dropkey, ("Dropout",), DropKey, {"keys": "column"}, check=_check, attention=True),)
+class DropKey(DropoutVariant, spec=SPEC):
+    """`dropkey` as a module, on attention weights: `DropKey(p=0.2, *, keys='column')`."""

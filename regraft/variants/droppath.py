@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from regraft.variants.draws import keep_mask, times_mask
+from regraft.variants.checks import check_axis
+from regraft.variants.draws import thinned
 from regraft.variants.module import DropoutVariant, check_rate
-from regraft.variants.spatial import check_axes
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -41,33 +41,11 @@ def drop_path(
     if not training or p == 0:
         return x
     batch = 0 if batch_axis is None else batch_axis % x.dim()
-    shape = [size if axis == batch else 1 for axis, size in enumerate(x.shape)]
-    return times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
+    return thinned(x, p, {*range(x.dim())} - {batch})
 
 
-class DropPath(DropoutVariant):
-    """`drop_path` as a module.
-
-    Example:
-        >>> DropPath(0.1)
-        DropPath(p=0.1)
-    """
-
-    function = staticmethod(drop_path)
-    check = staticmethod(check_axes)
-
-    def __init__(self, p: float = DEFAULT_RATE, *, batch_axis: int | None = None) -> None:
-        super().__init__(p, batch_axis=batch_axis)
+SPEC = Spec("droppath", drop_path, ("DropPath", "Dropout"), {"batch_axis": check_axis}, activations=True)
 
 
-SPECS = (
-    Spec(
-        "droppath",
-        drop_path,
-        ("DropPath", "Dropout"),
-        DropPath,
-        {"batch_axis": None},
-        check=check_axes,
-        activations=True,
-    ),
-)
+class DropPath(DropoutVariant, spec=SPEC):
+    """`drop_path` as a module: `DropPath(p=0.2, *, batch_axis=None)`."""

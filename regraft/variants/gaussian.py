@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,37 +47,18 @@ def gaussian_dropout(
     return x * torch.randn_like(x, dtype=real_dtype(x), requires_grad=False).mul_(scale).add_(1)
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    if options["sigma"] is not None:
-        check_number("sigma", options["sigma"], above=0)
+SPEC = Spec(
+    "gaussian",
+    gaussian_dropout,
+    checks={"sigma": partial(check_number, above=0)},
+    needs_rate=lambda options: options["sigma"] is None,
+)
 
 
-class GaussianDropout(DropoutVariant):
-    """`gaussian_dropout` as a module.
-
-    Example:
-        >>> GaussianDropout(0.1)
-        GaussianDropout(p=0.1)
-    """
-
-    function = staticmethod(gaussian_dropout)
-    check = staticmethod(_check)
+class GaussianDropout(DropoutVariant, spec=SPEC):
+    """`gaussian_dropout` as a module: `GaussianDropout(p=0.2)`, or `GaussianDropout(sigma=0.5)`."""
 
     def __init__(self, p: float | None = None, *, sigma: float | None = None) -> None:
-        _check({"sigma": sigma})
+        super().__init__(DEFAULT_RATE if p is None else p, sigma=sigma)
         if p is not None and sigma is not None:
             raise OptionError("p plays no part beside sigma", remedy="give p, or sigma")
-        super().__init__(DEFAULT_RATE if p is None else p, sigma=sigma)
-
-
-SPECS = (
-    Spec(
-        "gaussian",
-        gaussian_dropout,
-        ("Dropout",),
-        GaussianDropout,
-        {"sigma": None},
-        check=_check,
-        needs_rate=lambda options: options["sigma"] is None,
-    ),
-)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from regraft.variants.checks import check_switch
@@ -74,18 +73,25 @@ def mixout_of_weight(
     return noisy_weight(weight, Noise(check_rate(p), exact=exact), mixout_weight) if p else weight
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    check_switch("exact", options["exact"])
+def _remembered(weight: Tensor) -> dict[str, Tensor]:
+    return {"mixout_weight": weight.detach().clone()}
 
 
-def _state(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {"mixout_weight": linear_weight(module).detach().clone()}
+SPEC = Spec(
+    "mixout",
+    mixout,
+    ("Linear",),
+    {"exact": check_switch},
+    state=lambda module, _: _remembered(linear_weight(module)),
+    weight_function=mixout_of_weight,
+    weight_state=_remembered,
+)
 
 
-class MixoutLinear(LinearVariant):
+class MixoutLinear(LinearVariant, spec=SPEC):
     """`mixout` as a module: an `nn.Linear` that remembers the weight fine-tuning begins with.
 
-    Load the pretrained weight, then call `remember()`.
+    Load the pretrained weight, then call `remember()`: `MixoutLinear(4, 2, p=0.9, *, exact=False)`.
 
     Example:
         >>> import torch
@@ -96,41 +102,9 @@ class MixoutLinear(LinearVariant):
         True
     """
 
-    function = staticmethod(mixout)
-    check = staticmethod(_check)
-    state = ("mixout_weight",)
     mixout_weight: Tensor
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        p: float = DEFAULT_RATE,
-        *,
-        exact: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, p, device=device, dtype=dtype, exact=exact)
-        self.register_buffer("mixout_weight", self.weight.detach().clone())
 
     @torch.no_grad()
     def remember(self) -> None:
         """Make the weight as it is now the one to fall back to."""
         self.mixout_weight.copy_(self.weight)
-
-
-SPECS = (
-    Spec(
-        "mixout",
-        mixout,
-        ("Linear",),
-        MixoutLinear,
-        {"exact": False},
-        check=_check,
-        state=_state,
-        weight_function=mixout_of_weight,
-        weight_state=lambda weight: {"mixout_weight": weight.detach().clone()},
-    ),
-)

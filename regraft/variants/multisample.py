@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regraft.variants.checks import check_choice, check_count, check_switch
-from regraft.variants.draws import CODES, HALVES, SMALLEST_RATE, coarse, codes16, in_pieces, plain
+from regraft.variants.draws import CODES, HALVES, SMALLEST_RATE, coarse, codes16, in_layout, plain
 from regraft.variants.module import DropoutVariant, check_rate
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
@@ -126,13 +127,28 @@ def _counts(x: Tensor, p: float, num_samples: int, exact: bool) -> Tensor:
             # The index is what takes room, 4 bytes an element.
             return table.index_select(0, codes16(x, size).view(torch.uint16).to(torch.int32))
 
-        return in_pieces(x, looked_up)
+        return _in_pieces(x, looked_up)
     fine = exact or not SMALLEST_RATE <= p <= 1 - SMALLEST_RATE
     wide = torch.float64 if fine and x.device.type != "mps" else torch.float32  # mps has no float64
     tails = _tails(num_samples, p)
     if plain(x):
-        return in_pieces(x, lambda size: _passed(torch.rand(size, dtype=wide, device=x.device), tails))
+        return _in_pieces(x, lambda size: _passed(torch.rand(size, dtype=wide, device=x.device), tails))
     return _passed(torch.rand_like(x, dtype=wide, requires_grad=False), tails)
+
+
+def _in_pieces(x: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
+    """`draw(count)` for all elements of x; on a CPU in up to 8 parts, which need less memory meanwhile."""
+    count = x.numel()
+    size = max(1 << 19, -(-count // 8)) if x.device.type == "cpu" else count
+    if count <= size:
+        counts = draw(count)
+    elif torch._C._are_functorch_transforms_active():  # vmap draws for each of its passes
+        counts = torch.cat([draw(min(size, count - start)) for start in range(0, count, size)])
+    else:
+        counts = torch.empty(count, dtype=torch.uint8, device=x.device)
+        for part in torch.split(counts, size):
+            part.copy_(draw(len(part)))
+    return in_layout(counts, x)
 
 
 def _passed(draw: Tensor, tails: Sequence[float]) -> Tensor:
@@ -196,36 +212,19 @@ def _outlives_the_call(table: Tensor) -> bool:
     return not (table.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    check_count("num_samples", options["num_samples"], least=1, most=255)
-    check_choice("match", options["match"], ("rate", "variance"))
-    check_switch("exact", options["exact"])
+SPEC = Spec(
+    "multisample",
+    multisample_dropout,
+    checks={
+        "num_samples": partial(check_count, least=1, most=255),
+        "match": partial(check_choice, choices=("rate", "variance")),
+        "exact": check_switch,
+    },
+)
 
 
-class MultiSampleDropout(DropoutVariant):
+class MultiSampleDropout(DropoutVariant, spec=SPEC):
     """`multisample_dropout` as a module.
 
-    Example:
-        >>> MultiSampleDropout(0.1, num_samples=4)
-        MultiSampleDropout(p=0.1, num_samples=4)
+    `MultiSampleDropout(p=0.2, *, num_samples=8, match='rate', exact=False)`.
     """
-
-    function = staticmethod(multisample_dropout)
-    check = staticmethod(_check)
-
-    def __init__(
-        self, p: float = DEFAULT_RATE, *, num_samples: int = 8, match: str = "rate", exact: bool = False
-    ) -> None:
-        super().__init__(p, num_samples=num_samples, match=match, exact=exact)
-
-
-SPECS = (
-    Spec(
-        "multisample",
-        multisample_dropout,
-        ("Dropout",),
-        MultiSampleDropout,
-        {"num_samples": 8, "match": "rate", "exact": False},
-        check=_check,
-    ),
-)

@@ -58,32 +58,19 @@ def off_linear(
     return linear(x, weight, bias)
 
 
-class Off(DropoutVariant):
-    """`off` as a module, which stays where a dropout was; `p` is 0.
+SPEC = Spec(
+    "off",
+    off,
+    ("Dropout", "DropPath", "Linear", "Embedding"),
+    needs_rate=lambda _: False,
+    linear_function=off_linear,
+    rated=False,
+    weight_function=lambda weight: weight,
+)
 
-    Example:
-        >>> Off()
-        Off()
-    """
 
-    function = staticmethod(off)
+class Off(DropoutVariant, spec=SPEC):
+    """`off` as a module, `Off()`, which stays where a dropout was; its `p` is 0."""
 
     def __init__(self, p: float = 0.0) -> None:  # noqa: ARG002
-        super().__init__(0.0)
-
-    def extra_repr(self) -> str:
-        return ""
-
-
-SPECS = (
-    Spec(
-        "off",
-        off,
-        ("Dropout", "DropPath", "Linear", "Embedding"),
-        Off,
-        needs_rate=lambda options: False,  # noqa: ARG005
-        linear_function=off_linear,
-        rated=False,
-        weight_function=lambda weight: weight,
-    ),
-)
+        super().__init__()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
 import re
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from regraft.errors import OptionError, RegraftError, RuleSyntaxError, UnknownVariantError, nearest
+from regraft.errors import OptionError, RuleSyntaxError, UnknownVariantError, nearest
 from regraft.variants.module import DropoutVariant, LinearVariant, check_rate
 from regraft.variants.spec import DEFAULT_RATE, Spec, Variant
 
@@ -19,7 +21,6 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _FAMILIES = ("Dropout", "DropPath", "Linear", "Embedding")
 OF_RULES = ("fused", "adds")
 """Options that a rule gives to the graft, and not to the variant."""
-_RATES = ("rate", "prob", "probability", "drop_prob", "drop_rate", "dropout", "dropout_rate")
 _NO_VARIANTS = {
     "rdrop": "R-Drop is two passes and no variant: regraft.rdrop(model, alpha=1.0);",
     "maxnorm": "max-norm is no variant: regraft.max_norm(model, {'Linear': 3.0}, optimizer);",
@@ -36,9 +37,9 @@ def _load_builtin() -> None:
     package = importlib.import_module("regraft.variants")
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
-        for spec in getattr(module, "SPECS", ()):
-            _specs[spec.name] = spec
-            _builtin.add(spec.name)
+        if (builtin := getattr(module, "SPEC", None)) is not None:
+            _specs[builtin.name] = builtin
+            _builtin.add(builtin.name)
 
 
 def names() -> list[str]:
@@ -81,7 +82,7 @@ def variant(name: str, /, **options: Any) -> Variant:
     """
     chosen = spec(name)
     check_options(chosen, options)
-    if "p" in options and not rate_matters(chosen, options):
+    if "p" in options and not chosen.rate_matters(options):
         given = ", ".join(key for key in options if key != "p")
         raise OptionError(
             f"p plays no part beside {given}", where=f"variant {chosen.name!r}", remedy=f"give p, or {given}"
@@ -91,49 +92,29 @@ def variant(name: str, /, **options: Any) -> Variant:
 
 def complete_options(chosen: Spec, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options given, over the variant's defaults, without the rate and what is a rule's alone."""
-    own = {key: value for key, value in options.items() if key not in ("p", *OF_RULES)}
-    return {**chosen.defaults, **own}
+    return chosen.complete(options)
 
 
 def rate_matters(chosen: Spec, options: Mapping[str, Any]) -> bool:
     """False where another option says how strong the noise is, as `sigma` of "gaussian" does."""
-    return chosen.needs_rate is None or chosen.needs_rate(complete_options(chosen, options))
+    return chosen.rate_matters(options)
 
 
 def check_options(chosen: Spec, options: Mapping[str, Any]) -> None:
-    where = f"variant {chosen.name!r}"
-    known = [*_rate_option(chosen), *chosen.defaults]
     if "Dropout" in chosen.families and options.get("fused", "auto") in ("auto", "write", "keep"):
         options = {key: value for key, value in options.items() if key != "fused"}
     if chosen.name == "droppath" and isinstance(options.get("adds"), bool):
         options = {key: value for key, value in options.items() if key != "adds"}
-    for key in options:
-        if key not in known:
-            hint = nearest(key, known)
-            if key in _RATES and "p" in known:
-                hint = f"the rate is p: '{chosen.name}(p=...)';"
-            listed = "its options are " + ", ".join(known) if known else "it has no options"
-            raise OptionError(
-                f"{chosen.name!r} has no option {key!r}", where=where, remedy=f"{hint} {listed}".strip()
-            )
-    if "p" in options and not callable(options["p"]):
-        p = options["p"]
-        if not (isinstance(p, str) and _RELATIVE.fullmatch(p)):
-            if isinstance(p, str):
-                raise OptionError(
-                    f"p={p!r} is no rate", where=where, remedy="a number in [0, 1), or relative: 'x0.5'"
-                )
-            check_rate(p, where=where)
-    if chosen.check is not None:
-        try:
-            chosen.check(complete_options(chosen, options))
-        except RegraftError as error:
-            error.where = error.where or where
-            raise
-
-
-def _rate_option(chosen: Spec) -> tuple[str, ...]:
-    return ("p",) if chosen.rated else ()
+    chosen.check(options)
+    p = options.get("p", 0.0)
+    if isinstance(p, str) and not _RELATIVE.fullmatch(p):
+        raise OptionError(
+            f"p={p!r} is no rate",
+            where=f"variant {chosen.name!r}",
+            remedy="a number in [0, 1), or relative: 'x0.5'",
+        )
+    if not (callable(p) or isinstance(p, str)):
+        check_rate(p, where=f"variant {chosen.name!r}")
 
 
 def register(
@@ -184,24 +165,31 @@ def register(
     return decorate
 
 
-def _spec_of(name: str, function: Callable[..., Any], family: str, changes_eval: bool) -> Spec:
-    defaults = _option_defaults(name, function, family)
-    whole = _linear(function, changes_eval) if family == "Linear" else _noise(function, changes_eval)
-    whole.__doc__ = function.__doc__
-    base = LinearVariant if family == "Linear" else DropoutVariant
+def _spec_of(name: str, function: Callable[..., Any], family: str, always: bool) -> Spec:
+    _check_signature(name, function, family)
+
+    @functools.wraps(function)
+    def of_activations(x: Any, p: float = DEFAULT_RATE, training: bool = True, **options: Any) -> Any:
+        return function(x, p, **options) if p > 0 and (training or always) else x
+
+    @functools.wraps(function)
+    def of_linear(
+        x: Any, weight: Any, bias: Any = None, p: float = DEFAULT_RATE, training: bool = True, **options: Any
+    ) -> Any:
+        from torch.nn.functional import linear
+
+        if p > 0 and (training or always):
+            return function(x, weight, bias, p, **options)
+        return linear(x, weight, bias)
+
+    whole, base = (of_linear, LinearVariant) if family == "Linear" else (of_activations, DropoutVariant)
+    spec = Spec(name, whole, (family,), changes_eval=(lambda _: True) if always else None)
     title = "".join(part.capitalize() for part in name.split("_"))
-    module = type(title, (base,), {"function": staticmethod(whole), "__module__": function.__module__})
-    return Spec(
-        name,
-        whole,
-        (family,),
-        module,
-        defaults,
-        changes_eval=(lambda _: True) if changes_eval else None,
-    )
+    types.new_class(title, (base,), {"spec": spec}, lambda body: body.update(__module__=function.__module__))
+    return spec
 
 
-def _option_defaults(name: str, function: Callable[..., Any], family: str) -> dict[str, Any]:
+def _check_signature(name: str, function: Callable[..., Any], family: str) -> None:
     wanted = ("x", "weight", "bias", "p") if family == "Linear" else ("x", "p")
     parameters = inspect.signature(function).parameters.values()
     positional = [parameter for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
@@ -213,27 +201,6 @@ def _option_defaults(name: str, function: Callable[..., Any], family: str) -> di
             f"{getattr(function, '__name__', function)}{inspect.signature(function)}",
             where=f"variant {name!r}",
         )
-    return {option.name: option.default for option in options}
-
-
-def _noise(function: Callable[..., Any], always: bool) -> Callable[..., Any]:
-    def whole(x: Any, p: float = DEFAULT_RATE, training: bool = True, **options: Any) -> Any:
-        return function(x, p, **options) if p > 0 and (training or always) else x
-
-    return whole
-
-
-def _linear(function: Callable[..., Any], always: bool) -> Callable[..., Any]:
-    from torch.nn.functional import linear
-
-    def whole(
-        x: Any, weight: Any, bias: Any = None, p: float = DEFAULT_RATE, training: bool = True, **options: Any
-    ) -> Any:
-        if p > 0 and (training or always):
-            return function(x, weight, bias, p, **options)
-        return linear(x, weight, bias)
-
-    return whole
 
 
 def parse_variant(text: str) -> Variant:

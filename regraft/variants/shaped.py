@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from regraft.errors import InputsError, OptionError
-from regraft.variants.draws import keep_mask, times_mask
+from regraft.variants.draws import thinned
 from regraft.variants.module import DropoutVariant, check_rate
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
@@ -58,32 +57,18 @@ def shaped_dropout(
             f"{x.dim()} axes",
             remedy="give None or 1 for each axis of the input",
         )
-    shape = [size if entry is None else 1 for size, entry in zip(x.shape, given, strict=True)]
-    return times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
+    return thinned(x, p, [axis for axis, entry in enumerate(given) if entry == 1])
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    given = options["noise_shape"]
-    fits = isinstance(given, list) and all(entry in (None, 1) for entry in given)
-    if given is not None and not fits:
+def _check(name: str, value: object) -> None:
+    if not (isinstance(value, list) and all(entry in (None, 1) for entry in value)):
         raise OptionError(
-            f"noise_shape={given!r} is not a list of None and 1", remedy="for example [None, 1, None]"
+            f"{name}={value!r} is not a list of None and 1", remedy="for example [None, 1, None]"
         )
 
 
-class ShapedDropout(DropoutVariant):
-    """`shaped_dropout` as a module.
-
-    Example:
-        >>> ShapedDropout(0.1, noise_shape=[None, 1, None])
-        ShapedDropout(p=0.1, noise_shape=[None, 1, None])
-    """
-
-    function = staticmethod(shaped_dropout)
-    check = staticmethod(_check)
-
-    def __init__(self, p: float = DEFAULT_RATE, *, noise_shape: Sequence[int | None] | None = None) -> None:
-        super().__init__(p, noise_shape=noise_shape)
+SPEC = Spec("shaped", shaped_dropout, checks={"noise_shape": _check})
 
 
-SPECS = (Spec("shaped", shaped_dropout, ("Dropout",), ShapedDropout, {"noise_shape": None}, check=_check),)
+class ShapedDropout(DropoutVariant, spec=SPEC):
+    """`shaped_dropout` as a module: `ShapedDropout(p=0.2, *, noise_shape=None)`."""

@@ -36,18 +36,8 @@ def uniform_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -
     return x * uniform_like(x).mul_(2 * width).add_(1 - width).to(real_dtype(x))
 
 
-class UniformDropout(DropoutVariant):
-    """`uniform_dropout` as a module.
-
-    Example:
-        >>> UniformDropout(0.1)
-        UniformDropout(p=0.1)
-    """
-
-    function = staticmethod(uniform_dropout)
-
-    def __init__(self, p: float = DEFAULT_RATE) -> None:
-        super().__init__(p)
+SPEC = Spec("uniform", uniform_dropout)
 
 
-SPECS = (Spec("uniform", uniform_dropout, ("Dropout",), UniformDropout),)
+class UniformDropout(DropoutVariant, spec=SPEC):
+    """`uniform_dropout` as a module: `UniformDropout(p=0.2)`."""
