@@ -46,8 +46,6 @@ def alpha_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> 
     return (x * kept).sub_(kept, alpha=_FLOOR).add_(floor * (1 - p))
 
 
-SPEC = Spec("alpha", alpha_dropout)
-
-
-class AlphaDropout(DropoutVariant, spec=SPEC):
+@Spec("alpha", alpha_dropout)
+class AlphaDropout(DropoutVariant):
     """`alpha_dropout` as a module: `AlphaDropout(p=0.2)`."""

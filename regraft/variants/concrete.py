@@ -122,7 +122,7 @@ def _penalty(module: nn.Module, options: Mapping[str, Any], readers: Sequence[Te
     return total
 
 
-SPEC = Spec(
+@Spec(
     "concrete",
     concrete_dropout,
     checks={
@@ -134,9 +134,7 @@ SPEC = Spec(
     transient=("concrete_features",),
     penalty=_penalty,
 )
-
-
-class ConcreteDropout(DropoutVariant, spec=SPEC):
+class ConcreteDropout(DropoutVariant):
     """`concrete_dropout` as a module, with the rate's logit as a parameter.
 
     `ConcreteDropout(p=0.2, *, temperature=0.1, entropy=1e-05, weight=1e-06)`.

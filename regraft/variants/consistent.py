@@ -88,7 +88,7 @@ def _begin_run(module: nn.Module, training: bool) -> None:
         seed.copy_(_seed())
 
 
-SPEC = Spec(
+@Spec(
     "consistent",
     consistent_dropout,
     changes_eval=lambda _: True,
@@ -97,9 +97,7 @@ SPEC = Spec(
     on_mode=_begin_run,
     activations=True,
 )
-
-
-class ConsistentDropout(DropoutVariant, spec=SPEC):
+class ConsistentDropout(DropoutVariant):
     """`consistent_dropout` as a module, whose `eval()` begins a new run: `ConsistentDropout(p=0.2)`.
 
     Example:

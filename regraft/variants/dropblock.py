@@ -79,13 +79,11 @@ def _clear_windows(clear: Tensor, axis: int, width: int) -> Tensor:
     return clear
 
 
-SPEC = Spec(
+@Spec(
     "dropblock",
     dropblock,
     checks={"block_size": check_count, "couple_channels": check_switch},
     activations=True,
 )
-
-
-class DropBlock(DropoutVariant, spec=SPEC):
+class DropBlock(DropoutVariant):
     """`dropblock` as a module: `DropBlock(p=0.2, *, block_size=7, couple_channels=False)`."""

@@ -163,7 +163,7 @@ class _Noisy(torch.autograd.Function):
         return tuple(slopes)
 
 
-SPEC = Spec(
+@Spec(
     "dropconnect",
     dropconnect,
     ("Linear",),
@@ -177,9 +177,7 @@ SPEC = Spec(
     weight_function=dropconnect_weight,
     weight_unfit=_unfit,
 )
-
-
-class DropConnectLinear(LinearVariant, spec=SPEC):
+class DropConnectLinear(LinearVariant):
     """`dropconnect` as a module, an `nn.Linear` with a rate and options.
 
     `DropConnectLinear(4, 2, p=0.1, *, mask='batch', noise='bernoulli', eval='plain', exact=False)`.

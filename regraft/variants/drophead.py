@@ -40,8 +40,6 @@ def drophead(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tenso
     return thinned(x, p, [x.dim() - 2, x.dim() - 1])
 
 
-SPEC = Spec("drophead", drophead, attention=True)
-
-
-class DropHead(DropoutVariant, spec=SPEC):
+@Spec("drophead", drophead, attention=True)
+class DropHead(DropoutVariant):
     """`drophead` as a module, on attention weights: `DropHead(p=0.2)`."""

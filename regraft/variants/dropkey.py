@@ -62,13 +62,11 @@ def key_shape(shape: Sequence[int], keys: str) -> list[int]:
     return [1 if keys == "column" and axis == len(shape) - 2 else size for axis, size in enumerate(shape)]
 
 
-SPEC = Spec(
+@Spec(
     "dropkey",
     dropkey,
     checks={"keys": partial(check_choice, choices=("column", "element"))},
     attention=True,
 )
-
-
-class DropKey(DropoutVariant, spec=SPEC):
+class DropKey(DropoutVariant):
     """`dropkey` as a module, on attention weights: `DropKey(p=0.2, *, keys='column')`."""

@@ -42,8 +42,6 @@ def dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor
     return functional.dropout(x, p, training=True)
 
 
-SPEC = Spec("dropout", dropout)
-
-
-class Dropout(DropoutVariant, spec=SPEC):
+@Spec("dropout", dropout)
+class Dropout(DropoutVariant):
     """`dropout` as a module, an `nn.Dropout` that refuses p = 1: `Dropout(p=0.2)`."""

@@ -44,8 +44,6 @@ def drop_path(
     return thinned(x, p, {*range(x.dim())} - {batch})
 
 
-SPEC = Spec("droppath", drop_path, ("DropPath", "Dropout"), {"batch_axis": check_axis}, activations=True)
-
-
-class DropPath(DropoutVariant, spec=SPEC):
+@Spec("droppath", drop_path, ("DropPath", "Dropout"), {"batch_axis": check_axis}, activations=True)
+class DropPath(DropoutVariant):
     """`drop_path` as a module: `DropPath(p=0.2, *, batch_axis=None)`."""

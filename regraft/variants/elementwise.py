@@ -32,8 +32,6 @@ def elementwise_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = Tru
     return dropout(x, p, training)
 
 
-SPEC = Spec("elementwise", elementwise_dropout)
-
-
-class ElementwiseDropout(DropoutVariant, spec=SPEC):
+@Spec("elementwise", elementwise_dropout)
+class ElementwiseDropout(DropoutVariant):
     """`elementwise_dropout` as a module: `ElementwiseDropout(p=0.2)`."""

@@ -47,15 +47,13 @@ def gaussian_dropout(
     return x * torch.randn_like(x, dtype=real_dtype(x), requires_grad=False).mul_(scale).add_(1)
 
 
-SPEC = Spec(
+@Spec(
     "gaussian",
     gaussian_dropout,
     checks={"sigma": partial(check_number, above=0)},
     needs_rate=lambda options: options["sigma"] is None,
 )
-
-
-class GaussianDropout(DropoutVariant, spec=SPEC):
+class GaussianDropout(DropoutVariant):
     """`gaussian_dropout` as a module: `GaussianDropout(p=0.2)`, or `GaussianDropout(sigma=0.5)`."""
 
     def __init__(self, p: float | None = None, *, sigma: float | None = None) -> None:

@@ -33,8 +33,6 @@ def mc_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Ten
     return dropout(x, p, training=True)
 
 
-SPEC = Spec("mc", mc_dropout, changes_eval=lambda _: True)
-
-
-class MCDropout(DropoutVariant, spec=SPEC):
+@Spec("mc", mc_dropout, changes_eval=lambda _: True)
+class MCDropout(DropoutVariant):
     """`mc_dropout` as a module: `MCDropout(p=0.2)`."""

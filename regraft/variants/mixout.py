@@ -77,7 +77,7 @@ def _remembered(weight: Tensor) -> dict[str, Tensor]:
     return {"mixout_weight": weight.detach().clone()}
 
 
-SPEC = Spec(
+@Spec(
     "mixout",
     mixout,
     ("Linear",),
@@ -86,9 +86,7 @@ SPEC = Spec(
     weight_function=mixout_of_weight,
     weight_state=_remembered,
 )
-
-
-class MixoutLinear(LinearVariant, spec=SPEC):
+class MixoutLinear(LinearVariant):
     """`mixout` as a module: an `nn.Linear` that remembers the weight fine-tuning begins with.
 
     Load the pretrained weight, then call `remember()`: `MixoutLinear(4, 2, p=0.9, *, exact=False)`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -52,22 +52,12 @@ class VariantType(type):
 
 
 class ThinModule(nn.Module, metaclass=VariantType):
-    """Base of the thin modules: a class made with `spec=SPEC` enters itself in its spec."""
+    """Base of the thin modules; a `Spec` decorates them."""
 
+    family: ClassVar[str] = "Dropout"
     spec: ClassVar[Spec]
-    function: ClassVar[Callable[..., Tensor]]
-    tensors: ClassVar[tuple[str, ...]]
-    """Names of the parameters and buffers that `function` takes as keyword arguments."""
     p: float
     options: dict[str, Any]
-
-    def __init_subclass__(cls, *, spec: Spec | None = None) -> None:
-        super().__init_subclass__()
-        if spec is not None:
-            family = "Linear" if issubclass(cls, nn.Linear) else "Dropout"
-            spec.modules[family] = cls
-            cls.spec, cls.tensors = spec, spec.tensors
-            cls.function = staticmethod(spec.function_for(family))
 
     def _settle(self, p: float, options: Mapping[str, Any]) -> None:
         spec = self.spec
@@ -81,8 +71,13 @@ class ThinModule(nn.Module, metaclass=VariantType):
             else:
                 self.register_buffer(name, value, persistent=name not in spec.transient)
 
-    def _keywords(self) -> dict[str, Any]:
-        return {**self.options, **{name: getattr(self, name) for name in self.tensors if hasattr(self, name)}}
+    def _run(self, *given: Any) -> Tensor:
+        spec = self.spec
+        state = {name: getattr(self, name) for name in spec.tensors if hasattr(self, name)}
+        result: Tensor = spec.function_for(self.family)(
+            *given, self.p, self.training, **self.options, **state
+        )
+        return result
 
 
 class DropoutVariant(ThinModule):
@@ -93,7 +88,7 @@ class DropoutVariant(ThinModule):
         self._settle(p, options)
 
     def forward(self, x: Tensor) -> Tensor:
-        return type(self).function(x, self.p, self.training, **self._keywords())
+        return self._run(x)
 
     def extra_repr(self) -> str:
         return written_options(self.p if self.spec.rated else None, self.options)
@@ -101,6 +96,8 @@ class DropoutVariant(ThinModule):
 
 class LinearVariant(ThinModule, nn.Linear):
     """Base of the linear family: `function(x, weight, bias, p, training, **options)`."""
+
+    family = "Linear"
 
     def __init__(
         self,
@@ -117,8 +114,7 @@ class LinearVariant(ThinModule, nn.Linear):
         self._settle(p, options)
 
     def forward(self, input: Tensor) -> Tensor:
-        function = type(self).function
-        return function(input, self.weight, self.bias, self.p, self.training, **self._keywords())
+        return self._run(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {written_options(self.p, self.options)}"

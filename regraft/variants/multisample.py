@@ -212,7 +212,7 @@ def _outlives_the_call(table: Tensor) -> bool:
     return not (table.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-SPEC = Spec(
+@Spec(
     "multisample",
     multisample_dropout,
     checks={
@@ -221,9 +221,7 @@ SPEC = Spec(
         "exact": check_switch,
     },
 )
-
-
-class MultiSampleDropout(DropoutVariant, spec=SPEC):
+class MultiSampleDropout(DropoutVariant):
     """`multisample_dropout` as a module.
 
     `MultiSampleDropout(p=0.2, *, num_samples=8, match='rate', exact=False)`.

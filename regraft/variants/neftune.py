@@ -44,7 +44,7 @@ def neftune(x: Tensor, p: float = 0.0, training: bool = True, *, alpha: float = 
     return x + uniform_like(x).mul_(2 * bound).sub_(bound).to(x.dtype)
 
 
-SPEC = Spec(
+@Spec(
     "neftune",
     neftune,
     ("Embedding",),
@@ -52,9 +52,7 @@ SPEC = Spec(
     needs_rate=lambda _: False,
     rated=False,
 )
-
-
-class NEFTuneEmbedding(ThinModule, nn.Embedding, spec=SPEC):
+class NEFTuneEmbedding(ThinModule, nn.Embedding):
     """`nn.Embedding` whose output has `neftune` noise in training.
 
     Example:
@@ -62,10 +60,12 @@ class NEFTuneEmbedding(ThinModule, nn.Embedding, spec=SPEC):
         NEFTuneEmbedding(10, 4, alpha=5.0)
     """
 
+    family = "Embedding"
+
     def __init__(
         self, num_embeddings: int, embedding_dim: int, *args: Any, alpha: float = 5.0, **kwargs: Any
     ) -> None:
-        SPEC.check({"alpha": alpha})
+        self.spec.check({"alpha": alpha})
         super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
         self.alpha = alpha
 

@@ -42,16 +42,14 @@ def gaussian_noise(x: Tensor, p: float = 0.0, training: bool = True, *, sigma: f
     return x + torch.randn_like(x, dtype=real_dtype(x), requires_grad=False).mul_(sigma)
 
 
-SPEC = Spec(
+@Spec(
     "noise",
     gaussian_noise,
     checks={"sigma": partial(check_number, least=0)},
     needs_rate=lambda _: False,
     rated=False,
 )
-
-
-class GaussianNoise(DropoutVariant, spec=SPEC):
+class GaussianNoise(DropoutVariant):
     """`gaussian_noise` as a module: `GaussianNoise(sigma=0.1)`; its `p` is 0."""
 
     def __init__(self, sigma: float = 0.1) -> None:

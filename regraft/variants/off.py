@@ -58,7 +58,7 @@ def off_linear(
     return linear(x, weight, bias)
 
 
-SPEC = Spec(
+@Spec(
     "off",
     off,
     ("Dropout", "DropPath", "Linear", "Embedding"),
@@ -67,9 +67,7 @@ SPEC = Spec(
     rated=False,
     weight_function=lambda weight: weight,
 )
-
-
-class Off(DropoutVariant, spec=SPEC):
+class Off(DropoutVariant):
     """`off` as a module, `Off()`, which stays where a dropout was; its `p` is 0."""
 
     def __init__(self, p: float = 0.0) -> None:  # noqa: ARG002

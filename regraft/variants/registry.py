@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from regraft.errors import OptionError, RuleSyntaxError, UnknownVariantError, nearest
 from regraft.variants.module import DropoutVariant, LinearVariant, check_rate
-from regraft.variants.spec import DEFAULT_RATE, Spec, Variant
+from regraft.variants.spec import Spec, Variant
 
 _EXAMPLES = "for example 'gaussian', 'multisample(p=0.2, num_samples=4)', 'off'"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -26,6 +26,8 @@ _NO_VARIANTS = {
     "maxnorm": "max-norm is no variant: regraft.max_norm(model, {'Linear': 3.0}, optimizer);",
 }
 _RELATIVE = re.compile(r"x\d+(\.\d+)?")
+complete_options = Spec.complete
+rate_matters = Spec.rate_matters
 _specs: dict[str, Spec] = {}
 _builtin: set[str] = set()
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -37,9 +39,10 @@ def _load_builtin() -> None:
     package = importlib.import_module("regraft.variants")
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
-        if (builtin := getattr(module, "SPEC", None)) is not None:
-            _specs[builtin.name] = builtin
-            _builtin.add(builtin.name)
+        for builtin in (getattr(value, "spec", None) for value in vars(module).values()):
+            if isinstance(builtin, Spec):
+                _specs[builtin.name] = builtin
+                _builtin.add(builtin.name)
 
 
 def names() -> list[str]:
@@ -88,16 +91,6 @@ def variant(name: str, /, **options: Any) -> Variant:
             f"p plays no part beside {given}", where=f"variant {chosen.name!r}", remedy=f"give p, or {given}"
         )
     return Variant(name, dict(options))
-
-
-def complete_options(chosen: Spec, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options given, over the variant's defaults, without the rate and what is a rule's alone."""
-    return chosen.complete(options)
-
-
-def rate_matters(chosen: Spec, options: Mapping[str, Any]) -> bool:
-    """False where another option says how strong the noise is, as `sigma` of "gaussian" does."""
-    return chosen.rate_matters(options)
 
 
 def check_options(chosen: Spec, options: Mapping[str, Any]) -> None:
@@ -169,23 +162,18 @@ def _spec_of(name: str, function: Callable[..., Any], family: str, always: bool)
     _check_signature(name, function, family)
 
     @functools.wraps(function)
-    def of_activations(x: Any, p: float = DEFAULT_RATE, training: bool = True, **options: Any) -> Any:
-        return function(x, p, **options) if p > 0 and (training or always) else x
-
-    @functools.wraps(function)
-    def of_linear(
-        x: Any, weight: Any, bias: Any = None, p: float = DEFAULT_RATE, training: bool = True, **options: Any
-    ) -> Any:
+    def whole(*given: Any, **options: Any) -> Any:
         from torch.nn.functional import linear
 
+        *tensors, p, training = given
         if p > 0 and (training or always):
-            return function(x, weight, bias, p, **options)
-        return linear(x, weight, bias)
+            return function(*tensors, p, **options)
+        return linear(*tensors) if family == "Linear" else tensors[0]
 
-    whole, base = (of_linear, LinearVariant) if family == "Linear" else (of_activations, DropoutVariant)
     spec = Spec(name, whole, (family,), changes_eval=(lambda _: True) if always else None)
+    base = LinearVariant if family == "Linear" else DropoutVariant
     title = "".join(part.capitalize() for part in name.split("_"))
-    types.new_class(title, (base,), {"spec": spec}, lambda body: body.update(__module__=function.__module__))
+    spec(types.new_class(title, (base,), exec_body=lambda body: body.update(__module__=function.__module__)))
     return spec
 
 

@@ -67,8 +67,6 @@ def _check(name: str, value: object) -> None:
         )
 
 
-SPEC = Spec("shaped", shaped_dropout, checks={"noise_shape": _check})
-
-
-class ShapedDropout(DropoutVariant, spec=SPEC):
+@Spec("shaped", shaped_dropout, checks={"noise_shape": _check})
+class ShapedDropout(DropoutVariant):
     """`shaped_dropout` as a module: `ShapedDropout(p=0.2, *, noise_shape=None)`."""

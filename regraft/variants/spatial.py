@@ -56,13 +56,11 @@ def spatial_dropout(
     return thinned(x, p, {*range(x.dim())} - {batch, channel_axis_of(x, channel_axis)})
 
 
-SPEC = Spec(
+@Spec(
     "spatial",
     spatial_dropout,
     checks={"channel_axis": check_axis, "batch_axis": check_axis},
     activations=True,
 )
-
-
-class SpatialDropout(DropoutVariant, spec=SPEC):
+class SpatialDropout(DropoutVariant):
     """`spatial_dropout` as a module: `SpatialDropout(p=0.2, *, channel_axis=None, batch_axis=None)`."""

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from regraft.errors import OptionError, RegraftError, nearest
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     Rate = float | str | Callable[[Any], float]
     """A probability to drop in [0, 1); "x2", relative to the site's own; or a callable of the site."""
 
+_Class = TypeVar("_Class", bound=type[Any])
 DEFAULT_RATE = 0.2
 """Where a rule puts a rate and names none: the low end of the 0.2 to 0.5 of Srivastava et al. 2014."""
 
@@ -76,7 +77,13 @@ class Spec:
     weight_state: Callable[[Tensor], dict[str, Any]] | None = None
     """Of a weight: the tensors that `weight_function` takes as further keyword arguments, by name."""
     modules: dict[str, type[nn.Module]] = field(default_factory=dict)
-    """The thin modules, by the family that they are written for; each enters itself."""
+    """The thin modules that it decorates, by their family."""
+
+    def __call__(self, module: _Class) -> _Class:
+        """As a decorator: `module` is the variant's thin module for its family."""
+        self.modules[module.family] = module
+        module.spec = self
+        return module
 
     @cached_property
     def defaults(self) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def _state(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"gate_weight": nn.Parameter(weight), "gate_bias": nn.Parameter(torch.zeros_like(weight[:, 0]))}
 
 
-SPEC = Spec(
+@Spec(
     "standout",
     standout,
     ("Dropout", "Linear"),
@@ -171,9 +171,7 @@ SPEC = Spec(
     state_when=lambda options: options["gate"] == "learned",
     linear_function=standout_linear,
 )
-
-
-class StandoutDropout(DropoutVariant, spec=SPEC):
+class StandoutDropout(DropoutVariant):
     """`standout` as a module: `StandoutDropout(p=0.2, *, alpha=1.0, beta=None, ...)`, its options.
 
     Example:
@@ -182,7 +180,8 @@ class StandoutDropout(DropoutVariant, spec=SPEC):
     """
 
 
-class StandoutLinear(LinearVariant, spec=SPEC):
+@StandoutDropout.spec
+class StandoutLinear(LinearVariant):
     """`standout_linear` as a module: an `nn.Linear` followed by standout of its outputs.
 
     Example:

@@ -53,10 +53,8 @@ def token_dropout(
     return y if mask is None else y.where(mask.bool().unsqueeze(axis), x)
 
 
-SPEC = Spec("token", token_dropout, checks={"channel_axis": check_axis}, activations=True)
-
-
-class TokenDropout(DropoutVariant, spec=SPEC):
+@Spec("token", token_dropout, checks={"channel_axis": check_axis}, activations=True)
+class TokenDropout(DropoutVariant):
     """`token_dropout` as a module: `TokenDropout(p=0.2, *, channel_axis=None)`.
 
     Its `forward` also takes the mask of tokens and padding.

@@ -36,8 +36,6 @@ def uniform_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -
     return x * uniform_like(x).mul_(2 * width).add_(1 - width).to(real_dtype(x))
 
 
-SPEC = Spec("uniform", uniform_dropout)
-
-
-class UniformDropout(DropoutVariant, spec=SPEC):
+@Spec("uniform", uniform_dropout)
+class UniformDropout(DropoutVariant):
     """`uniform_dropout` as a module: `UniformDropout(p=0.2)`."""

@@ -53,7 +53,7 @@ def _unfit(options: Mapping[str, Any], site: Any) -> tuple[str, str] | None:
     return None
 
 
-SPEC = Spec(
+@Spec(
     "weightdrop",
     weightdrop,
     ("Linear",),
@@ -61,7 +61,5 @@ SPEC = Spec(
     weight_function=dropconnect_weight,
     weight_unfit=_unfit,
 )
-
-
-class WeightDropLinear(LinearVariant, spec=SPEC):
+class WeightDropLinear(LinearVariant):
     """`weightdrop` as a module: `WeightDropLinear(4, 2, p=0.5, *, exact=False)`."""
