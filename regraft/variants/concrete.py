@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regraft.variants.checks import check_number
 from regraft.variants.draws import channel_axis_of, uniform_like
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -33,20 +33,16 @@ def concrete_dropout(
     temperature. The rate grows or falls with the loss, balanced by `regraft.penalty(model)`, which
     is to be added to it: without that term the rate tends to 0.
 
-    Args:
-        x: activations.
-        p: the rate to start from.
-        training: False returns x itself.
+    Options:
         temperature: how smooth the mask is; the paper's 0.1.
         entropy: weight of the entropy in the penalty, for each feature: about 2 / N for N training
             examples and squared error, 1 / N for cross entropy.
         weight: weight of the squared norms in the penalty, ||W||^2 / (1 - p), of the layers that read
             the output, where they are known: about l^2 / N for a prior of length scale l.
-        concrete_logit: (1,), the learned logit(p); None is p itself.
-        concrete_features: a tensor that is given the number of features, which the penalty needs.
 
     Shape:
-        (B, C), (B, T, C), (B, C, H, W), ...; the output's is the input's.
+        (B, C), (B, T, C), (B, C, H, W), ...; the output's is the input's. concrete_logit: (1,), the
+        learned logit(p), which starts at p; concrete_features: (), is given the number of features.
 
     Source:
         Gal, Hron, Kendall (2017), "Concrete dropout".
@@ -60,8 +56,7 @@ def concrete_dropout(
         >>> concrete_dropout(torch.ones(2, 3), p=0.1).shape
         torch.Size([2, 3])
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     if concrete_features is not None:
         concrete_features.fill_(x.shape[channel_axis_of(x)])

@@ -17,26 +17,16 @@ _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def consistent_dropout(
-    x: Tensor,
-    p: float = DEFAULT_RATE,
-    training: bool = True,
-    *,
-    consistent_seed: Tensor | None = None,
+    x: Tensor, p: float = DEFAULT_RATE, training: bool = True, *, consistent_seed: Tensor | None = None
 ) -> Tensor:
     """Dropout in training; in eval one mask for the whole run, the same for every example and batch.
 
     An evaluation run is then the prediction of *one* thinned network, so the predictions of several
     examples can be compared, and taken together. A run begins with `eval()` or `train()`.
 
-    Args:
-        x: any floating tensor, examples on its first axis.
-        p: probability to drop.
-        training: True is plain dropout.
-        consistent_seed: whole number (a tensor without axes) that stands for the run; None is 0.
-
     Shape:
         (B, ...); the output's is the input's. A longer or shorter input sees the same mask as far as
-        both go.
+        both go. consistent_seed: (), a whole number that stands for the run; None is 0.
 
     Source:
         Gal and Ghahramani (2016), "Dropout as a Bayesian approximation"; the users of baal, which has

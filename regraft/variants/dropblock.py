@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regraft.variants.checks import check_count, check_switch
 from regraft.variants.draws import channel_axis_of, keep_mask, times_mask
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -27,10 +27,7 @@ def dropblock(
     (B, C, H, W), stretches of positions in (B, T, C), single elements in (B, C). Along a shorter axis
     they are as long as the axis.
 
-    Args:
-        x: feature maps.
-        p: probability that an element is dropped.
-        training: False returns x itself.
+    Options:
         block_size: the blocks' side.
         couple_channels: whether all channels of an example lose the same blocks.
 
@@ -51,8 +48,7 @@ def dropblock(
         >>> dropblock(torch.ones(2, 3, 8, 8), p=0.1, block_size=3).shape
         torch.Size([2, 3, 8, 8])
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     channels = channel_axis_of(x)
     blocks = [1 if at in (0, channels) else min(block_size, size) for at, size in enumerate(x.shape)]

@@ -40,12 +40,7 @@ def dropconnect(
     of a mask for each row (mean W x + b, variance p/(1-p) (W*W)(x*x)), and it is drawn as a normal,
     so that nothing of the size rows x out x in is ever made.
 
-    Args:
-        x: the layer's input.
-        weight: (out, in), as `nn.Linear` has it.
-        bias: (out,) or None; never dropped.
-        p: probability to drop a weight.
-        training: False is the plain linear layer.
+    Options:
         mask: "batch" or "example".
         noise: "bernoulli", or "gaussian": each weight times N(1, p / (1 - p)), as `gaussian` has it.
         eval: "plain", or "sample": it draws in eval too, for Monte Carlo estimates of uncertainty.
@@ -53,7 +48,7 @@ def dropconnect(
             below p or 1 - p of 2^-10 the draw is exact in any case.
 
     Shape:
-        x: (..., in), output: (..., out).
+        x: (..., in), weight: (out, in), output: (..., out).
 
     Source:
         Wan, Zeiler, Zhang, LeCun, Fergus (2013), "Regularization of neural networks using

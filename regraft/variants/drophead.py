@@ -5,17 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from regraft.variants.draws import thinned
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
 def drophead(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor:
     """Whole attention heads of each example are dropped with probability p, the others divided by 1 - p.
 
-    Args:
-        x: attention weights, after the softmax. A head whose weights are 0 gives an output of 0.
-        p: probability to drop a head.
-        training: False returns x itself.
+    It takes attention weights, after the softmax: a head whose weights are 0 gives an output of 0.
 
     Shape:
         (B, H, L, S) or (B * H, L, S): queries and keys on the last two axes; the output's is the input's.
@@ -34,8 +31,7 @@ def drophead(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tenso
         >>> bool((y == y[..., :1, :1]).all())
         True
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     return thinned(x, p, [x.dim() - 2, x.dim() - 1])
 

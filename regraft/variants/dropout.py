@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from regraft.variants.draws import thinned
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -34,8 +34,7 @@ def dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor
         >>> dropout(torch.ones(3), p=0.5, training=False)
         tensor([1., 1., 1.])
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     if torch.compiler.is_compiling():
         return thinned(x, p)  # a scheduled p compiles once

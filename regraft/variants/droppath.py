@@ -6,7 +6,7 @@ from torch import Tensor
 
 from regraft.variants.checks import check_axis
 from regraft.variants.draws import thinned
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -15,10 +15,7 @@ def drop_path(
 ) -> Tensor:
     """Drops the whole residual branch x of each example with probability p.
 
-    Args:
-        x: what a branch adds.
-        p: probability to drop it.
-        training: False returns x itself.
+    Options:
         batch_axis: where the examples are; None is 0. Give 1 for (T, B, C).
 
     Shape:
@@ -37,8 +34,7 @@ def drop_path(
         >>> bool((y == y[:, :1]).all())
         True
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     batch = 0 if batch_axis is None else batch_axis % x.dim()
     return thinned(x, p, {*range(x.dim())} - {batch})

@@ -19,10 +19,8 @@ def gaussian_dropout(
 ) -> Tensor:
     """X * m with m ~ N(1, s^2), s = sqrt(p / (1 - p)): the mean and variance of dropout at p.
 
-    Args:
-        x: any floating tensor.
+    Options:
         p: the rate of the dropout whose variance the noise has; unused when `sigma` is given.
-        training: False returns x itself.
         sigma: the noise's standard deviation, in place of a rate.
 
     Shape:

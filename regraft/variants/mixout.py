@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from regraft.variants.checks import check_switch
-from regraft.variants.module import LinearVariant, check_rate, linear_weight
+from regraft.variants.module import LinearVariant, acts, check_rate, linear_weight
 from regraft.variants.redraw import Noise, noisy_linear, noisy_weight
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
@@ -27,20 +27,15 @@ def mixout(
     """A linear layer whose weights w each fall back to u with probability p: u + (w - u) M / (1 - p).
 
     u are the weights the fine-tuning began with, so the regularizer pulls towards the pretrained
-    model where weight decay and dropout pull towards 0. On average the weights are w.
+    model where weight decay and dropout pull towards 0. On average the weights are w. A bias stays.
 
-    Args:
-        x: the layer's input.
-        weight: w, (out, in), as `nn.Linear` has it.
-        bias: (out,) or None; never mixed.
-        p: probability to fall back.
-        training: False is the plain linear layer.
+    Options:
         exact: draw the mask exactly. Otherwise its probability is within 2^-17 of 1 - p; below p or
             1 - p of 2^-10 the draw is exact in any case.
-        mixout_weight: u, of the weight's shape; None is 0, which is DropConnect.
+        mixout_weight: u; None is 0, which is DropConnect.
 
     Shape:
-        x: (..., in), output: (..., out).
+        x: (..., in), w and u: (out, in), output: (..., out).
 
     Source:
         Lee, Cho, Kang (2020), "Mixout: effective regularization to finetune large-scale pretrained
@@ -55,8 +50,7 @@ def mixout(
         >>> mixout(torch.ones(1, 3), w, p=0.5, mixout_weight=w)
         tensor([[3., 3.]])
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return linear(x, weight, bias)
     return noisy_linear(x, weight, bias, Noise(p, exact=exact), mixout_weight)
 

@@ -32,6 +32,11 @@ def check_rate(p: object, *, where: str = "") -> float:
     return float(p)
 
 
+def acts(p: float, training: bool) -> bool:
+    """Does a variant at rate `p` act now? RateError for what is no rate."""
+    return check_rate(p) > 0 and training
+
+
 class VariantType(type):
     """The class of the thin modules' classes."""
 

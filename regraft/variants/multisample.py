@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from regraft.variants.checks import check_choice, check_count, check_switch
 from regraft.variants.draws import CODES, HALVES, SMALLEST_RATE, coarse, codes16, in_layout, plain
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -35,10 +36,8 @@ def multisample_dropout(
     proper averages the K *losses*: that is `regraft.stochastic_passes(model, K)` and the mean of the
     losses, which shares everything before the dropout.
 
-    Args:
-        x: any floating tensor.
+    Options:
         p: probability to drop, in each mask; of plain dropout as strong with `match="variance"`.
-        training: False returns x itself.
         num_samples: K, from 1 to 255.
         match: "rate" gives each mask the rate p, so that the noise has 1/K of the variance of dropout at p;
             "variance" gives each mask the higher rate K p / (1 + (K - 1) p), whose noise has that variance.
@@ -60,8 +59,7 @@ def multisample_dropout(
         >>> sorted(set(y.tolist()))
         [0.0, 1.0, 2.0]
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     if match == "variance":
         p = num_samples * p / (1 + (num_samples - 1) * p)
@@ -108,14 +106,9 @@ def _times(slope: Tensor, counts: Tensor, scale: float) -> Tensor:
 
 def _tails(num_samples: int, p: float) -> list[float]:
     """P(Binomial(K, 1-p) >= k) for k = 1..K."""
-    masses = [
-        math.comb(num_samples, k) * (1 - p) ** k * p ** (num_samples - k) for k in range(num_samples + 1)
-    ]
-    tails, total = [], 0.0
-    for mass in reversed(masses[1:]):
-        total = total + mass
-        tails.append(total)
-    return tails[::-1]
+    counts = range(num_samples, 0, -1)
+    masses = (math.comb(num_samples, k) * (1 - p) ** k * p ** (num_samples - k) for k in counts)
+    return list(accumulate(masses))[::-1]
 
 
 def _counts(x: Tensor, p: float, num_samples: int, exact: bool) -> Tensor:
@@ -197,19 +190,14 @@ def _kept(key: Any, build: Callable[[], Tensor]) -> Tensor:
     if key in _tables:
         return _tables[key]
     table = build()
-    if _outlives_the_call(table):
+    # A fake tensor belongs to its mode; inside a functorch transform a tensor is a wrapper that dies with
+    # it; made while a CUDA graph is captured it holds nothing yet.
+    lasts = type(table) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(table)
+    if lasts and not (table.is_cuda and torch.cuda.is_current_stream_capturing()):
         if len(_tables) >= 64:  # a schedule changes p at every step
             _tables.clear()
         _tables[key] = table
     return table
-
-
-def _outlives_the_call(table: Tensor) -> bool:
-    # A fake tensor belongs to its mode; inside a functorch transform a tensor is a wrapper that dies with
-    # it; made while a CUDA graph is captured it holds nothing yet.
-    if type(table) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(table):
-        return False
-    return not (table.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @Spec(

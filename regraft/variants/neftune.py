@@ -17,10 +17,7 @@ from regraft.variants.spec import Spec
 def neftune(x: Tensor, p: float = 0.0, training: bool = True, *, alpha: float = 5.0) -> Tensor:
     """Noise added to embeddings: uniform on +-alpha / sqrt(T * C), for T tokens of C features.
 
-    Args:
-        x: embedded tokens.
-        p: unused; it has no rate.
-        training: False returns x itself.
+    Options:
         alpha: how much noise; the paper uses 5, 10 and 15.
 
     Shape:

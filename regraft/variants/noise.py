@@ -16,10 +16,7 @@ from regraft.variants.spec import Spec
 def gaussian_noise(x: Tensor, p: float = 0.0, training: bool = True, *, sigma: float = 0.1) -> Tensor:
     """Adds normal noise of mean 0 and standard deviation `sigma` to each element.
 
-    Args:
-        x: any floating tensor.
-        p: unused; it has no rate.
-        training: False returns x itself.
+    Options:
         sigma: the noise's standard deviation, in the units of x.
 
     Shape:

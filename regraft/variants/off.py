@@ -33,27 +33,12 @@ def off(x: Tensor, p: float = 0.0, training: bool = True) -> Tensor:
 
 
 def off_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    p: float = 0.0,
-    training: bool = True,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, p: float = 0.0, training: bool = True
 ) -> Tensor:
     """The plain linear layer: takes a regularizer of its weights or outputs out.
 
     Shape:
         x: (..., in), weight: (out, in), output: (..., out).
-
-    Source:
-        none.
-
-    Differs:
-        nothing.
-
-    Example:
-        >>> import torch
-        >>> off_linear(torch.ones(1, 3), torch.ones(2, 3))
-        tensor([[3., 3.]])
     """
     return linear(x, weight, bias)
 

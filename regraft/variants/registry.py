@@ -111,10 +111,7 @@ def check_options(chosen: Spec, options: Mapping[str, Any]) -> None:
 
 
 def register(
-    name: str,
-    *,
-    replaces: str = "Dropout",
-    changes_eval: bool = False,
+    name: str, *, replaces: str = "Dropout", changes_eval: bool = False
 ) -> Callable[[_Function], _Function]:
     """Register a new variant: a decorator for its function.
 
@@ -179,47 +176,40 @@ def _spec_of(name: str, function: Callable[..., Any], family: str, always: bool)
 
 def _check_signature(name: str, function: Callable[..., Any], family: str) -> None:
     wanted = ("x", "weight", "bias", "p") if family == "Linear" else ("x", "p")
-    parameters = inspect.signature(function).parameters.values()
-    positional = [parameter for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
-    options = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    shape = f"def {name}({', '.join(wanted)}, *, option=default)"
-    if len(positional) != len(wanted) or any(option.default is option.empty for option in options):
+    signature = inspect.signature(function)
+    by_name = inspect.Parameter.KEYWORD_ONLY
+    positional = [one for one in signature.parameters.values() if one.kind is not by_name]
+    bare = any(one.kind is by_name and one.default is one.empty for one in signature.parameters.values())
+    if len(positional) != len(wanted) or bare:
         raise OptionError(
-            f"a variant that replaces {family} is written {shape}, not "
-            f"{getattr(function, '__name__', function)}{inspect.signature(function)}",
+            f"a variant that replaces {family} is written def {name}({', '.join(wanted)}, *, "
+            f"option=default), not {getattr(function, '__name__', function)}{signature}",
             where=f"variant {name!r}",
         )
 
 
 def parse_variant(text: str) -> Variant:
     """The variant that `name` or `name(option=value, ...)` stands for; values are Python literals."""
+
+    def unreadable(why: str, remedy: str = _EXAMPLES) -> RuleSyntaxError:
+        return RuleSyntaxError(f"the variant {text!r} cannot be read: {why}", remedy=remedy)
+
     try:
         body = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
-        raise _unreadable(text, "it is not `name` or `name(option=value)`") from None
-    if isinstance(body, ast.Name):
-        return variant(body.id)
-    if not (isinstance(body, ast.Call) and isinstance(body.func, ast.Name)):
-        raise _unreadable(text, "it is not `name` or `name(option=value)`")
-    if body.args or any(keyword.arg is None for keyword in body.keywords):
-        number = len(body.args) == 1 and isinstance(body.args[0], ast.Constant)
-        said = f"{body.func.id}(p={ast.unparse(body.args[0])})" if number else ""
-        raise _unreadable(text, "options are written option=value", said)
-    return variant(body.func.id, **_literals(text, body))
-
-
-def _literals(text: str, call: ast.Call) -> dict[str, Any]:
+        body = ast.Constant(None)
+    call = body if isinstance(body, ast.Call) else ast.Call(body, [], [])
+    if not isinstance(call.func, ast.Name):
+        raise unreadable("it is not `name` or `name(option=value)`")
+    name = call.func.id
+    if call.args or any(keyword.arg is None for keyword in call.keywords):
+        number = len(call.args) == 1 and isinstance(call.args[0], ast.Constant)
+        meant = f"{name}(p={ast.unparse(call.args[0])})" if number else ""
+        raise unreadable("options are written option=value", f"write {meant!r}" if meant else _EXAMPLES)
     options: dict[str, Any] = {}
     for keyword in call.keywords:
         try:
             options[str(keyword.arg)] = ast.literal_eval(keyword.value)
         except ValueError:
-            raise _unreadable(text, f"{keyword.arg} is not a Python literal") from None
-    return options
-
-
-def _unreadable(text: str, why: str, meant: str = "") -> RuleSyntaxError:
-    return RuleSyntaxError(
-        f"the variant {text!r} cannot be read: {why}",
-        remedy=f"write {meant!r}" if meant else _EXAMPLES,
-    )
+            raise unreadable(f"{keyword.arg} is not a Python literal") from None
+    return variant(name, **options)

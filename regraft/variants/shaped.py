@@ -8,7 +8,7 @@ from torch import Tensor
 
 from regraft.errors import InputsError, OptionError
 from regraft.variants.draws import thinned
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -21,10 +21,7 @@ def shaped_dropout(
 ) -> Tensor:
     """Dropout with one draw for all elements along the axes where `noise_shape` is 1.
 
-    Args:
-        x: any floating tensor.
-        p: probability to drop.
-        training: False returns x itself.
+    Options:
         noise_shape: a list with one entry for each axis of x: None draws along the axis, 1 shares one draw
             along it. `[None, 1, None]` of (B, T, C) is the same mask at all positions. None draws for each
             element.
@@ -47,8 +44,7 @@ def shaped_dropout(
         >>> bool((y == y[:, :1]).all())
         True
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     given = [None] * x.dim() if noise_shape is None else noise_shape
     if len(given) != x.dim():

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from regraft.variants.checks import check_axis
 from regraft.variants.draws import channel_axis_of, thinned
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -23,10 +23,7 @@ def spatial_dropout(
     Neighbouring positions say nearly the same, so that dropping single elements hides little. In
     sequence models this is the "locked" or "variational" dropout.
 
-    Args:
-        x: features of each example.
-        p: probability to drop a channel.
-        training: False returns x itself.
+    Options:
         channel_axis: where the channels are; None is 1 for (B, C, H, W) and its like, the last for
             (B, T, C) and (B, C). Give -1 for (B, H, W, C), as inside ConvNeXt and Swin.
         batch_axis: where the examples are; None is 0. Give 1 for (T, B, C).
@@ -49,8 +46,7 @@ def spatial_dropout(
         >>> bool((y == y[:, :1]).all())
         True
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     batch = 0 if batch_axis is None else batch_axis % x.dim()
     return thinned(x, p, {*range(x.dim())} - {batch, channel_axis_of(x, channel_axis)})

@@ -38,10 +38,8 @@ def standout(
     The larger an activation, the likelier it stays. At a dropout site a is x itself, which equals
     the paper's pre-activation wherever the unit is active under ReLU. What is kept is divided by pi.
 
-    Args:
-        x: activations.
+    Options:
         p: sets beta where it is not given: at a = 0 the probability to drop is p.
-        training: False is the identity, or multiplies by pi without `rescale`.
         alpha: how strongly the probability follows the activation.
         beta: the shift; None is logit(1 - p).
         rescale: divide by pi, so that eval is the identity. False is the paper's: eval multiplies by
@@ -50,12 +48,10 @@ def standout(
         gate: "tied" (a = x), or "learned" (a = a linear gate's output; new parameters, which start
             at 0, as plain dropout at p).
         features: size of the last axis, which a learned gate at a dropout site needs.
-        gate_weight: (features, features), of a learned gate.
-        gate_bias: (features,).
-        gate_input: what a learned gate reads; None is x.
 
     Shape:
         any, the last axis the features if the gate is learned; the output's is the input's.
+        gate_weight: (features, features), gate_bias: (features,); gate_input is what the gate reads, or x.
 
     Source:
         Ba and Frey (2013), "Adaptive dropout for training deep neural networks".
@@ -122,17 +118,6 @@ def standout_linear(
 
     Shape:
         x: (..., in), weight and gate_weight: (out, in), output: (..., out).
-
-    Source:
-        as `standout`.
-
-    Differs:
-        as `standout`.
-
-    Example:
-        >>> import torch
-        >>> standout_linear(torch.ones(4, 3), torch.ones(2, 3), p=0.5).shape
-        torch.Size([4, 2])
     """
     return standout(linear(x, weight, bias), p, training, gate_input=x, **options)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from regraft.variants.checks import check_axis
 from regraft.variants.draws import channel_axis_of, thinned
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -20,10 +20,7 @@ def token_dropout(
 ) -> Tensor:
     """Whole positions are dropped, all their features at once: words of a sentence, patches of an image.
 
-    Args:
-        x: features of each position.
-        p: probability to drop a position.
-        training: False returns x itself.
+    Options:
         channel_axis: where the features are; None is 1 for (B, C, H, W) and its like, the last for
             (B, T, C) and (B, C).
         mask: (B, T), nonzero where there is a token and 0 at padding, which is left as it is; None
@@ -45,8 +42,7 @@ def token_dropout(
         >>> bool((y == y[..., :1]).all())
         True
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     axis = channel_axis_of(x, channel_axis)
     y = thinned(x, p, [axis])
