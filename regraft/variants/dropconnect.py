@@ -74,10 +74,16 @@ def dropconnect(
 
 
 def dropconnect_weight(
-    weight: Tensor, p: float = DEFAULT_RATE, *, noise: str = "bernoulli", exact: bool = False, **_: Any
+    weight: Tensor,
+    p: float = DEFAULT_RATE,
+    *,
+    noise: str = "bernoulli",
+    exact: bool = False,
+    mixout_weight: Tensor | None = None,
+    **_: Any,
 ) -> Tensor:
-    """The weight that multiplies under `dropconnect(mask="batch")`, of any shape."""
-    return noisy_weight(weight, Noise(check_rate(p), noise, exact)) if p else weight
+    """The weight, of any shape, that multiplies under `dropconnect(mask="batch")` or `mixout`."""
+    return noisy_weight(weight, Noise(check_rate(p), noise, exact), mixout_weight) if p else weight
 
 
 def _unfit(options: Mapping[str, Any], site: Any) -> tuple[str, str] | None:
@@ -97,7 +103,7 @@ def _per_example(x: Tensor, weight: Tensor, bias: Tensor | None, p: float) -> Te
             -1, x.shape[-1]
         )  # or the result would be a view, which nothing could change in place
         noise = torch.randn(len(rows), len(weight), dtype=x.dtype, device=x.device).mul_(scale)
-        noisy: Tensor = _Noisy.apply(rows, weight, bias, noise)[0]
+        noisy: Tensor = _Noisy.apply(rows, weight, bias, noise)
         return noisy.view(*x.shape[:-1], len(weight))
     mean = linear(x, weight, bias)
     noise = torch.randn_like(mean, requires_grad=False).mul_(scale)
@@ -124,23 +130,14 @@ class _Noisy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor) -> Tensor:
         squares = weight.square()
         deviation = linear(x.square(), squares).add_(_TINY).sqrt_()
-        y = linear(x, weight, bias).addcmul_(deviation, noise).sub_(noise, alpha=_TINY_ROOT)
-        return y, deviation, squares
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, noise = inputs
-        _, deviation, squares = output
-        ctx.mark_non_differentiable(deviation, squares)
         ctx.save_for_backward(x, weight, noise, deviation, squares)
+        return linear(x, weight, bias).addcmul_(deviation, noise).sub_(noise, alpha=_TINY_ROOT)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, noise, deviation, squares = ctx.saved_tensors
         if torch.is_grad_enabled():  # slopes of slopes: what was computed forwards has to have its own
             squares = weight.square()
@@ -148,14 +145,12 @@ class _Noisy(torch.autograd.Function):
         # Half the slope of the root; the squares' give the other 2.
         upstream = grad * noise / deviation
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
-        slopes: list[Tensor | None] = [None] * 4
-        if for_x:
-            slopes[0] = (upstream @ squares).mul_(x).addmm_(grad, weight)
-        if for_weight:
-            slopes[1] = (upstream.T @ x.square()).mul_(weight).addmm_(grad.T, x)
-        if for_bias:
-            slopes[2] = grad.sum(0)
-        return tuple(slopes)
+        return (
+            (upstream @ squares).mul_(x).addmm_(grad, weight) if for_x else None,
+            (upstream.T @ x.square()).mul_(weight).addmm_(grad.T, x) if for_weight else None,
+            grad.sum(0) if for_bias else None,
+            None,
+        )
 
 
 @Spec(

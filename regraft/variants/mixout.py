@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from regraft.variants.checks import check_switch
-from regraft.variants.module import LinearVariant, acts, check_rate, linear_weight
-from regraft.variants.redraw import Noise, noisy_linear, noisy_weight
+from regraft.variants.dropconnect import dropconnect_weight
+from regraft.variants.module import LinearVariant, acts, linear_weight
+from regraft.variants.redraw import Noise, noisy_linear
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -30,8 +29,7 @@ def mixout(
     model where weight decay and dropout pull towards 0. On average the weights are w. A bias stays.
 
     Options:
-        exact: draw the mask exactly. Otherwise its probability is within 2^-17 of 1 - p; below p or
-            1 - p of 2^-10 the draw is exact in any case.
+        exact: as in `dropconnect`.
         mixout_weight: u; None is 0, which is DropConnect.
 
     Shape:
@@ -55,18 +53,6 @@ def mixout(
     return noisy_linear(x, weight, bias, Noise(p, exact=exact), mixout_weight)
 
 
-def mixout_of_weight(
-    weight: Tensor,
-    p: float = DEFAULT_RATE,
-    *,
-    exact: bool = False,
-    mixout_weight: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
-    """The weight that multiplies under `mixout`, of any shape."""
-    return noisy_weight(weight, Noise(check_rate(p), exact=exact), mixout_weight) if p else weight
-
-
 def _remembered(weight: Tensor) -> dict[str, Tensor]:
     return {"mixout_weight": weight.detach().clone()}
 
@@ -77,7 +63,7 @@ def _remembered(weight: Tensor) -> dict[str, Tensor]:
     ("Linear",),
     {"exact": check_switch},
     state=lambda module, _: _remembered(linear_weight(module)),
-    weight_function=mixout_of_weight,
+    weight_function=dropconnect_weight,
     weight_state=_remembered,
 )
 class MixoutLinear(LinearVariant):

@@ -78,16 +78,13 @@ class _Scaled(torch.autograd.Function):
     """X * counts * scale, written by hand: a product of unlike dtypes allocates a second mask."""
 
     @staticmethod
-    def forward(x: Tensor, counts: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, counts: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(counts)
+        ctx.save_for_forward(counts)
         if x.dtype in HALVES:  # in which the scale would be rounded, and K times x may overflow
             return counts.to(x.dtype).mul_(x * scale)
         return counts.to(x.dtype).mul_(scale).mul_(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:  # noqa: ARG004
-        _, counts, ctx.scale = inputs
-        ctx.save_for_backward(counts)
-        ctx.save_for_forward(counts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

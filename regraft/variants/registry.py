@@ -53,16 +53,11 @@ def names() -> list[str]:
 
 def spec(name: str) -> Spec:
     """The variant called `name`, or UnknownVariantError with the nearest names."""
-    _load_builtin()
-    try:
-        return _specs[name]
-    except KeyError:
-        hint = nearest(name, _specs)
-        known = "the variants are " + ", ".join(sorted(_specs))
-        hint = _NO_VARIANTS.get(name.replace("_", "").casefold()) or hint
-        raise UnknownVariantError(
-            f"no variant is called {name!r}", remedy=f"{hint} {known}".strip()
-        ) from None
+    if name not in names():
+        hint = _NO_VARIANTS.get(name.replace("_", "").casefold()) or nearest(name, _specs)
+        remedy = f"{hint} the variants are {', '.join(names())}".strip()
+        raise UnknownVariantError(f"no variant is called {name!r}", remedy=remedy)
+    return _specs[name]
 
 
 def variant(name: str, /, **options: Any) -> Variant:

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 _Class = TypeVar("_Class", bound=type[Any])
 DEFAULT_RATE = 0.2
 """Where a rule puts a rate and names none: the low end of the 0.2 to 0.5 of Srivastava et al. 2014."""
-
-
 _RATES = ("rate", "prob", "probability", "drop_prob", "drop_rate", "dropout", "dropout_rate")
 """What other libraries call `p`."""
 
@@ -88,13 +86,16 @@ class Spec:
     @cached_property
     def defaults(self) -> dict[str, Any]:
         """The options, each with its default."""
-        keywords = _keywords(self.function)
-        return {name: parameter.default for name, parameter in keywords if not _is_tensor(parameter)}
+        return {one.name: one.default for one in self._keywords() if one.name not in self.tensors}
 
     @cached_property
     def tensors(self) -> tuple[str, ...]:
         """Names of the tensors that the function takes as keyword arguments."""
-        return tuple(name for name, parameter in _keywords(self.function) if _is_tensor(parameter))
+        return tuple(one.name for one in self._keywords() if "Tensor" in str(one.annotation))
+
+    def _keywords(self) -> list[inspect.Parameter]:
+        parameters = inspect.signature(self.function).parameters.values()
+        return [one for one in parameters if one.kind is one.KEYWORD_ONLY]
 
     def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options given, of those that are the variant's own, over its defaults."""
@@ -148,15 +149,6 @@ class Spec:
     def summary(self) -> str:
         """First line of the function's docstring."""
         return (self.function.__doc__ or "").strip().split("\n")[0]
-
-
-def _keywords(function: Callable[..., Any]) -> list[tuple[str, inspect.Parameter]]:
-    parameters = inspect.signature(function).parameters
-    return [item for item in parameters.items() if item[1].kind is inspect.Parameter.KEYWORD_ONLY]
-
-
-def _is_tensor(parameter: inspect.Parameter) -> bool:
-    return "Tensor" in str(parameter.annotation)
 
 
 @dataclass(frozen=True)
