@@ -130,13 +130,7 @@ def _penalty(module: nn.Module, options: Mapping[str, Any], readers: Sequence[Te
     penalty=_penalty,
 )
 class ConcreteDropout(DropoutVariant):
-    """`concrete_dropout` as a module, with the rate's logit as a parameter.
+    """`concrete_dropout` as a module, with the parameter `concrete_logit`, the rate's logit.
 
     `ConcreteDropout(p=0.2, *, temperature=0.1, entropy=1e-05, weight=1e-06)`.
-
-    Example:
-        >>> drop = ConcreteDropout(0.5)
-        >>> drop.concrete_logit
-        Parameter containing:
-        tensor([0.], requires_grad=True)
     """

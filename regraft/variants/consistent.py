@@ -88,15 +88,7 @@ def _begin_run(module: nn.Module, training: bool) -> None:
     activations=True,
 )
 class ConsistentDropout(DropoutVariant):
-    """`consistent_dropout` as a module, whose `eval()` begins a new run: `ConsistentDropout(p=0.2)`.
-
-    Example:
-        >>> import torch
-        >>> drop, x = ConsistentDropout(0.5).eval(), torch.ones(1, 100)
-        >>> first = drop(x)
-        >>> torch.equal(drop(x), first), torch.equal(drop.eval()(x), first)
-        (True, False)
-    """
+    """`consistent_dropout` as a module, whose `eval()` begins a new run: `ConsistentDropout(p=0.2)`."""
 
     def train(self, mode: bool = True) -> ConsistentDropout:
         super().train(mode)

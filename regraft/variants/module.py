@@ -77,12 +77,11 @@ class ThinModule(nn.Module, metaclass=VariantType):
                 self.register_buffer(name, value, persistent=name not in spec.transient)
 
     def _run(self, *given: Any) -> Tensor:
-        spec = self.spec
-        state = {name: getattr(self, name) for name in spec.tensors if hasattr(self, name)}
-        result: Tensor = spec.function_for(self.family)(
-            *given, self.p, self.training, **self.options, **state
-        )
-        return result
+        function, names = self.spec.function_for(self.family), self.spec.tensors
+        state = {}
+        if self.spec.adds_state(self.options):
+            state = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return function(*given, self.p, self.training, **self.options, **state)  # type: ignore[no-any-return]
 
 
 class DropoutVariant(ThinModule):

@@ -50,12 +50,7 @@ def neftune(x: Tensor, p: float = 0.0, training: bool = True, *, alpha: float = 
     rated=False,
 )
 class NEFTuneEmbedding(ThinModule, nn.Embedding):
-    """`nn.Embedding` whose output has `neftune` noise in training.
-
-    Example:
-        >>> NEFTuneEmbedding(10, 4, alpha=5.0)
-        NEFTuneEmbedding(10, 4, alpha=5.0)
-    """
+    """`nn.Embedding` with `neftune` noise in training: `NEFTuneEmbedding(10, 4, alpha=5.0)`."""
 
     family = "Embedding"
 

@@ -157,19 +157,9 @@ def _state(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Tensor]:
     linear_function=standout_linear,
 )
 class StandoutDropout(DropoutVariant):
-    """`standout` as a module: `StandoutDropout(p=0.2, *, alpha=1.0, beta=None, ...)`, its options.
-
-    Example:
-        >>> StandoutDropout(0.5)
-        StandoutDropout(p=0.5, alpha=1.0, rescale=True, min_keep=0.05, gate='tied')
-    """
+    """`standout` as a module, with its options: `StandoutDropout(p=0.2, *, alpha=1.0, beta=None, ...)`."""
 
 
 @StandoutDropout.spec
 class StandoutLinear(LinearVariant):
-    """`standout_linear` as a module: an `nn.Linear` followed by standout of its outputs.
-
-    Example:
-        >>> StandoutLinear(4, 2, p=0.5, gate="learned").gate_weight.shape
-        torch.Size([2, 4])
-    """
+    """`standout_linear` as a module: an `nn.Linear` followed by standout of its outputs."""
