@@ -79,9 +79,16 @@ def _axes(
     They are read off the operations that made what is dropped. Of an unprobed site nothing is known: there
     the variant goes by the number of axes, as it does outside regraft.
     """
+    values = [] if dataflow is None else _values(site, dataflow)
+    attends = site.op in ATTENTIONS or (bool(values) and all(value.attends for value in values))
+    if found.attention and not attends:
+        return {}, (
+            f"{found.name!r} acts on attention weights, and {site.op} was not seen to be given them",
+            f"it fits {', '.join(sorted(ATTENTIONS))}, as Hugging Face models attend with "
+            "attn_implementation='sdpa', and a dropout between the softmax and the product with the values",
+        )
     if not found.activations or site.op in RECURRENT_OPS:
         return {}, None  # of a recurrent network the kernel's own arguments say it, at each call
-    values = [] if dataflow is None else _values(site, dataflow)
     if site.op in ATTENTIONS or any(value.weights for value in values):
         return {}, (
             f"these are attention weights, and {found.name!r} is for activations",
@@ -130,12 +137,6 @@ def _values(site: Site, dataflow: Dataflow) -> list[Value]:
 def _why_not(site: Site, found: Spec, variant: Variant, fused: str) -> tuple[str, str] | None:
     if not found.fits(site.family):
         return f"{found.name!r} cannot replace {site.op}", "narrow the rule, or choose another variant"
-    if found.attention and site.op not in ATTENTIONS:
-        return (
-            f"{found.name!r} acts on attention weights, and {site.op} is not known to be given them",
-            f"it fits {', '.join(sorted(ATTENTIONS))}, as Hugging Face models attend with "
-            "attn_implementation='sdpa'",
-        )
     if site.obstacle is not None:
         return site.obstacle
     if site.calls == 0:

@@ -60,7 +60,7 @@ def dataflow_for(rules: list[Rule]) -> Dataflow | None:
     """What the probe is to record of values for these rules; None if no rule depends on it."""
     fields = [rule.selector.field for rule in rules if rule.selector is not None and rule.selector.position]
     chosen = [spec(rule.variant.name) for rule in rules if rule.variant is not None]
-    if fields or any(one.activations or "Embedding" in one.families for one in chosen):
+    if fields or any(one.activations or one.attention or "Embedding" in one.families for one in chosen):
         return Dataflow(fields)
     return None
 

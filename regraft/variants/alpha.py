@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from regraft.variants.draws import HALVES, keep_mask
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 # What SELU gives far below 0: -scale * alpha of Klambauer et al.
@@ -33,8 +33,7 @@ def alpha_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> 
         >>> alpha_dropout(torch.ones(2, 3), p=0.1).shape
         torch.Size([2, 3])
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     scale = math.sqrt(1 / ((1 - p) * (1 + p * _FLOOR**2)))
     kept = keep_mask(x, x.shape, p)
@@ -46,18 +45,6 @@ def alpha_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> 
     return (x * kept).sub_(kept, alpha=_FLOOR).add_(floor * (1 - p))
 
 
+@Spec("alpha", alpha_dropout)
 class AlphaDropout(DropoutVariant):
-    """`alpha_dropout` as a module.
-
-    Example:
-        >>> AlphaDropout(0.1)
-        AlphaDropout(p=0.1)
-    """
-
-    function = staticmethod(alpha_dropout)
-
-    def __init__(self, p: float = DEFAULT_RATE) -> None:
-        super().__init__(p)
-
-
-SPECS = (Spec("alpha", alpha_dropout, ("Dropout",), AlphaDropout),)
+    """`alpha_dropout` as a module: `AlphaDropout(p=0.2)`."""

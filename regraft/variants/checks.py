@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from regraft.errors import OptionError, RateError, nearest
 
@@ -30,12 +31,17 @@ def check_number(
         )
 
 
-def check_count(name: str, value: object, *, least: int = 1, most: int | None = None) -> None:
-    """`value` is a whole number within the bounds."""
+def check_axis(name: str, value: object, remedy: str = "for example -1, the last") -> None:
+    """`value` is a whole number, of any sign."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise OptionError(f"{name}={value!r} is not a whole number")
-    if value < least or (most is not None and value > most):
-        wanted = f"from {least} to {most}" if most is not None else f"of at least {least}"
+        raise OptionError(f"{name}={value!r} is not a whole number", remedy=remedy)
+
+
+def check_count(name: str, value: Any, *, least: int = 1, most: int | None = None) -> None:
+    """`value` is a whole number within the bounds."""
+    wanted = f"from {least} to {most}" if most is not None else f"of at least {least}"
+    check_axis(name, value, remedy=f"give a whole number {wanted}")
+    if not least <= value <= (value if most is None else most):
         raise RateError(f"{name}={value!r} is out of range", remedy=f"give a whole number {wanted}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,8 @@ from torch import Tensor, nn
 
 from regraft.variants.checks import check_number
 from regraft.variants.draws import channel_axis_of, uniform_like
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
-
-_DEFAULTS: dict[str, Any] = {"temperature": 0.1, "entropy": 1e-5, "weight": 1e-6}
 
 
 def concrete_dropout(
@@ -34,20 +33,16 @@ def concrete_dropout(
     temperature. The rate grows or falls with the loss, balanced by `regraft.penalty(model)`, which
     is to be added to it: without that term the rate tends to 0.
 
-    Args:
-        x: activations.
-        p: the rate to start from.
-        training: False returns x itself.
+    Options:
         temperature: how smooth the mask is; the paper's 0.1.
         entropy: weight of the entropy in the penalty, for each feature: about 2 / N for N training
             examples and squared error, 1 / N for cross entropy.
         weight: weight of the squared norms in the penalty, ||W||^2 / (1 - p), of the layers that read
             the output, where they are known: about l^2 / N for a prior of length scale l.
-        concrete_logit: (1,), the learned logit(p); None is p itself.
-        concrete_features: a tensor that is given the number of features, which the penalty needs.
 
     Shape:
-        (B, C), (B, T, C), (B, C, H, W), ...; the output's is the input's.
+        (B, C), (B, T, C), (B, C, H, W), ...; the output's is the input's. concrete_logit: (1,), the
+        learned logit(p), which starts at p; concrete_features: (), is given the number of features.
 
     Source:
         Gal, Hron, Kendall (2017), "Concrete dropout".
@@ -61,8 +56,7 @@ def concrete_dropout(
         >>> concrete_dropout(torch.ones(2, 3), p=0.1).shape
         torch.Size([2, 3])
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     if concrete_features is not None:
         concrete_features.fill_(x.shape[channel_axis_of(x)])
@@ -100,21 +94,12 @@ class _Mask(torch.autograd.Function):
         return None, (grad * mask * slope).sum().reshape(logit.shape), None
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    check_number("temperature", options["temperature"], above=0)
-    check_number("entropy", options["entropy"], least=0)
-    check_number("weight", options["weight"], least=0)
-
-
 def _state(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Tensor]:
     p = options.get("p") or getattr(module, "p", None)
-    return _state_at(p if isinstance(p, float) and 0 < p < 1 else DEFAULT_RATE)
-
-
-def _state_at(p: float) -> dict[str, Tensor]:
+    p = p if isinstance(p, float) and 0 < p < 1 else DEFAULT_RATE
     # One element and not none: FSDP cannot shard a parameter without axes.
-    logit = math.log(p / (1 - p)) if p > 0 else -math.inf
-    return {"concrete_logit": nn.Parameter(torch.tensor([logit])), "concrete_features": torch.zeros(())}
+    logit = nn.Parameter(torch.tensor([math.log(p / (1 - p))]))
+    return {"concrete_logit": logit, "concrete_features": torch.zeros(())}
 
 
 def _penalty(module: nn.Module, options: Mapping[str, Any], readers: Sequence[Tensor]) -> Tensor:
@@ -132,44 +117,20 @@ def _penalty(module: nn.Module, options: Mapping[str, Any], readers: Sequence[Te
     return total
 
 
-class ConcreteDropout(DropoutVariant):
-    """`concrete_dropout` as a module, with the rate's logit as a parameter.
-
-    Example:
-        >>> drop = ConcreteDropout(0.5)
-        >>> drop.concrete_logit
-        Parameter containing:
-        tensor([0.], requires_grad=True)
-    """
-
-    function = staticmethod(concrete_dropout)
-    check = staticmethod(_check)
-    state = ("concrete_logit", "concrete_features")
-
-    def __init__(
-        self,
-        p: float = DEFAULT_RATE,
-        *,
-        temperature: float = 0.1,
-        entropy: float = 1e-5,
-        weight: float = 1e-6,
-    ) -> None:
-        super().__init__(p, temperature=temperature, entropy=entropy, weight=weight)
-        state = _state_at(self.p)
-        self.concrete_logit = state["concrete_logit"]
-        self.register_buffer("concrete_features", state["concrete_features"], persistent=False)
-
-
-SPECS = (
-    Spec(
-        "concrete",
-        concrete_dropout,
-        ("Dropout",),
-        ConcreteDropout,
-        _DEFAULTS,
-        check=_check,
-        state=_state,
-        transient=("concrete_features",),
-        penalty=_penalty,
-    ),
+@Spec(
+    "concrete",
+    concrete_dropout,
+    checks={
+        "temperature": partial(check_number, above=0),
+        "entropy": partial(check_number, least=0),
+        "weight": partial(check_number, least=0),
+    },
+    state=_state,
+    transient=("concrete_features",),
+    penalty=_penalty,
 )
+class ConcreteDropout(DropoutVariant):
+    """`concrete_dropout` as a module, with the parameter `concrete_logit`, the rate's logit.
+
+    `ConcreteDropout(p=0.2, *, temperature=0.1, entropy=1e-05, weight=1e-06)`.
+    """

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -20,26 +17,16 @@ _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def consistent_dropout(
-    x: Tensor,
-    p: float = DEFAULT_RATE,
-    training: bool = True,
-    *,
-    consistent_seed: Tensor | None = None,
+    x: Tensor, p: float = DEFAULT_RATE, training: bool = True, *, consistent_seed: Tensor | None = None
 ) -> Tensor:
     """Dropout in training; in eval one mask for the whole run, the same for every example and batch.
 
     An evaluation run is then the prediction of *one* thinned network, so the predictions of several
     examples can be compared, and taken together. A run begins with `eval()` or `train()`.
 
-    Args:
-        x: any floating tensor, examples on its first axis.
-        p: probability to drop.
-        training: True is plain dropout.
-        consistent_seed: whole number (a tensor without axes) that stands for the run; None is 0.
-
     Shape:
         (B, ...); the output's is the input's. A longer or shorter input sees the same mask as far as
-        both go.
+        both go. consistent_seed: (), a whole number that stands for the run; None is 0.
 
     Source:
         Gal and Ghahramani (2016), "Dropout as a Bayesian approximation"; the users of baal, which has
@@ -85,51 +72,25 @@ def _seed() -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
 
 
-def _state(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {"consistent_seed": _seed()}
-
-
 def _begin_run(module: nn.Module, training: bool) -> None:
     if not training:
         seed: Tensor = module.consistent_seed  # type: ignore[assignment]
         seed.copy_(_seed())
 
 
+@Spec(
+    "consistent",
+    consistent_dropout,
+    changes_eval=lambda _: True,
+    state=lambda *_: {"consistent_seed": _seed()},
+    transient=("consistent_seed",),
+    on_mode=_begin_run,
+    activations=True,
+)
 class ConsistentDropout(DropoutVariant):
-    """`consistent_dropout` as a module; `eval()` begins a new run, with a new mask.
-
-    Example:
-        >>> import torch
-        >>> drop, x = ConsistentDropout(0.5).eval(), torch.ones(1, 100)
-        >>> first = drop(x)
-        >>> torch.equal(drop(x), first), torch.equal(drop.eval()(x), first)
-        (True, False)
-    """
-
-    function = staticmethod(consistent_dropout)
-    state = ("consistent_seed",)
-    consistent_seed: Tensor
-
-    def __init__(self, p: float = DEFAULT_RATE) -> None:
-        super().__init__(p)
-        self.register_buffer("consistent_seed", _seed(), persistent=False)
+    """`consistent_dropout` as a module, whose `eval()` begins a new run: `ConsistentDropout(p=0.2)`."""
 
     def train(self, mode: bool = True) -> ConsistentDropout:
         super().train(mode)
         _begin_run(self, mode)
         return self
-
-
-SPECS = (
-    Spec(
-        "consistent",
-        consistent_dropout,
-        ("Dropout",),
-        ConsistentDropout,
-        changes_eval=lambda _: True,
-        state=_state,
-        transient=("consistent_seed",),
-        on_mode=_begin_run,
-        activations=True,
-    ),
-)

@@ -7,7 +7,7 @@ pass axis yet raises under vmap).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ CODES = 1 << 16
 """How many values a 16-bit draw has."""
 SMALLEST_RATE = 2.0**-10
 """Smallest p and 1 - p for which a 16-bit draw is fine enough; below it the draw is exact."""
-_PIECE = 1 << 19
 _VIEWS_UNDER_VMAP = torch._C._dispatch_has_kernel_for_dispatch_key("aten::view.dtype", "FuncTorchBatched")
 
 
@@ -38,6 +37,12 @@ def keep_mask(
     whole = tuple(shape) == x.shape
     like = torch.empty_like(x, dtype=dtype) if whole else x.new_empty(tuple(shape), dtype=dtype)
     return torch.bernoulli(like, 1 - p, generator=generator)
+
+
+def thinned(x: Tensor, p: float, shared: Collection[int] = ()) -> Tensor:
+    """X with elements dropped with probability p, the rest divided by 1 - p; one draw along `shared` axes."""
+    shape = [1 if axis in shared else size for axis, size in enumerate(x.shape)]
+    return times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
 
 
 def channel_axis_of(x: Tensor, given: int | None = None) -> int:
@@ -69,12 +74,9 @@ def times_mask(x: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 def coarse(x: Tensor, p: float, exact: bool) -> bool:
     """Whether to use a 16-bit draw: not under a compiler, which fuses the plain draw, nor for subclasses."""
-    return not exact and plain(x) and SMALLEST_RATE <= p <= 1 - SMALLEST_RATE and _words_are_read_in_parts()
-
-
-def _words_are_read_in_parts() -> bool:
-    # vmap in older torch cannot: it has no rule for a view in another dtype.
-    return _VIEWS_UNDER_VMAP or not torch._C._are_functorch_transforms_active()
+    # vmap in older torch has no rule for a view in another dtype.
+    viewed = _VIEWS_UNDER_VMAP or not torch._C._are_functorch_transforms_active()
+    return not exact and plain(x) and SMALLEST_RATE <= p <= 1 - SMALLEST_RATE and viewed
 
 
 def plain(x: Tensor) -> bool:
@@ -99,26 +101,6 @@ def codes16(x: Tensor, count: int, generator: torch.Generator | None = None) -> 
     size, kind = ((count + 3) // 4,), torch.int64
     words = torch.randint(-(2**63), 2**63 - 1, size, dtype=kind, device=x.device, generator=generator)
     return words.view(torch.int16)[:count]
-
-
-def in_pieces(x: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
-    """`draw(count)` for all elements of x, a part at a time: what it needs on the way then stays small.
-
-    At most 8 parts, and on an accelerator one, which would start its kernels anew for each.
-    """
-    count = x.numel()
-    size = max(_PIECE, -(-count // 8)) if x.device.type == "cpu" else max(count, 1)
-    sizes = [min(size, count - start) for start in range(0, count, size)] or [0]
-    if len(sizes) == 1 or torch._C._are_functorch_transforms_active():  # vmap draws for each of its passes
-        parts = [draw(size) for size in sizes]
-        return in_layout(parts[0] if len(parts) == 1 else torch.cat(parts), x)
-    first = draw(sizes[0])
-    whole = first.new_empty(count)
-    whole[: sizes[0]] = first
-    del first
-    for at, size in enumerate(sizes[1:], 1):
-        whole[at * sizes[0] :][:size] = draw(size)
-    return in_layout(whole, x)
 
 
 def in_layout(flat: Tensor, x: Tensor) -> Tensor:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from regraft.variants.checks import check_count, check_switch
 from regraft.variants.draws import channel_axis_of, keep_mask, times_mask
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -29,10 +27,7 @@ def dropblock(
     (B, C, H, W), stretches of positions in (B, T, C), single elements in (B, C). Along a shorter axis
     they are as long as the axis.
 
-    Args:
-        x: feature maps.
-        p: probability that an element is dropped.
-        training: False returns x itself.
+    Options:
         block_size: the blocks' side.
         couple_channels: whether all channels of an example lose the same blocks.
 
@@ -53,8 +48,7 @@ def dropblock(
         >>> dropblock(torch.ones(2, 3, 8, 8), p=0.1, block_size=3).shape
         torch.Size([2, 3, 8, 8])
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     channels = channel_axis_of(x)
     blocks = [1 if at in (0, channels) else min(block_size, size) for at, size in enumerate(x.shape)]
@@ -81,36 +75,11 @@ def _clear_windows(clear: Tensor, axis: int, width: int) -> Tensor:
     return clear
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    check_count("block_size", options["block_size"])
-    check_switch("couple_channels", options["couple_channels"])
-
-
-class DropBlock(DropoutVariant):
-    """`dropblock` as a module.
-
-    Example:
-        >>> DropBlock(0.1, block_size=5)
-        DropBlock(p=0.1, block_size=5)
-    """
-
-    function = staticmethod(dropblock)
-    check = staticmethod(_check)
-
-    def __init__(
-        self, p: float = DEFAULT_RATE, *, block_size: int = 7, couple_channels: bool = False
-    ) -> None:
-        super().__init__(p, block_size=block_size, couple_channels=couple_channels)
-
-
-SPECS = (
-    Spec(
-        "dropblock",
-        dropblock,
-        ("Dropout",),
-        DropBlock,
-        {"block_size": 7, "couple_channels": False},
-        check=_check,
-        activations=True,
-    ),
+@Spec(
+    "dropblock",
+    dropblock,
+    checks={"block_size": check_count, "couple_channels": check_switch},
+    activations=True,
 )
+class DropBlock(DropoutVariant):
+    """`dropblock` as a module: `DropBlock(p=0.2, *, block_size=7, couple_channels=False)`."""

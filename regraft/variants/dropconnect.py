@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,12 +40,7 @@ def dropconnect(
     of a mask for each row (mean W x + b, variance p/(1-p) (W*W)(x*x)), and it is drawn as a normal,
     so that nothing of the size rows x out x in is ever made.
 
-    Args:
-        x: the layer's input.
-        weight: (out, in), as `nn.Linear` has it.
-        bias: (out,) or None; never dropped.
-        p: probability to drop a weight.
-        training: False is the plain linear layer.
+    Options:
         mask: "batch" or "example".
         noise: "bernoulli", or "gaussian": each weight times N(1, p / (1 - p)), as `gaussian` has it.
         eval: "plain", or "sample": it draws in eval too, for Monte Carlo estimates of uncertainty.
@@ -52,7 +48,7 @@ def dropconnect(
             below p or 1 - p of 2^-10 the draw is exact in any case.
 
     Shape:
-        x: (..., in), output: (..., out).
+        x: (..., in), weight: (out, in), output: (..., out).
 
     Source:
         Wan, Zeiler, Zhang, LeCun, Fergus (2013), "Regularization of neural networks using
@@ -78,10 +74,16 @@ def dropconnect(
 
 
 def dropconnect_weight(
-    weight: Tensor, p: float = DEFAULT_RATE, *, noise: str = "bernoulli", exact: bool = False, **_: Any
+    weight: Tensor,
+    p: float = DEFAULT_RATE,
+    *,
+    noise: str = "bernoulli",
+    exact: bool = False,
+    mixout_weight: Tensor | None = None,
+    **_: Any,
 ) -> Tensor:
-    """The weight that multiplies under `dropconnect(mask="batch")`, of any shape."""
-    return noisy_weight(weight, Noise(check_rate(p), noise, exact)) if p else weight
+    """The weight, of any shape, that multiplies under `dropconnect(mask="batch")` or `mixout`."""
+    return noisy_weight(weight, Noise(check_rate(p), noise, exact), mixout_weight) if p else weight
 
 
 def _unfit(options: Mapping[str, Any], site: Any) -> tuple[str, str] | None:
@@ -101,7 +103,7 @@ def _per_example(x: Tensor, weight: Tensor, bias: Tensor | None, p: float) -> Te
             -1, x.shape[-1]
         )  # or the result would be a view, which nothing could change in place
         noise = torch.randn(len(rows), len(weight), dtype=x.dtype, device=x.device).mul_(scale)
-        noisy: Tensor = _Noisy.apply(rows, weight, bias, noise)[0]
+        noisy: Tensor = _Noisy.apply(rows, weight, bias, noise)
         return noisy.view(*x.shape[:-1], len(weight))
     mean = linear(x, weight, bias)
     noise = torch.randn_like(mean, requires_grad=False).mul_(scale)
@@ -128,23 +130,14 @@ class _Noisy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor) -> Tensor:
         squares = weight.square()
         deviation = linear(x.square(), squares).add_(_TINY).sqrt_()
-        y = linear(x, weight, bias).addcmul_(deviation, noise).sub_(noise, alpha=_TINY_ROOT)
-        return y, deviation, squares
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, _, noise = inputs
-        _, deviation, squares = output
-        ctx.mark_non_differentiable(deviation, squares)
         ctx.save_for_backward(x, weight, noise, deviation, squares)
+        return linear(x, weight, bias).addcmul_(deviation, noise).sub_(noise, alpha=_TINY_ROOT)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, noise, deviation, squares = ctx.saved_tensors
         if torch.is_grad_enabled():  # slopes of slopes: what was computed forwards has to have its own
             squares = weight.square()
@@ -152,62 +145,30 @@ class _Noisy(torch.autograd.Function):
         # Half the slope of the root; the squares' give the other 2.
         upstream = grad * noise / deviation
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
-        slopes: list[Tensor | None] = [None] * 4
-        if for_x:
-            slopes[0] = (upstream @ squares).mul_(x).addmm_(grad, weight)
-        if for_weight:
-            slopes[1] = (upstream.T @ x.square()).mul_(weight).addmm_(grad.T, x)
-        if for_bias:
-            slopes[2] = grad.sum(0)
-        return tuple(slopes)
+        return (
+            (upstream @ squares).mul_(x).addmm_(grad, weight) if for_x else None,
+            (upstream.T @ x.square()).mul_(weight).addmm_(grad.T, x) if for_weight else None,
+            grad.sum(0) if for_bias else None,
+            None,
+        )
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    check_choice("mask", options["mask"], ("batch", "example"))
-    check_choice("noise", options["noise"], ("bernoulli", "gaussian"))
-    check_choice("eval", options["eval"], ("plain", "sample"))
-    check_switch("exact", options["exact"])
-
-
-class DropConnectLinear(LinearVariant):
-    """`dropconnect` as a module: an `nn.Linear` with a rate.
-
-    Example:
-        >>> DropConnectLinear(4, 2, p=0.1)
-        DropConnectLinear(in_features=4, out_features=2, bias=True, p=0.1, mask='batch')
-    """
-
-    function = staticmethod(dropconnect)
-    check = staticmethod(_check)
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        p: float = DEFAULT_RATE,
-        *,
-        mask: str = "batch",
-        noise: str = "bernoulli",
-        eval: str = "plain",
-        exact: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        options = {"mask": mask, "noise": noise, "eval": eval, "exact": exact}
-        super().__init__(in_features, out_features, bias, p, device=device, dtype=dtype, **options)
-
-
-SPECS = (
-    Spec(
-        "dropconnect",
-        dropconnect,
-        ("Linear",),
-        DropConnectLinear,
-        {"mask": "batch", "noise": "bernoulli", "eval": "plain", "exact": False},
-        check=_check,
-        changes_eval=lambda options: options["eval"] == "sample",
-        weight_function=dropconnect_weight,
-        weight_unfit=_unfit,
-    ),
+@Spec(
+    "dropconnect",
+    dropconnect,
+    ("Linear",),
+    {
+        "mask": partial(check_choice, choices=("batch", "example")),
+        "noise": partial(check_choice, choices=("bernoulli", "gaussian")),
+        "eval": partial(check_choice, choices=("plain", "sample")),
+        "exact": check_switch,
+    },
+    changes_eval=lambda options: options["eval"] == "sample",
+    weight_function=dropconnect_weight,
+    weight_unfit=_unfit,
 )
+class DropConnectLinear(LinearVariant):
+    """`dropconnect` as a module, an `nn.Linear` with a rate and options.
+
+    `DropConnectLinear(4, 2, p=0.1, *, mask='batch', noise='bernoulli', eval='plain', exact=False)`.
+    """

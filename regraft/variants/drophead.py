@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from regraft.variants.draws import keep_mask, times_mask
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.draws import thinned
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
 def drophead(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor:
     """Whole attention heads of each example are dropped with probability p, the others divided by 1 - p.
 
-    Args:
-        x: attention weights, after the softmax. A head whose weights are 0 gives an output of 0.
-        p: probability to drop a head.
-        training: False returns x itself.
+    It takes attention weights, after the softmax: a head whose weights are 0 gives an output of 0.
 
     Shape:
         (B, H, L, S) or (B * H, L, S): queries and keys on the last two axes; the output's is the input's.
@@ -34,25 +31,11 @@ def drophead(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tenso
         >>> bool((y == y[..., :1, :1]).all())
         True
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
-    shape = [*x.shape[:-2], *[1] * min(x.dim(), 2)]
-    return times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
+    return thinned(x, p, [x.dim() - 2, x.dim() - 1])
 
 
+@Spec("drophead", drophead, attention=True)
 class DropHead(DropoutVariant):
-    """`drophead` as a module, on attention weights.
-
-    Example:
-        >>> DropHead(0.1)
-        DropHead(p=0.1)
-    """
-
-    function = staticmethod(drophead)
-
-    def __init__(self, p: float = DEFAULT_RATE) -> None:
-        super().__init__(p)
-
-
-SPECS = (Spec("drophead", drophead, ("Dropout",), DropHead, attention=True),)
+    """`drophead` as a module, on attention weights: `DropHead(p=0.2)`."""

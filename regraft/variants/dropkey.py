@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from regraft.variants.checks import check_choice
 from regraft.variants.draws import HALVES, keep_mask
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -21,10 +21,7 @@ def dropkey(x: Tensor, p: float = DEFAULT_RATE, training: bool = True, *, keys: 
     function, so it takes attention weights, which is what a dropout of attention is given. A query all of
     whose keys were drawn keeps them all.
 
-    Args:
-        x: attention weights, after the softmax.
-        p: probability to mask a key.
-        training: False returns x itself.
+    Options:
         keys: "column" masks the same keys for all queries of a head; "element" draws for each query and
             key, and so needs a mask of L x S.
 
@@ -45,8 +42,7 @@ def dropkey(x: Tensor, p: float = DEFAULT_RATE, training: bool = True, *, keys: 
         >>> bool((y == y[..., :1, :]).all()), bool((y.sum(-1) - 1).abs().max() < 1e-6)
         (True, True)
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     wide = x.float() if x.dtype in HALVES else x
     kept = wide * keep_mask(wide, key_shape(x.shape, keys), p)
@@ -62,23 +58,8 @@ def key_shape(shape: Sequence[int], keys: str) -> list[int]:
     return [1 if keys == "column" and axis == len(shape) - 2 else size for axis, size in enumerate(shape)]
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    check_choice("keys", options["keys"], ("column", "element"))
-
-
+@Spec(
+    "dropkey", dropkey, checks={"keys": partial(check_choice, choices=("column", "element"))}, attention=True
+)
 class DropKey(DropoutVariant):
-    """`dropkey` as a module, on attention weights.
-
-    Example:
-        >>> DropKey(0.1)
-        DropKey(p=0.1, keys='column')
-    """
-
-    function = staticmethod(dropkey)
-    check = staticmethod(_check)
-
-    def __init__(self, p: float = DEFAULT_RATE, *, keys: str = "column") -> None:
-        super().__init__(p, keys=keys)
-
-
-SPECS = (Spec("dropkey", dropkey, ("Dropout",), DropKey, {"keys": "column"}, check=_check, attention=True),)
+    """`dropkey` as a module, on attention weights: `DropKey(p=0.2, *, keys='column')`."""

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from regraft.variants.draws import keep_mask, times_mask
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.draws import thinned
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -34,26 +34,13 @@ def dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Tensor
         >>> dropout(torch.ones(3), p=0.5, training=False)
         tensor([1., 1., 1.])
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     if torch.compiler.is_compiling():
-        return times_mask(x, keep_mask(x, x.shape, p), 1 / (1 - p))  # a scheduled p compiles once
+        return thinned(x, p)  # a scheduled p compiles once
     return functional.dropout(x, p, training=True)
 
 
+@Spec("dropout", dropout)
 class Dropout(DropoutVariant):
-    """`dropout` as a module: `nn.Dropout` that refuses p = 1.
-
-    Example:
-        >>> Dropout(0.1)
-        Dropout(p=0.1)
-    """
-
-    function = staticmethod(dropout)
-
-    def __init__(self, p: float = DEFAULT_RATE) -> None:
-        super().__init__(p)
-
-
-SPECS = (Spec("dropout", dropout, ("Dropout",), Dropout),)
+    """`dropout` as a module, an `nn.Dropout` that refuses p = 1: `Dropout(p=0.2)`."""

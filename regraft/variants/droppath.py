@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from regraft.variants.draws import keep_mask, times_mask
-from regraft.variants.module import DropoutVariant, check_rate
-from regraft.variants.spatial import check_axes
+from regraft.variants.checks import check_axis
+from regraft.variants.draws import thinned
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -15,10 +15,7 @@ def drop_path(
 ) -> Tensor:
     """Drops the whole residual branch x of each example with probability p.
 
-    Args:
-        x: what a branch adds.
-        p: probability to drop it.
-        training: False returns x itself.
+    Options:
         batch_axis: where the examples are; None is 0. Give 1 for (T, B, C).
 
     Shape:
@@ -37,37 +34,12 @@ def drop_path(
         >>> bool((y == y[:, :1]).all())
         True
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     batch = 0 if batch_axis is None else batch_axis % x.dim()
-    shape = [size if axis == batch else 1 for axis, size in enumerate(x.shape)]
-    return times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
+    return thinned(x, p, {*range(x.dim())} - {batch})
 
 
+@Spec("droppath", drop_path, ("DropPath", "Dropout"), {"batch_axis": check_axis}, activations=True)
 class DropPath(DropoutVariant):
-    """`drop_path` as a module.
-
-    Example:
-        >>> DropPath(0.1)
-        DropPath(p=0.1)
-    """
-
-    function = staticmethod(drop_path)
-    check = staticmethod(check_axes)
-
-    def __init__(self, p: float = DEFAULT_RATE, *, batch_axis: int | None = None) -> None:
-        super().__init__(p, batch_axis=batch_axis)
-
-
-SPECS = (
-    Spec(
-        "droppath",
-        drop_path,
-        ("DropPath", "Dropout"),
-        DropPath,
-        {"batch_axis": None},
-        check=check_axes,
-        activations=True,
-    ),
-)
+    """`drop_path` as a module: `DropPath(p=0.2, *, batch_axis=None)`."""

@@ -19,8 +19,7 @@ def elementwise_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = Tru
         any; the output's is the input's.
 
     Source:
-        Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), "Dropout: a simple way to
-        prevent neural networks from overfitting".
+        Srivastava et al. (2014), as `dropout`.
 
     Differs:
         as `dropout`.
@@ -33,18 +32,6 @@ def elementwise_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = Tru
     return dropout(x, p, training)
 
 
+@Spec("elementwise", elementwise_dropout)
 class ElementwiseDropout(DropoutVariant):
-    """`elementwise_dropout` as a module.
-
-    Example:
-        >>> ElementwiseDropout(0.1)
-        ElementwiseDropout(p=0.1)
-    """
-
-    function = staticmethod(elementwise_dropout)
-
-    def __init__(self, p: float = DEFAULT_RATE) -> None:
-        super().__init__(p)
-
-
-SPECS = (Spec("elementwise", elementwise_dropout, ("Dropout",), ElementwiseDropout),)
+    """`elementwise_dropout` as a module: `ElementwiseDropout(p=0.2)`."""

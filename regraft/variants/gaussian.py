@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,10 +19,8 @@ def gaussian_dropout(
 ) -> Tensor:
     """X * m with m ~ N(1, s^2), s = sqrt(p / (1 - p)): the mean and variance of dropout at p.
 
-    Args:
-        x: any floating tensor.
+    Options:
         p: the rate of the dropout whose variance the noise has; unused when `sigma` is given.
-        training: False returns x itself.
         sigma: the noise's standard deviation, in place of a rate.
 
     Shape:
@@ -48,37 +45,16 @@ def gaussian_dropout(
     return x * torch.randn_like(x, dtype=real_dtype(x), requires_grad=False).mul_(scale).add_(1)
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    if options["sigma"] is not None:
-        check_number("sigma", options["sigma"], above=0)
-
-
+@Spec(
+    "gaussian",
+    gaussian_dropout,
+    checks={"sigma": partial(check_number, above=0)},
+    needs_rate=lambda options: options["sigma"] is None,
+)
 class GaussianDropout(DropoutVariant):
-    """`gaussian_dropout` as a module.
-
-    Example:
-        >>> GaussianDropout(0.1)
-        GaussianDropout(p=0.1)
-    """
-
-    function = staticmethod(gaussian_dropout)
-    check = staticmethod(_check)
+    """`gaussian_dropout` as a module: `GaussianDropout(p=0.2)`, or `GaussianDropout(sigma=0.5)`."""
 
     def __init__(self, p: float | None = None, *, sigma: float | None = None) -> None:
-        _check({"sigma": sigma})
+        super().__init__(DEFAULT_RATE if p is None else p, sigma=sigma)
         if p is not None and sigma is not None:
             raise OptionError("p plays no part beside sigma", remedy="give p, or sigma")
-        super().__init__(DEFAULT_RATE if p is None else p, sigma=sigma)
-
-
-SPECS = (
-    Spec(
-        "gaussian",
-        gaussian_dropout,
-        ("Dropout",),
-        GaussianDropout,
-        {"sigma": None},
-        check=_check,
-        needs_rate=lambda options: options["sigma"] is None,
-    ),
-)

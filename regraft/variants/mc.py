@@ -13,12 +13,7 @@ def mc_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Ten
     """Dropout that stays on in eval: each evaluation is a sample of the model's prediction.
 
     The mean of several evaluations is the prediction, their spread its uncertainty; take them with
-    `regraft.stochastic_passes`.
-
-    Args:
-        x: any floating tensor.
-        p: probability to drop.
-        training: unused; the rate alone decides.
+    `regraft.stochastic_passes`. The rate alone decides: `training` is unused.
 
     Shape:
         any; the output's is the input's.
@@ -38,18 +33,6 @@ def mc_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -> Ten
     return dropout(x, p, training=True)
 
 
+@Spec("mc", mc_dropout, changes_eval=lambda _: True)
 class MCDropout(DropoutVariant):
-    """`mc_dropout` as a module.
-
-    Example:
-        >>> MCDropout(0.1).eval()
-        MCDropout(p=0.1)
-    """
-
-    function = staticmethod(mc_dropout)
-
-    def __init__(self, p: float = DEFAULT_RATE) -> None:
-        super().__init__(p)
-
-
-SPECS = (Spec("mc", mc_dropout, ("Dropout",), MCDropout, changes_eval=lambda _: True),)
+    """`mc_dropout` as a module: `MCDropout(p=0.2)`."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from regraft.variants.checks import check_switch
-from regraft.variants.module import LinearVariant, check_rate, linear_weight
-from regraft.variants.redraw import Noise, noisy_linear, noisy_weight
+from regraft.variants.dropconnect import dropconnect_weight
+from regraft.variants.module import LinearVariant, acts, linear_weight
+from regraft.variants.redraw import Noise, noisy_linear
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -28,20 +26,14 @@ def mixout(
     """A linear layer whose weights w each fall back to u with probability p: u + (w - u) M / (1 - p).
 
     u are the weights the fine-tuning began with, so the regularizer pulls towards the pretrained
-    model where weight decay and dropout pull towards 0. On average the weights are w.
+    model where weight decay and dropout pull towards 0. On average the weights are w. A bias stays.
 
-    Args:
-        x: the layer's input.
-        weight: w, (out, in), as `nn.Linear` has it.
-        bias: (out,) or None; never mixed.
-        p: probability to fall back.
-        training: False is the plain linear layer.
-        exact: draw the mask exactly. Otherwise its probability is within 2^-17 of 1 - p; below p or
-            1 - p of 2^-10 the draw is exact in any case.
-        mixout_weight: u, of the weight's shape; None is 0, which is DropConnect.
+    Options:
+        exact: as in `dropconnect`.
+        mixout_weight: u; None is 0, which is DropConnect.
 
     Shape:
-        x: (..., in), output: (..., out).
+        x: (..., in), w and u: (out, in), output: (..., out).
 
     Source:
         Lee, Cho, Kang (2020), "Mixout: effective regularization to finetune large-scale pretrained
@@ -56,36 +48,28 @@ def mixout(
         >>> mixout(torch.ones(1, 3), w, p=0.5, mixout_weight=w)
         tensor([[3., 3.]])
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return linear(x, weight, bias)
     return noisy_linear(x, weight, bias, Noise(p, exact=exact), mixout_weight)
 
 
-def mixout_of_weight(
-    weight: Tensor,
-    p: float = DEFAULT_RATE,
-    *,
-    exact: bool = False,
-    mixout_weight: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
-    """The weight that multiplies under `mixout`, of any shape."""
-    return noisy_weight(weight, Noise(check_rate(p), exact=exact), mixout_weight) if p else weight
+def _remembered(weight: Tensor) -> dict[str, Tensor]:
+    return {"mixout_weight": weight.detach().clone()}
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    check_switch("exact", options["exact"])
-
-
-def _state(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {"mixout_weight": linear_weight(module).detach().clone()}
-
-
+@Spec(
+    "mixout",
+    mixout,
+    ("Linear",),
+    {"exact": check_switch},
+    state=lambda module, _: _remembered(linear_weight(module)),
+    weight_function=dropconnect_weight,
+    weight_state=_remembered,
+)
 class MixoutLinear(LinearVariant):
     """`mixout` as a module: an `nn.Linear` that remembers the weight fine-tuning begins with.
 
-    Load the pretrained weight, then call `remember()`.
+    Load the pretrained weight, then call `remember()`: `MixoutLinear(4, 2, p=0.9, *, exact=False)`.
 
     Example:
         >>> import torch
@@ -96,41 +80,9 @@ class MixoutLinear(LinearVariant):
         True
     """
 
-    function = staticmethod(mixout)
-    check = staticmethod(_check)
-    state = ("mixout_weight",)
     mixout_weight: Tensor
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        p: float = DEFAULT_RATE,
-        *,
-        exact: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, p, device=device, dtype=dtype, exact=exact)
-        self.register_buffer("mixout_weight", self.weight.detach().clone())
 
     @torch.no_grad()
     def remember(self) -> None:
         """Make the weight as it is now the one to fall back to."""
         self.mixout_weight.copy_(self.weight)
-
-
-SPECS = (
-    Spec(
-        "mixout",
-        mixout,
-        ("Linear",),
-        MixoutLinear,
-        {"exact": False},
-        check=_check,
-        state=_state,
-        weight_function=mixout_of_weight,
-        weight_state=lambda weight: {"mixout_weight": weight.detach().clone()},
-    ),
-)

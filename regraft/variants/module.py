@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from regraft.errors import RateError
 from regraft.libraries import is_conv1d
-from regraft.variants.spec import written_value
+from regraft.variants.spec import DEFAULT_RATE, Spec, written_value
 
 SHOWS = "_regraft_shows"
 """On the class of a grafted module: the variant's own class."""
@@ -31,68 +32,93 @@ def check_rate(p: object, *, where: str = "") -> float:
     return float(p)
 
 
+def acts(p: float, training: bool) -> bool:
+    """Does a variant at rate `p` act now? RateError for what is no rate."""
+    return check_rate(p) > 0 and training
+
+
 class VariantType(type):
-    """The class of variants' classes: a grafted module is an instance of the variant that it shows."""
+    """The class of the thin modules' classes."""
 
     def __instancecheck__(cls, instance: object) -> bool:
+        """A grafted module is an instance of the variant that it shows."""
         return super().__instancecheck__(instance) or issubclass(getattr(type(instance), SHOWS, object), cls)
 
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """Of the constructor, with the variant's options by name."""
+        _, *parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+        if parameters and parameters[-1].name == "options":
+            spec = getattr(cls, "spec", None)
+            options = spec.defaults.items() if spec else ()
+            named = inspect.Parameter.KEYWORD_ONLY
+            parameters[-1:] = [inspect.Parameter(name, named, default=default) for name, default in options]
+        return inspect.Signature(parameters)
 
-class DropoutVariant(nn.Module, metaclass=VariantType):
+
+class ThinModule(nn.Module, metaclass=VariantType):
+    """Base of the thin modules; a `Spec` decorates them."""
+
+    family: ClassVar[str] = "Dropout"
+    spec: ClassVar[Spec]
+    p: float
+    options: dict[str, Any]
+
+    def _settle(self, p: float, options: Mapping[str, Any]) -> None:
+        spec = self.spec
+        spec.check(options)
+        self.p = check_rate(p) if spec.rated else 0.0
+        self.options = spec.complete(options)
+        state = spec.state(self, {**self.options, "p": self.p}) if spec.state else {}
+        for name, value in state.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            else:
+                self.register_buffer(name, value, persistent=name not in spec.transient)
+
+    def _run(self, *given: Any) -> Tensor:
+        function, names = self.spec.function_for(self.family), self.spec.tensors
+        state = {}
+        if self.spec.adds_state(self.options):
+            state = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return function(*given, self.p, self.training, **self.options, **state)  # type: ignore[no-any-return]
+
+
+class DropoutVariant(ThinModule):
     """Base of the dropout family: `forward(x)` is `function(x, p, training, **options)`."""
 
-    function: ClassVar[Callable[..., Tensor]]
-    state: ClassVar[tuple[str, ...]] = ()
-    """Names of the parameters and buffers that `function` takes as keyword arguments."""
-
-    @staticmethod
-    def check(options: Mapping[str, Any]) -> None:
-        """Raises OptionError or RateError for options out of range."""
-
-    def __init__(self, p: float, **options: Any) -> None:
+    def __init__(self, p: float = DEFAULT_RATE, **options: Any) -> None:
         super().__init__()
-        type(self).check(options)
-        self.p = check_rate(p)
-        self.options = options
+        self._settle(p, options)
 
     def forward(self, x: Tensor) -> Tensor:
-        state = {name: getattr(self, name) for name in type(self).state}
-        return type(self).function(x, self.p, self.training, **self.options, **state)
+        return self._run(x)
 
     def extra_repr(self) -> str:
-        return written_options(self.p, self.options)
+        return written_options(self.p if self.spec.rated else None, self.options)
 
 
-class LinearVariant(nn.Linear, metaclass=VariantType):
+class LinearVariant(ThinModule, nn.Linear):
     """Base of the linear family: `function(x, weight, bias, p, training, **options)`."""
 
-    function: ClassVar[Callable[..., Tensor]]
-    state: ClassVar[tuple[str, ...]] = ()
-
-    @staticmethod
-    def check(options: Mapping[str, Any]) -> None:
-        """Raises OptionError or RateError for options out of range."""
+    family = "Linear"
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool = True,
-        p: float = 0.2,
+        p: float = DEFAULT_RATE,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        type(self).check(options)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.p = check_rate(p)
-        self.options = options
+        self._settle(p, options)
 
     def forward(self, input: Tensor) -> Tensor:
-        state = {name: getattr(self, name) for name in type(self).state}
-        function = type(self).function
-        return function(input, self.weight, self.bias, self.p, self.training, **self.options, **state)
+        return self._run(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {written_options(self.p, self.options)}"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regraft.variants.checks import check_choice, check_count, check_switch
-from regraft.variants.draws import CODES, HALVES, SMALLEST_RATE, coarse, codes16, in_pieces, plain
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.draws import CODES, HALVES, SMALLEST_RATE, coarse, codes16, in_layout, plain
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -34,10 +36,8 @@ def multisample_dropout(
     proper averages the K *losses*: that is `regraft.stochastic_passes(model, K)` and the mean of the
     losses, which shares everything before the dropout.
 
-    Args:
-        x: any floating tensor.
+    Options:
         p: probability to drop, in each mask; of plain dropout as strong with `match="variance"`.
-        training: False returns x itself.
         num_samples: K, from 1 to 255.
         match: "rate" gives each mask the rate p, so that the noise has 1/K of the variance of dropout at p;
             "variance" gives each mask the higher rate K p / (1 + (K - 1) p), whose noise has that variance.
@@ -59,8 +59,7 @@ def multisample_dropout(
         >>> sorted(set(y.tolist()))
         [0.0, 1.0, 2.0]
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     if match == "variance":
         p = num_samples * p / (1 + (num_samples - 1) * p)
@@ -79,16 +78,13 @@ class _Scaled(torch.autograd.Function):
     """X * counts * scale, written by hand: a product of unlike dtypes allocates a second mask."""
 
     @staticmethod
-    def forward(x: Tensor, counts: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, counts: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(counts)
+        ctx.save_for_forward(counts)
         if x.dtype in HALVES:  # in which the scale would be rounded, and K times x may overflow
             return counts.to(x.dtype).mul_(x * scale)
         return counts.to(x.dtype).mul_(scale).mul_(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:  # noqa: ARG004
-        _, counts, ctx.scale = inputs
-        ctx.save_for_backward(counts)
-        ctx.save_for_forward(counts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -107,14 +103,9 @@ def _times(slope: Tensor, counts: Tensor, scale: float) -> Tensor:
 
 def _tails(num_samples: int, p: float) -> list[float]:
     """P(Binomial(K, 1-p) >= k) for k = 1..K."""
-    masses = [
-        math.comb(num_samples, k) * (1 - p) ** k * p ** (num_samples - k) for k in range(num_samples + 1)
-    ]
-    tails, total = [], 0.0
-    for mass in reversed(masses[1:]):
-        total = total + mass
-        tails.append(total)
-    return tails[::-1]
+    counts = range(num_samples, 0, -1)
+    masses = (math.comb(num_samples, k) * (1 - p) ** k * p ** (num_samples - k) for k in counts)
+    return list(accumulate(masses))[::-1]
 
 
 def _counts(x: Tensor, p: float, num_samples: int, exact: bool) -> Tensor:
@@ -126,13 +117,28 @@ def _counts(x: Tensor, p: float, num_samples: int, exact: bool) -> Tensor:
             # The index is what takes room, 4 bytes an element.
             return table.index_select(0, codes16(x, size).view(torch.uint16).to(torch.int32))
 
-        return in_pieces(x, looked_up)
+        return _in_pieces(x, looked_up)
     fine = exact or not SMALLEST_RATE <= p <= 1 - SMALLEST_RATE
     wide = torch.float64 if fine and x.device.type != "mps" else torch.float32  # mps has no float64
     tails = _tails(num_samples, p)
     if plain(x):
-        return in_pieces(x, lambda size: _passed(torch.rand(size, dtype=wide, device=x.device), tails))
+        return _in_pieces(x, lambda size: _passed(torch.rand(size, dtype=wide, device=x.device), tails))
     return _passed(torch.rand_like(x, dtype=wide, requires_grad=False), tails)
+
+
+def _in_pieces(x: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
+    """`draw(count)` for all elements of x; on a CPU in up to 8 parts, which need less memory meanwhile."""
+    count = x.numel()
+    size = max(1 << 19, -(-count // 8)) if x.device.type == "cpu" else count
+    if count <= size:
+        counts = draw(count)
+    elif torch._C._are_functorch_transforms_active():  # vmap draws for each of its passes
+        counts = torch.cat([draw(min(size, count - start)) for start in range(0, count, size)])
+    else:
+        counts = torch.empty(count, dtype=torch.uint8, device=x.device)
+        for part in torch.split(counts, size):
+            part.copy_(draw(len(part)))
+    return in_layout(counts, x)
 
 
 def _passed(draw: Tensor, tails: Sequence[float]) -> Tensor:
@@ -181,51 +187,27 @@ def _kept(key: Any, build: Callable[[], Tensor]) -> Tensor:
     if key in _tables:
         return _tables[key]
     table = build()
-    if _outlives_the_call(table):
+    # A fake tensor belongs to its mode; inside a functorch transform a tensor is a wrapper that dies with
+    # it; made while a CUDA graph is captured it holds nothing yet.
+    lasts = type(table) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(table)
+    if lasts and not (table.is_cuda and torch.cuda.is_current_stream_capturing()):
         if len(_tables) >= 64:  # a schedule changes p at every step
             _tables.clear()
         _tables[key] = table
     return table
 
 
-def _outlives_the_call(table: Tensor) -> bool:
-    # A fake tensor belongs to its mode; inside a functorch transform a tensor is a wrapper that dies with
-    # it; made while a CUDA graph is captured it holds nothing yet.
-    if type(table) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(table):
-        return False
-    return not (table.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _check(options: Mapping[str, Any]) -> None:
-    check_count("num_samples", options["num_samples"], least=1, most=255)
-    check_choice("match", options["match"], ("rate", "variance"))
-    check_switch("exact", options["exact"])
-
-
+@Spec(
+    "multisample",
+    multisample_dropout,
+    checks={
+        "num_samples": partial(check_count, least=1, most=255),
+        "match": partial(check_choice, choices=("rate", "variance")),
+        "exact": check_switch,
+    },
+)
 class MultiSampleDropout(DropoutVariant):
     """`multisample_dropout` as a module.
 
-    Example:
-        >>> MultiSampleDropout(0.1, num_samples=4)
-        MultiSampleDropout(p=0.1, num_samples=4)
+    `MultiSampleDropout(p=0.2, *, num_samples=8, match='rate', exact=False)`.
     """
-
-    function = staticmethod(multisample_dropout)
-    check = staticmethod(_check)
-
-    def __init__(
-        self, p: float = DEFAULT_RATE, *, num_samples: int = 8, match: str = "rate", exact: bool = False
-    ) -> None:
-        super().__init__(p, num_samples=num_samples, match=match, exact=exact)
-
-
-SPECS = (
-    Spec(
-        "multisample",
-        multisample_dropout,
-        ("Dropout",),
-        MultiSampleDropout,
-        {"num_samples": 8, "match": "rate", "exact": False},
-        check=_check,
-    ),
-)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from regraft.variants.checks import check_number
 from regraft.variants.draws import uniform_like
-from regraft.variants.module import VariantType
+from regraft.variants.module import ThinModule
 from regraft.variants.spec import Spec
 
 
 def neftune(x: Tensor, p: float = 0.0, training: bool = True, *, alpha: float = 5.0) -> Tensor:
     """Noise added to embeddings: uniform on +-alpha / sqrt(T * C), for T tokens of C features.
 
-    Args:
-        x: embedded tokens.
-        p: unused; it has no rate.
-        training: False returns x itself.
+    Options:
         alpha: how much noise; the paper uses 5, 10 and 15.
 
     Shape:
@@ -44,22 +41,23 @@ def neftune(x: Tensor, p: float = 0.0, training: bool = True, *, alpha: float = 
     return x + uniform_like(x).mul_(2 * bound).sub_(bound).to(x.dtype)
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    check_number("alpha", options["alpha"], least=0)
+@Spec(
+    "neftune",
+    neftune,
+    ("Embedding",),
+    {"alpha": partial(check_number, least=0)},
+    needs_rate=lambda _: False,
+    rated=False,
+)
+class NEFTuneEmbedding(ThinModule, nn.Embedding):
+    """`nn.Embedding` with `neftune` noise in training: `NEFTuneEmbedding(10, 4, alpha=5.0)`."""
 
-
-class NEFTuneEmbedding(nn.Embedding, metaclass=VariantType):
-    """`nn.Embedding` whose output has `neftune` noise in training.
-
-    Example:
-        >>> NEFTuneEmbedding(10, 4, alpha=5.0)
-        NEFTuneEmbedding(10, 4, alpha=5.0)
-    """
+    family = "Embedding"
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, *args: Any, alpha: float = 5.0, **kwargs: Any
     ) -> None:
-        _check({"alpha": alpha})
+        self.spec.check({"alpha": alpha})
         super().__init__(num_embeddings, embedding_dim, *args, **kwargs)
         self.alpha = alpha
 
@@ -68,17 +66,3 @@ class NEFTuneEmbedding(nn.Embedding, metaclass=VariantType):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha!r}"
-
-
-SPECS = (
-    Spec(
-        "neftune",
-        neftune,
-        ("Embedding",),
-        NEFTuneEmbedding,
-        {"alpha": 5.0},
-        check=_check,
-        needs_rate=lambda _: False,
-        rated=False,
-    ),
-)

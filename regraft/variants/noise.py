@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from regraft.variants.checks import check_number
 from regraft.variants.draws import real_dtype
-from regraft.variants.module import DropoutVariant, written_options
+from regraft.variants.module import DropoutVariant
 from regraft.variants.spec import Spec
 
 
 def gaussian_noise(x: Tensor, p: float = 0.0, training: bool = True, *, sigma: float = 0.1) -> Tensor:
     """Adds normal noise of mean 0 and standard deviation `sigma` to each element.
 
-    Args:
-        x: any floating tensor.
-        p: unused; it has no rate.
-        training: False returns x itself.
+    Options:
         sigma: the noise's standard deviation, in the units of x.
 
     Shape:
@@ -43,37 +39,15 @@ def gaussian_noise(x: Tensor, p: float = 0.0, training: bool = True, *, sigma: f
     return x + torch.randn_like(x, dtype=real_dtype(x), requires_grad=False).mul_(sigma)
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    check_number("sigma", options["sigma"], least=0)
-
-
+@Spec(
+    "noise",
+    gaussian_noise,
+    checks={"sigma": partial(check_number, least=0)},
+    needs_rate=lambda _: False,
+    rated=False,
+)
 class GaussianNoise(DropoutVariant):
-    """`gaussian_noise` as a module; `p` is 0.
-
-    Example:
-        >>> GaussianNoise(0.5)
-        GaussianNoise(sigma=0.5)
-    """
-
-    function = staticmethod(gaussian_noise)
-    check = staticmethod(_check)
+    """`gaussian_noise` as a module: `GaussianNoise(sigma=0.1)`; its `p` is 0."""
 
     def __init__(self, sigma: float = 0.1) -> None:
-        super().__init__(0.0, sigma=sigma)
-
-    def extra_repr(self) -> str:
-        return written_options(None, self.options)
-
-
-SPECS = (
-    Spec(
-        "noise",
-        gaussian_noise,
-        ("Dropout",),
-        GaussianNoise,
-        {"sigma": 0.1},
-        check=_check,
-        needs_rate=lambda _: False,
-        rated=False,
-    ),
-)
+        super().__init__(sigma=sigma)

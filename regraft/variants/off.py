@@ -33,57 +33,27 @@ def off(x: Tensor, p: float = 0.0, training: bool = True) -> Tensor:
 
 
 def off_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    p: float = 0.0,
-    training: bool = True,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, p: float = 0.0, training: bool = True
 ) -> Tensor:
     """The plain linear layer: takes a regularizer of its weights or outputs out.
 
     Shape:
         x: (..., in), weight: (out, in), output: (..., out).
-
-    Source:
-        none.
-
-    Differs:
-        nothing.
-
-    Example:
-        >>> import torch
-        >>> off_linear(torch.ones(1, 3), torch.ones(2, 3))
-        tensor([[3., 3.]])
     """
     return linear(x, weight, bias)
 
 
+@Spec(
+    "off",
+    off,
+    ("Dropout", "DropPath", "Linear", "Embedding"),
+    needs_rate=lambda _: False,
+    linear_function=off_linear,
+    rated=False,
+    weight_function=lambda weight: weight,
+)
 class Off(DropoutVariant):
-    """`off` as a module, which stays where a dropout was; `p` is 0.
-
-    Example:
-        >>> Off()
-        Off()
-    """
-
-    function = staticmethod(off)
+    """`off` as a module, `Off()`, which stays where a dropout was; its `p` is 0."""
 
     def __init__(self, p: float = 0.0) -> None:  # noqa: ARG002
-        super().__init__(0.0)
-
-    def extra_repr(self) -> str:
-        return ""
-
-
-SPECS = (
-    Spec(
-        "off",
-        off,
-        ("Dropout", "DropPath", "Linear", "Embedding"),
-        Off,
-        needs_rate=lambda options: False,  # noqa: ARG005
-        linear_function=off_linear,
-        rated=False,
-        weight_function=lambda weight: weight,
-    ),
-)
+        super().__init__()

@@ -37,20 +37,28 @@ class Noise(NamedTuple):
             normal = torch.randn(weight.shape, dtype=wide, device=weight.device, generator=generator)
         return normal.mul_(deviation).add_(1)
 
+    def redraw(self, weight: Tensor, seed: int) -> Tensor:
+        """What is drawn from a seed, each time the same."""
+        return self.draw(weight, torch.Generator(device=weight.device).manual_seed(seed))
+
     def times(self, x: Tensor, drawn: Tensor) -> Tensor:
         """X times what was drawn for a weight of its shape."""
         product = (x * drawn).to(x.dtype)
         # As a scalar the scale is multiplied in float32; in a tensor of 16 bits it would be rounded.
         return product.mul_(1 / (1 - self.p)) if self.kind == "bernoulli" else product
 
+    def mixed(self, weight: Tensor, base: Tensor | None, drawn: Tensor) -> Tensor:
+        """`base + (weight - base) * drawn`; a base of None is 0."""
+        return self.times(weight, drawn) if base is None else self.times(weight - base, drawn).add_(base)
+
 
 def noisy_weight(weight: Tensor, noise: Noise, base: Tensor | None = None) -> Tensor:
     """`base + (weight - base) * noise`; a base of None is 0."""
     if _redraws(weight):
-        noisy: Tensor = _NoisyWeight.apply(weight, base, noise, _seed())
+        noisy: Tensor = _Noisy.apply(None, weight, None, base, noise, _seed())
         return noisy
     try:
-        return _mixed(weight, base, noise, noise.draw(weight))
+        return noise.mixed(weight, base, noise.draw(weight))
     except NotImplementedError as error:
         raise ModelError(
             f"the weight is of type {type(weight).__name__}, no plain numbers that could be dropped",
@@ -67,12 +75,8 @@ def noisy_linear(
     x, weight, bias = as_autocast_has_them(x, weight, bias)
     base = None if base is None else base.to(weight.dtype)
     # As rows: what a function of autograd returns must be no view, or nothing can change it in place.
-    product: Tensor = _NoisyLinear.apply(_rows(x), weight, bias, base, noise, _seed())
+    product: Tensor = _Noisy.apply(x.reshape(-1, x.shape[-1]), weight, bias, base, noise, _seed())
     return product.view(*x.shape[:-1], len(weight))
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _redraws(weight: Tensor) -> bool:
@@ -85,50 +89,36 @@ def _seed() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
 
-def _drawn(weight: Tensor, noise: Noise, seed: int) -> Tensor:
-    return noise.draw(weight, torch.Generator(device=weight.device).manual_seed(seed))
+class _Noisy(torch.autograd.Function):
+    """The noisy weight, or, given rows x, their linear layer with it."""
 
-
-def _mixed(weight: Tensor, base: Tensor | None, noise: Noise, drawn: Tensor) -> Tensor:
-    return noise.times(weight, drawn) if base is None else noise.times(weight - base, drawn).add_(base)
-
-
-class _NoisyWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, base: Tensor | None, noise: Noise, seed: int) -> Tensor:
-        ctx.save_for_backward(weight)  # its shape and its order in memory: nothing is copied
-        ctx.noise, ctx.seed = noise, seed
-        return _mixed(weight, base, noise, _drawn(weight, noise, seed))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (weight,) = ctx.saved_tensors
-        return ctx.noise.times(grad, _drawn(weight, ctx.noise, ctx.seed)), None, None, None
-
-
-class _NoisyLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, base: Tensor | None, noise: Noise, seed: int
+        ctx: Any,
+        x: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        base: Tensor | None,
+        noise: Noise,
+        seed: int,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, base)
+        # Of the weight alone only the shape and the order in memory are needed again: nothing is copied.
+        ctx.save_for_backward(x, weight, None if x is None else base)
         ctx.noise, ctx.seed = noise, seed
-        return linear(x, _mixed(weight, base, noise, _drawn(weight, noise, seed)), bias)
+        noisy = noise.mixed(weight, base, noise.redraw(weight, seed))
+        return noisy if x is None else linear(x, noisy, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, base = ctx.saved_tensors
-        noise, seed = ctx.noise, ctx.seed
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
-        slopes: list[Tensor | None] = [None] * 6
-        drawn = _drawn(weight, noise, seed)
-        if for_x:
-            slopes[0] = grad @ _mixed(weight, base, noise, drawn)
-        if for_weight:
-            slopes[1] = noise.times(grad.T @ x, drawn)
-        if for_bias:
-            slopes[2] = grad.sum(0)
-        return tuple(slopes)
+        drawn = ctx.noise.redraw(weight, ctx.seed)
+        return (
+            grad @ ctx.noise.mixed(weight, base, drawn) if for_x else None,
+            ctx.noise.times(grad if x is None else grad.T @ x, drawn) if for_weight else None,
+            grad.sum(0) if for_bias else None,
+            *[None] * 3,
+        )
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
 import re
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from regraft.errors import OptionError, RegraftError, RuleSyntaxError, UnknownVariantError, nearest
+from regraft.errors import OptionError, RuleSyntaxError, UnknownVariantError, nearest
 from regraft.variants.module import DropoutVariant, LinearVariant, check_rate
-from regraft.variants.spec import DEFAULT_RATE, Spec, Variant
+from regraft.variants.spec import Spec, Variant
 
 _EXAMPLES = "for example 'gaussian', 'multisample(p=0.2, num_samples=4)', 'off'"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _FAMILIES = ("Dropout", "DropPath", "Linear", "Embedding")
 OF_RULES = ("fused", "adds")
 """Options that a rule gives to the graft, and not to the variant."""
-_RATES = ("rate", "prob", "probability", "drop_prob", "drop_rate", "dropout", "dropout_rate")
 _NO_VARIANTS = {
     "rdrop": "R-Drop is two passes and no variant: regraft.rdrop(model, alpha=1.0);",
     "maxnorm": "max-norm is no variant: regraft.max_norm(model, {'Linear': 3.0}, optimizer);",
 }
 _RELATIVE = re.compile(r"x\d+(\.\d+)?")
+complete_options = Spec.complete
+rate_matters = Spec.rate_matters
 _specs: dict[str, Spec] = {}
 _builtin: set[str] = set()
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -36,9 +39,10 @@ def _load_builtin() -> None:
     package = importlib.import_module("regraft.variants")
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
-        for spec in getattr(module, "SPECS", ()):
-            _specs[spec.name] = spec
-            _builtin.add(spec.name)
+        for builtin in (getattr(value, "spec", None) for value in vars(module).values()):
+            if isinstance(builtin, Spec):
+                _specs[builtin.name] = builtin
+                _builtin.add(builtin.name)
 
 
 def names() -> list[str]:
@@ -49,16 +53,11 @@ def names() -> list[str]:
 
 def spec(name: str) -> Spec:
     """The variant called `name`, or UnknownVariantError with the nearest names."""
-    _load_builtin()
-    try:
-        return _specs[name]
-    except KeyError:
-        hint = nearest(name, _specs)
-        known = "the variants are " + ", ".join(sorted(_specs))
-        hint = _NO_VARIANTS.get(name.replace("_", "").casefold()) or hint
-        raise UnknownVariantError(
-            f"no variant is called {name!r}", remedy=f"{hint} {known}".strip()
-        ) from None
+    if name not in names():
+        hint = _NO_VARIANTS.get(name.replace("_", "").casefold()) or nearest(name, _specs)
+        remedy = f"{hint} the variants are {', '.join(names())}".strip()
+        raise UnknownVariantError(f"no variant is called {name!r}", remedy=remedy)
+    return _specs[name]
 
 
 def variant(name: str, /, **options: Any) -> Variant:
@@ -81,7 +80,7 @@ def variant(name: str, /, **options: Any) -> Variant:
     """
     chosen = spec(name)
     check_options(chosen, options)
-    if "p" in options and not rate_matters(chosen, options):
+    if "p" in options and not chosen.rate_matters(options):
         given = ", ".join(key for key in options if key != "p")
         raise OptionError(
             f"p plays no part beside {given}", where=f"variant {chosen.name!r}", remedy=f"give p, or {given}"
@@ -89,58 +88,25 @@ def variant(name: str, /, **options: Any) -> Variant:
     return Variant(name, dict(options))
 
 
-def complete_options(chosen: Spec, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options given, over the variant's defaults, without the rate and what is a rule's alone."""
-    own = {key: value for key, value in options.items() if key not in ("p", *OF_RULES)}
-    return {**chosen.defaults, **own}
-
-
-def rate_matters(chosen: Spec, options: Mapping[str, Any]) -> bool:
-    """False where another option says how strong the noise is, as `sigma` of "gaussian" does."""
-    return chosen.needs_rate is None or chosen.needs_rate(complete_options(chosen, options))
-
-
 def check_options(chosen: Spec, options: Mapping[str, Any]) -> None:
-    where = f"variant {chosen.name!r}"
-    known = [*_rate_option(chosen), *chosen.defaults]
     if "Dropout" in chosen.families and options.get("fused", "auto") in ("auto", "write", "keep"):
         options = {key: value for key, value in options.items() if key != "fused"}
     if chosen.name == "droppath" and isinstance(options.get("adds"), bool):
         options = {key: value for key, value in options.items() if key != "adds"}
-    for key in options:
-        if key not in known:
-            hint = nearest(key, known)
-            if key in _RATES and "p" in known:
-                hint = f"the rate is p: '{chosen.name}(p=...)';"
-            listed = "its options are " + ", ".join(known) if known else "it has no options"
-            raise OptionError(
-                f"{chosen.name!r} has no option {key!r}", where=where, remedy=f"{hint} {listed}".strip()
-            )
-    if "p" in options and not callable(options["p"]):
-        p = options["p"]
-        if not (isinstance(p, str) and _RELATIVE.fullmatch(p)):
-            if isinstance(p, str):
-                raise OptionError(
-                    f"p={p!r} is no rate", where=where, remedy="a number in [0, 1), or relative: 'x0.5'"
-                )
-            check_rate(p, where=where)
-    if chosen.check is not None:
-        try:
-            chosen.check(complete_options(chosen, options))
-        except RegraftError as error:
-            error.where = error.where or where
-            raise
-
-
-def _rate_option(chosen: Spec) -> tuple[str, ...]:
-    return ("p",) if chosen.rated else ()
+    chosen.check(options)
+    p = options.get("p", 0.0)
+    if isinstance(p, str) and not _RELATIVE.fullmatch(p):
+        raise OptionError(
+            f"p={p!r} is no rate",
+            where=f"variant {chosen.name!r}",
+            remedy="a number in [0, 1), or relative: 'x0.5'",
+        )
+    if not (callable(p) or isinstance(p, str)):
+        check_rate(p, where=f"variant {chosen.name!r}")
 
 
 def register(
-    name: str,
-    *,
-    replaces: str = "Dropout",
-    changes_eval: bool = False,
+    name: str, *, replaces: str = "Dropout", changes_eval: bool = False
 ) -> Callable[[_Function], _Function]:
     """Register a new variant: a decorator for its function.
 
@@ -184,87 +150,61 @@ def register(
     return decorate
 
 
-def _spec_of(name: str, function: Callable[..., Any], family: str, changes_eval: bool) -> Spec:
-    defaults = _option_defaults(name, function, family)
-    whole = _linear(function, changes_eval) if family == "Linear" else _noise(function, changes_eval)
-    whole.__doc__ = function.__doc__
+def _spec_of(name: str, function: Callable[..., Any], family: str, always: bool) -> Spec:
+    _check_signature(name, function, family)
+
+    @functools.wraps(function)
+    def whole(*given: Any, **options: Any) -> Any:
+        from torch.nn.functional import linear
+
+        *tensors, p, training = given
+        if p > 0 and (training or always):
+            return function(*tensors, p, **options)
+        return linear(*tensors) if family == "Linear" else tensors[0]
+
+    spec = Spec(name, whole, (family,), changes_eval=(lambda _: True) if always else None)
     base = LinearVariant if family == "Linear" else DropoutVariant
     title = "".join(part.capitalize() for part in name.split("_"))
-    module = type(title, (base,), {"function": staticmethod(whole), "__module__": function.__module__})
-    return Spec(
-        name,
-        whole,
-        (family,),
-        module,
-        defaults,
-        changes_eval=(lambda _: True) if changes_eval else None,
-    )
+    spec(types.new_class(title, (base,), exec_body=lambda body: body.update(__module__=function.__module__)))
+    return spec
 
 
-def _option_defaults(name: str, function: Callable[..., Any], family: str) -> dict[str, Any]:
+def _check_signature(name: str, function: Callable[..., Any], family: str) -> None:
     wanted = ("x", "weight", "bias", "p") if family == "Linear" else ("x", "p")
-    parameters = inspect.signature(function).parameters.values()
-    positional = [parameter for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
-    options = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    shape = f"def {name}({', '.join(wanted)}, *, option=default)"
-    if len(positional) != len(wanted) or any(option.default is option.empty for option in options):
+    signature = inspect.signature(function)
+    by_name = inspect.Parameter.KEYWORD_ONLY
+    positional = [one for one in signature.parameters.values() if one.kind is not by_name]
+    bare = any(one.kind is by_name and one.default is one.empty for one in signature.parameters.values())
+    if len(positional) != len(wanted) or bare:
         raise OptionError(
-            f"a variant that replaces {family} is written {shape}, not "
-            f"{getattr(function, '__name__', function)}{inspect.signature(function)}",
+            f"a variant that replaces {family} is written def {name}({', '.join(wanted)}, *, "
+            f"option=default), not {getattr(function, '__name__', function)}{signature}",
             where=f"variant {name!r}",
         )
-    return {option.name: option.default for option in options}
-
-
-def _noise(function: Callable[..., Any], always: bool) -> Callable[..., Any]:
-    def whole(x: Any, p: float = DEFAULT_RATE, training: bool = True, **options: Any) -> Any:
-        return function(x, p, **options) if p > 0 and (training or always) else x
-
-    return whole
-
-
-def _linear(function: Callable[..., Any], always: bool) -> Callable[..., Any]:
-    from torch.nn.functional import linear
-
-    def whole(
-        x: Any, weight: Any, bias: Any = None, p: float = DEFAULT_RATE, training: bool = True, **options: Any
-    ) -> Any:
-        if p > 0 and (training or always):
-            return function(x, weight, bias, p, **options)
-        return linear(x, weight, bias)
-
-    return whole
 
 
 def parse_variant(text: str) -> Variant:
     """The variant that `name` or `name(option=value, ...)` stands for; values are Python literals."""
+
+    def unreadable(why: str, remedy: str = _EXAMPLES) -> RuleSyntaxError:
+        return RuleSyntaxError(f"the variant {text!r} cannot be read: {why}", remedy=remedy)
+
     try:
         body = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
-        raise _unreadable(text, "it is not `name` or `name(option=value)`") from None
-    if isinstance(body, ast.Name):
-        return variant(body.id)
-    if not (isinstance(body, ast.Call) and isinstance(body.func, ast.Name)):
-        raise _unreadable(text, "it is not `name` or `name(option=value)`")
-    if body.args or any(keyword.arg is None for keyword in body.keywords):
-        number = len(body.args) == 1 and isinstance(body.args[0], ast.Constant)
-        said = f"{body.func.id}(p={ast.unparse(body.args[0])})" if number else ""
-        raise _unreadable(text, "options are written option=value", said)
-    return variant(body.func.id, **_literals(text, body))
-
-
-def _literals(text: str, call: ast.Call) -> dict[str, Any]:
+        body = ast.Constant(None)
+    call = body if isinstance(body, ast.Call) else ast.Call(body, [], [])
+    if not isinstance(call.func, ast.Name):
+        raise unreadable("it is not `name` or `name(option=value)`")
+    name = call.func.id
+    if call.args or any(keyword.arg is None for keyword in call.keywords):
+        number = len(call.args) == 1 and isinstance(call.args[0], ast.Constant)
+        meant = f"{name}(p={ast.unparse(call.args[0])})" if number else ""
+        raise unreadable("options are written option=value", f"write {meant!r}" if meant else _EXAMPLES)
     options: dict[str, Any] = {}
     for keyword in call.keywords:
         try:
             options[str(keyword.arg)] = ast.literal_eval(keyword.value)
         except ValueError:
-            raise _unreadable(text, f"{keyword.arg} is not a Python literal") from None
-    return options
-
-
-def _unreadable(text: str, why: str, meant: str = "") -> RuleSyntaxError:
-    return RuleSyntaxError(
-        f"the variant {text!r} cannot be read: {why}",
-        remedy=f"write {meant!r}" if meant else _EXAMPLES,
-    )
+            raise unreadable(f"{keyword.arg} is not a Python literal") from None
+    return variant(name, **options)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from regraft.errors import InputsError, OptionError
-from regraft.variants.draws import keep_mask, times_mask
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.draws import thinned
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -22,10 +21,7 @@ def shaped_dropout(
 ) -> Tensor:
     """Dropout with one draw for all elements along the axes where `noise_shape` is 1.
 
-    Args:
-        x: any floating tensor.
-        p: probability to drop.
-        training: False returns x itself.
+    Options:
         noise_shape: a list with one entry for each axis of x: None draws along the axis, 1 shares one draw
             along it. `[None, 1, None]` of (B, T, C) is the same mask at all positions. None draws for each
             element.
@@ -48,8 +44,7 @@ def shaped_dropout(
         >>> bool((y == y[:, :1]).all())
         True
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     given = [None] * x.dim() if noise_shape is None else noise_shape
     if len(given) != x.dim():
@@ -58,32 +53,16 @@ def shaped_dropout(
             f"{x.dim()} axes",
             remedy="give None or 1 for each axis of the input",
         )
-    shape = [size if entry is None else 1 for size, entry in zip(x.shape, given, strict=True)]
-    return times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
+    return thinned(x, p, [axis for axis, entry in enumerate(given) if entry == 1])
 
 
-def _check(options: Mapping[str, Any]) -> None:
-    given = options["noise_shape"]
-    fits = isinstance(given, list) and all(entry in (None, 1) for entry in given)
-    if given is not None and not fits:
+def _check(name: str, value: object) -> None:
+    if not (isinstance(value, list) and all(entry in (None, 1) for entry in value)):
         raise OptionError(
-            f"noise_shape={given!r} is not a list of None and 1", remedy="for example [None, 1, None]"
+            f"{name}={value!r} is not a list of None and 1", remedy="for example [None, 1, None]"
         )
 
 
+@Spec("shaped", shaped_dropout, checks={"noise_shape": _check})
 class ShapedDropout(DropoutVariant):
-    """`shaped_dropout` as a module.
-
-    Example:
-        >>> ShapedDropout(0.1, noise_shape=[None, 1, None])
-        ShapedDropout(p=0.1, noise_shape=[None, 1, None])
-    """
-
-    function = staticmethod(shaped_dropout)
-    check = staticmethod(_check)
-
-    def __init__(self, p: float = DEFAULT_RATE, *, noise_shape: Sequence[int | None] | None = None) -> None:
-        super().__init__(p, noise_shape=noise_shape)
-
-
-SPECS = (Spec("shaped", shaped_dropout, ("Dropout",), ShapedDropout, {"noise_shape": None}, check=_check),)
+    """`shaped_dropout` as a module: `ShapedDropout(p=0.2, *, noise_shape=None)`."""

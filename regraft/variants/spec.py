@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from regraft.errors import OptionError, RegraftError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -12,8 +16,11 @@ if TYPE_CHECKING:
     Rate = float | str | Callable[[Any], float]
     """A probability to drop in [0, 1); "x2", relative to the site's own; or a callable of the site."""
 
+_Class = TypeVar("_Class", bound=type[Any])
 DEFAULT_RATE = 0.2
 """Where a rule puts a rate and names none: the low end of the 0.2 to 0.5 of Srivastava et al. 2014."""
+_RATES = ("rate", "prob", "probability", "drop_prob", "drop_rate", "dropout", "dropout_rate")
+"""What other libraries call `p`."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +34,15 @@ class Spec:
     - in the "Linear" family `function(x, weight, bias, p, training, **options)`, with the weight as
       (out, in) and the bias possibly None.
 
-    State that `state` adds to a module (parameters or buffers, by name) is passed as further keyword
-    arguments of the same names.
+    Its keyword-only parameters are the options, except those annotated as tensors: they are the state
+    that `state` adds to a module (parameters or buffers of the same names).
     """
 
     name: str
     function: Callable[..., Any]
-    families: tuple[str, ...]
-    module: type[nn.Module]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    check: Callable[[Mapping[str, Any]], None] | None = None
-    """Raises OptionError or RateError for options out of range; given the complete options."""
+    families: tuple[str, ...] = ("Dropout",)
+    checks: Mapping[str, Callable[[str, Any], None]] = field(default_factory=dict)
+    """For an option, what raises OptionError or RateError for a value out of range."""
     changes_eval: Callable[[Mapping[str, Any]], bool] | None = None
     """Of the complete options: is the eval output another than the original's? None: never."""
     needs_rate: Callable[[Mapping[str, Any]], bool] | None = None
@@ -62,7 +67,6 @@ class Spec:
     are its options `channel_axis` and `batch_axis`, and attention weights are left out."""
     linear_function: Callable[..., Any] | None = None
     """Of a variant that takes the place of dropouts and of linears: the function for linears."""
-    linear_module: type[nn.Module] | None = None
     weight_function: Callable[..., Any] | None = None
     """Of a variant that can act on a weight by itself: `function(weight, p, **options)` is the weight that
     multiplies in its place, whoever multiplies by it. Called only where the variant acts."""
@@ -70,6 +74,55 @@ class Spec:
     """Of the complete options and the site of a weight: why it cannot act there, and the remedy."""
     weight_state: Callable[[Tensor], dict[str, Any]] | None = None
     """Of a weight: the tensors that `weight_function` takes as further keyword arguments, by name."""
+    modules: dict[str, type[nn.Module]] = field(default_factory=dict)
+    """The thin modules that it decorates, by their family."""
+
+    def __call__(self, module: _Class) -> _Class:
+        """As a decorator: `module` is the variant's thin module for its family."""
+        self.modules[module.family] = module
+        module.spec = self
+        return module
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """The options, each with its default."""
+        return {one.name: one.default for one in self._keywords() if one.name not in self.tensors}
+
+    @cached_property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors that the function takes as keyword arguments."""
+        return tuple(one.name for one in self._keywords() if "Tensor" in str(one.annotation))
+
+    def _keywords(self) -> list[inspect.Parameter]:
+        parameters = inspect.signature(self.function).parameters.values()
+        return [one for one in parameters if one.kind is one.KEYWORD_ONLY]
+
+    def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options given, of those that are the variant's own, over its defaults."""
+        return {name: options.get(name, default) for name, default in self.defaults.items()}
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raises OptionError or RateError for an unknown option, or a value out of range."""
+        where, known = f"variant {self.name!r}", [*(["p"] if self.rated else []), *self.defaults]
+        for name, value in options.items():
+            if name not in known:
+                hint = f"the rate is p: '{self.name}(p=...)';" if name in _RATES and self.rated else ""
+                listed = "its options are " + ", ".join(known) if known else "it has no options"
+                raise OptionError(
+                    f"{self.name!r} has no option {name!r}",
+                    where=where,
+                    remedy=f"{hint or nearest(name, known)} {listed}".strip(),
+                )
+            if name in self.checks and not (value is None and self.defaults[name] is None):
+                try:
+                    self.checks[name](name, value)
+                except RegraftError as error:
+                    error.where = error.where or where
+                    raise
+
+    def rate_matters(self, options: Mapping[str, Any]) -> bool:
+        """False where another option says how strong the noise is."""
+        return self.needs_rate is None or self.needs_rate(self.complete(options))
 
     def fits(self, family: str | None) -> bool:
         """Can it take the place at a site of `family`? What acts on a weight fits a convolution's too."""
@@ -81,7 +134,12 @@ class Spec:
 
     def module_for(self, family: str) -> type[nn.Module]:
         """The module whose name a site of `family` shows after the graft."""
-        return self.linear_module if family == "Linear" and self.linear_module else self.module
+        return self.modules.get(family) or self.module
+
+    @property
+    def module(self) -> type[nn.Module]:
+        """The first of its thin modules."""
+        return next(iter(self.modules.values()))
 
     def adds_state(self, options: Mapping[str, Any]) -> bool:
         """Does the variant with these complete options bring parameters or buffers of its own?"""

@@ -26,17 +26,12 @@ def noise_variance(name: str, p: float | None, options: Mapping[str, Any] | None
         options: the variant's own, where they differ from its defaults.
 
     Returns:
-        The variance. None where the noise is no factor with a mean of 1 and a variance that the options tell:
-        it depends on the activation (`standout`, `alpha`), is added (`neftune`), is learned (`concrete`), is
-        one of weights (`dropconnect`, `mixout`), or is a registered function's.
+        The variance; None where the noise is no factor with a mean of 1 and a variance that the options
+        tell: it depends on the activation, is added, learned, one of weights, or a registered function's.
 
     Example:
-        >>> round(noise_variance("dropout", 0.1), 3)
-        0.111
         >>> round(noise_variance("multisample", 0.1, {"num_samples": 8}), 3)
         0.014
-        >>> noise_variance("standout", 0.1) is None
-        True
     """
     options = options or {}
     rate = p or 0.0
@@ -59,8 +54,6 @@ class Strength:
     Example:
         >>> print(Strength(noise_variance("dropout", 0.1), noise_variance("multisample", 0.1)))
         noise 0.111 -> 0.0139, 8x weaker
-        >>> print(Strength(noise_variance("dropout", 0.1), noise_variance("gaussian", 0.1)))
-        noise 0.111, as before
     """
 
     before: float
@@ -68,31 +61,23 @@ class Strength:
 
     def __str__(self) -> str:
         change = f"noise {self.before:.3g} -> {self.after:.3g}"
-        if abs(self.before - self.after) <= 1e-6 * max(self.before, self.after):
+        if math.isclose(self.before, self.after, rel_tol=1e-6):
             return f"noise {self.after:.3g}, as before"
         if self.after == 0:
             return f"{change}, none is left"
         if self.before == 0:
             return f"{change}, new"
-        ratio, word = self.after / self.before, "stronger"
-        if ratio < 1:
-            ratio, word = 1 / ratio, "weaker"
-        return f"{change}, {ratio:.2g}x {word}"
+        if self.after < self.before:
+            return f"{change}, {self.before / self.after:.2g}x weaker"
+        return f"{change}, {self.after / self.before:.2g}x stronger"
 
 
 def strength(
     before: float | None, name: str, p: float | None, options: Mapping[str, Any] | None = None
 ) -> Strength | None:
-    """What a graft does to a dropout site's noise: from plain dropout at `before` to a variant at `p`.
+    """What a graft does to a dropout site's noise: from plain dropout at `before` to a variant at rate `p`.
 
-    Args:
-        before: the site's rate; None, or 0, is no noise.
-        name: of the variant.
-        p: its rate at the site, resolved (a relative rate already multiplied).
-        options: the variant's own.
-
-    Returns:
-        Both variances; None where the variant's is not known, see `noise_variance`.
+    None where the variant's noise is not known, see `noise_variance`.
 
     Example:
         >>> print(strength(0.1, "multisample", 0.2))

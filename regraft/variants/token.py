@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from regraft.variants.draws import channel_axis_of, keep_mask, times_mask
-from regraft.variants.module import DropoutVariant, check_rate
-from regraft.variants.spatial import check_axes
+from regraft.variants.checks import check_axis
+from regraft.variants.draws import channel_axis_of, thinned
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -20,10 +20,7 @@ def token_dropout(
 ) -> Tensor:
     """Whole positions are dropped, all their features at once: words of a sentence, patches of an image.
 
-    Args:
-        x: features of each position.
-        p: probability to drop a position.
-        training: False returns x itself.
+    Options:
         channel_axis: where the features are; None is 1 for (B, C, H, W) and its like, the last for
             (B, T, C) and (B, C).
         mask: (B, T), nonzero where there is a token and 0 at padding, which is left as it is; None
@@ -45,41 +42,19 @@ def token_dropout(
         >>> bool((y == y[..., :1]).all())
         True
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     axis = channel_axis_of(x, channel_axis)
-    shape = [1 if at == axis else size for at, size in enumerate(x.shape)]
-    thinned = times_mask(x, keep_mask(x, shape, p), 1 / (1 - p))
-    return thinned if mask is None else thinned.where(mask.bool().unsqueeze(axis), x)
+    y = thinned(x, p, [axis])
+    return y if mask is None else y.where(mask.bool().unsqueeze(axis), x)
 
 
+@Spec("token", token_dropout, checks={"channel_axis": check_axis}, activations=True)
 class TokenDropout(DropoutVariant):
-    """`token_dropout` as a module; its `forward` also takes the mask of tokens and padding.
+    """`token_dropout` as a module: `TokenDropout(p=0.2, *, channel_axis=None)`.
 
-    Example:
-        >>> TokenDropout(0.1)
-        TokenDropout(p=0.1)
+    Its `forward` also takes the mask of tokens and padding.
     """
-
-    function = staticmethod(token_dropout)
-    check = staticmethod(check_axes)
-
-    def __init__(self, p: float = DEFAULT_RATE, *, channel_axis: int | None = None) -> None:
-        super().__init__(p, channel_axis=channel_axis)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return token_dropout(x, self.p, self.training, **self.options, mask=mask)
-
-
-SPECS = (
-    Spec(
-        "token",
-        token_dropout,
-        ("Dropout",),
-        TokenDropout,
-        {"channel_axis": None},
-        check=check_axes,
-        activations=True,
-    ),
-)

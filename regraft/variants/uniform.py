@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from regraft.variants.draws import real_dtype, uniform_like
-from regraft.variants.module import DropoutVariant, check_rate
+from regraft.variants.module import DropoutVariant, acts
 from regraft.variants.spec import DEFAULT_RATE, Spec
 
 
@@ -29,25 +29,12 @@ def uniform_dropout(x: Tensor, p: float = DEFAULT_RATE, training: bool = True) -
         >>> uniform_dropout(torch.ones(2, 3), p=0.1).shape
         torch.Size([2, 3])
     """
-    p = check_rate(p)
-    if not training or p == 0:
+    if not acts(p, training):
         return x
     width = (3 * p / (1 - p)) ** 0.5
     return x * uniform_like(x).mul_(2 * width).add_(1 - width).to(real_dtype(x))
 
 
+@Spec("uniform", uniform_dropout)
 class UniformDropout(DropoutVariant):
-    """`uniform_dropout` as a module.
-
-    Example:
-        >>> UniformDropout(0.1)
-        UniformDropout(p=0.1)
-    """
-
-    function = staticmethod(uniform_dropout)
-
-    def __init__(self, p: float = DEFAULT_RATE) -> None:
-        super().__init__(p)
-
-
-SPECS = (Spec("uniform", uniform_dropout, ("Dropout",), UniformDropout),)
+    """`uniform_dropout` as a module: `UniformDropout(p=0.2)`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regraft.variants.checks import check_switch
@@ -26,15 +25,8 @@ def weightdrop(
     """DropConnect, which in a recurrent network drops hidden-to-hidden weights alone, once a sequence.
 
     In `nn.LSTM`, `nn.GRU` and `nn.RNN` of any number of layers and directions it acts on `weight_hh_*`:
-    the same mask for all time steps and examples of one forward. In a linear layer it is `dropconnect`.
-
-    Args:
-        x: the layer's input.
-        weight: (out, in), as `nn.Linear` has it.
-        bias: (out,) or None; never dropped.
-        p: probability to drop a weight.
-        training: False is the plain linear layer.
-        exact: as in `dropconnect`.
+    the same mask for all time steps and examples of one forward. In a linear layer it is `dropconnect`,
+    whose arguments it has.
 
     Shape:
         x: (..., in), output: (..., out).
@@ -61,39 +53,13 @@ def _unfit(options: Mapping[str, Any], site: Any) -> tuple[str, str] | None:
     return None
 
 
-class WeightDropLinear(LinearVariant):
-    """`weightdrop` as a module: an `nn.Linear` with a rate.
-
-    Example:
-        >>> WeightDropLinear(4, 2, p=0.5)
-        WeightDropLinear(in_features=4, out_features=2, bias=True, p=0.5)
-    """
-
-    function = staticmethod(weightdrop)
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        p: float = DEFAULT_RATE,
-        *,
-        exact: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, p, device=device, dtype=dtype, exact=exact)
-
-
-SPECS = (
-    Spec(
-        "weightdrop",
-        weightdrop,
-        ("Linear",),
-        WeightDropLinear,
-        {"exact": False},
-        check=lambda options: check_switch("exact", options["exact"]),
-        weight_function=dropconnect_weight,
-        weight_unfit=_unfit,
-    ),
+@Spec(
+    "weightdrop",
+    weightdrop,
+    ("Linear",),
+    {"exact": check_switch},
+    weight_function=dropconnect_weight,
+    weight_unfit=_unfit,
 )
+class WeightDropLinear(LinearVariant):
+    """`weightdrop` as a module: `WeightDropLinear(4, 2, p=0.5, *, exact=False)`."""

@@ -78,12 +78,15 @@ class Kernels(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def vit():
+def vit(fused=True):
     import timm
 
-    return timm.create_model(
+    model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=2, attn_drop_rate=0.2
-    ), torch.randn(4, 3, 32, 32)
+    )
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    return model, torch.randn(4, 3, 32, 32)
 
 
 def encoder():
@@ -91,7 +94,15 @@ def encoder():
     return nn.TransformerEncoder(layer, 2), torch.randn(3, 5, 16)
 
 
-MODELS = {"bert": lambda: (tiny.bert(), tiny.tokens()), "vit": vit, "encoder": encoder}
+MODELS = {
+    "bert": lambda: (tiny.bert(), tiny.tokens()),
+    "bert, eager": lambda: (tiny.bert(attention="eager"), tiny.tokens()),
+    "vit": vit,
+    "vit, not fused": lambda: vit(fused=False),
+    "encoder": encoder,
+}
+ATTEND = ("scaled_dot_product_attention", "MultiheadAttention", "attention.self", "attn.attn_drop")
+"""Operations that attend, and ends of the paths of what drops attention weights written out."""
 
 
 @pytest.mark.parametrize("rule", ["dropkey(p=0.3)", "dropkey(p=0.3, keys='element')", "drophead(p=0.3)"])
@@ -108,7 +119,7 @@ def test_in_models_they_act_at_attention_alone_and_say_so_elsewhere(build, rule)
     plain = run()
     report = regraft.apply(model, {"Dropout": "off"}, given)
     report = regraft.apply(model, {"Dropout": rule}, given)
-    assert {edit.op for edit in report.grafted} <= {"scaled_dot_product_attention", "MultiheadAttention"}
+    assert all(edit.op in ATTEND or edit.path.endswith(ATTEND) for edit in report.grafted)
     assert len(report.grafted) == 2
     assert any("acts on attention weights" in skip.reason for skip in report.skipped)
     assert torch.equal(run(), plain)
@@ -140,3 +151,46 @@ def test_the_kernel_can_be_kept():
     report = regraft.apply(model, {"scaled_dot_product_attention": "drophead(p=0.3)"}, x, fused="keep")
     assert report.grafted == []
     assert "the fused attention kernel is kept" in report.skipped[0].reason
+
+
+class Written(nn.Module):
+    """Attention written out, of values that are all 1: it gives the sum of each query's weights."""
+
+    def __init__(self, keys=-1, blocks=(), multiplied=True):
+        super().__init__()
+        self.keys, self.blocks, self.multiplied = keys, blocks, multiplied
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x):
+        scores = (x @ x.transpose(-2, -1)).view(*x.shape[:2], *self.blocks, x.shape[2], x.shape[2])
+        weights = self.drop(scores.softmax(self.keys))
+        return weights @ torch.ones_like(x).view_as(weights[..., :4]) if self.multiplied else weights.sum(-1)
+
+
+def test_written_out_dropkey_shares_the_attention_among_the_keys_and_drophead_drops_heads():
+    x = torch.randn(64, 4, 4, 4)
+    model = Written()
+    regraft.apply(model, {"Dropout": "dropkey(p=0.5)"}, x)
+    torch.testing.assert_close(model(x), torch.ones_like(x))
+    regraft.apply(model, {"Dropout": "drophead(p=0.5)"}, x)
+    y = model(x)
+    torch.testing.assert_close(y, y[..., :1, :1].expand_as(y))
+    assert set(y.detach().round(decimals=4).unique().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize(
+    "options", [{"keys": -2}, {"blocks": (1,)}, {"multiplied": False}], ids=["queries", "blocks", "no values"]
+)
+@pytest.mark.parametrize("rule", ["dropkey(p=0.5)", "drophead(p=0.5)"])
+def test_what_is_not_seen_to_attend_is_refused(options, rule):
+    x, model = torch.randn(3, 4, 4, 4), Written(**options)
+    plan = regraft.plan(model, {"Dropout": rule}, x)
+    assert plan.grafted == []
+    (skip,) = plan.skipped
+    assert "acts on attention weights" in skip.reason
+    assert "attn_implementation='sdpa'" in skip.remedy
+
+
+def test_without_a_probe_nothing_is_known_to_attend():
+    (skip,) = regraft.plan(Written(), {"Dropout": "dropkey(p=0.5)"}).skipped
+    assert "acts on attention weights" in skip.reason

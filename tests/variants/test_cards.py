@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import runpy
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 import regraft
 from regraft.variants import registry
+from regraft.variants.spec import DEFAULT_RATE
 
 ROOT = Path(__file__).parents[2]
 CARDS = ROOT / "docs" / "variants"
@@ -26,8 +28,34 @@ def section(text: str, title: str) -> str:
 def test_there_is_a_card_for_each_variant_and_no_other():
     cards = {path.stem for path in CARDS.glob("*.md")} - {"README"}
     assert cards == {path.stem for path in CARDS.glob("*.png")} == set(NAMES)
-    linked = re.findall(r"^\| \[`(\w+)`\]\((\w+)\.md\)", (CARDS / "README.md").read_text(), re.M)
-    assert linked == [(name, name) for name in NAMES]
+    assert [row[0] for row in table()] == [f"[`{name}`]({name}.md)" for name in NAMES]
+
+
+def table() -> list[list[str]]:
+    lines = (CARDS / "README.md").read_text().splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith("| [")]
+
+
+WORDS = {"Dropout": "dropouts", "DropPath": "DropPath", "Linear": "linear layers", "Embedding": "embeddings"}
+
+
+@pytest.mark.parametrize("row", table(), ids=NAMES)
+def test_a_row_of_the_table_agrees_with_the_registry(row):
+    link, module, options, place, source, _ = row
+    spec = registry.spec(link.split("`")[1])
+    assert module == f"`regraft.nn.{spec.module.__name__}`"
+    defaults = {**({"p": DEFAULT_RATE} if spec.rated else {}), **spec.defaults}
+    assert options.strip("`") == (", ".join(f"{key}={value!r}" for key, value in defaults.items()) or "none")
+    if spec.rated:
+        assert inspect.signature(spec.function).parameters["p"].default == DEFAULT_RATE
+        assert inspect.signature(spec.module).parameters["p"].default in (DEFAULT_RATE, None)
+    attention = ["attention"] if spec.attention else [WORDS[family] for family in spec.families]
+    assert all(word in place for word in (attention if spec.name != "off" else ["any site"]))
+    documented = inspect.getdoc(spec.function).split("Source:\n")[1].split("\n\n")[0]
+    card = section((CARDS / f"{spec.name}.md").read_text(), "Source")
+    for word in re.findall(r"[A-Z][a-z]+|\d{4}|none", source):  # authors and year
+        assert word in documented
+        assert word in card or word == "none"
 
 
 @every

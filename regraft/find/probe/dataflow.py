@@ -85,7 +85,9 @@ class Value:
         parents: values that it is zero with; `operands`, all that it is made of.
         read: whether an operation read it that does not add it to something else.
         added: what it was added to, itself or scaled.
-        scores: whether it is made of products of two activations; `weights`, of a softmax of those.
+        scores: whether it is made of products of two activations; `weights`, of a softmax of those,
+            which is over the last axis if `keys_last`.
+        attends: whether it is such weights, (..., queries, keys), that multiply values.
         channel: the axis that the nearest linear layer, convolution or table has made.
     """
 
@@ -99,6 +101,8 @@ class Value:
     added: list[Value] = field(default_factory=list)
     scores: bool = False
     weights: bool = False
+    keys_last: bool = False
+    attends: bool = False
     channel: Cell | None = None
 
     def use(self, other: Value | None = None) -> None:
@@ -293,8 +297,10 @@ class Dataflow:
             passes = pointwise or "dropout" in name
             made.scores = any(value.scores for value in values) and passes
             made.weights = (softmax and first.scores) or (passes and any(value.weights for value in values))
+            made.keys_last = softmax and args[1] in (-1, result.dim() - 1)
         else:
             made.scores = all(value.inputs for value in values[-2:])
+            _note_attention(values[-2])
         return made
 
     def value(self, tensor: Tensor) -> Value:
@@ -564,6 +570,17 @@ def _mark(axes: Sequence[Atoms], role: str) -> None:
 
 def _atoms(size: int, role: str = "") -> Atoms:
     return () if size == 1 else ((Cell({role} if role else set()), int(size)),)
+
+
+def _note_attention(factor: Value) -> None:
+    """The left factor of a product attends, at each stage since the softmax, if it is one's result."""
+    stages, value = [], factor if factor.weights else None
+    while value is not None:
+        stages.append(value)
+        value = next((one for one in value.operands if one.weights), None)
+    for stage in stages if stages and stages[-1].keys_last else []:
+        same = _sizes(stage.axes)[-2:] == _sizes(factor.axes)[-2:]
+        stage.attends = same and len(stage.axes) in (3, 4)  # and in no blocks
 
 
 def _sizes(axes: Sequence[Atoms]) -> tuple[int, ...]:
