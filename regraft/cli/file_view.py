@@ -16,7 +16,7 @@ from regraft.files.detect import FileReport, read, read_folder, sha256
 from regraft.files.skeleton import FileModel, FileModule
 from regraft.files.verdicts import DangerousFileError, UnknownNamesError, Verdicts
 from regraft.report.document import visible
-from regraft.report.inspection_page import summary
+from regraft.report.pages import summary
 from regraft.report.view import SCHEMA, View
 
 _TORCH = str.split(

@@ -9,27 +9,49 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from regraft.report.document import Document, Facts, Section, visible
-from regraft.report.registry import document_of
-from regraft.report.tree_view import tree_of
+from regraft.report.document import (
+    BRACES,
+    ROOT,
+    Document,
+    Facts,
+    Section,
+    calls_cell,
+    counted,
+    kind_cell,
+    numeric_columns,
+    rule_text,
+    shape_cell,
+    size,
+    visible,
+)
+from regraft.report.pages import document_of, is_layer
 
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 # JupyterLab's own rules for tables and code in an output would otherwise be the more specific ones.
 _NOTEBOOK_STYLE = re.sub(r"\.regraft(?!-)", ".regraft.regraft.regraft", STYLE)
-_BRACES = re.compile(r"(\{[^{}]*\})")
-_NUMBER = re.compile(r"x?[0-9.,]+[kMB]?")
+
+_MOST_CHIPS = 12
+_OPEN_AT_FIRST = 40
+"""Rows that a fresh page opens at most."""
+_TOOLS = """<input id="regraft-search" type="search" placeholder="Search names, kinds, rates   ( / )" \
+aria-label="Search" autocomplete="off" spellcheck="false">
+<button id="regraft-open" type="button">open all</button>
+<button id="regraft-close" type="button">close all</button>
+<button id="regraft-theme" type="button" aria-label="Light or dark">&#9680;</button>"""
 
 
 def to_page(view: Facts) -> str:
     """The view of a `to_dict` as one self-contained HTML page."""
     document = document_of(view)
     title = _text(f"{document.model}: {document.headline}")
-    tree = tree_of(view)
+    tree = _tree(view)
     script = f"<script>{SCRIPT}</script>\n" if tree else ""
     policy = f"default-src 'none'; style-src {_hash(STYLE)}" + (
         f"; script-src {_hash(SCRIPT)}" if tree else ""
@@ -103,8 +125,7 @@ def _section(section: Section, rows: bool = True) -> str:
 
 def _table(section: Section) -> Iterator[str]:
     heads, table = section.table()
-    numeric = [all(_NUMBER.fullmatch(cell) for cell in column if cell) for column in zip(*table, strict=True)]
-    kinds = ["path", *("number" if number else "cell" for number in numeric[1:])]
+    kinds = ["path", *("number" if number else "cell" for number in numeric_columns(table)[1:])]
     headings = (f'<th class="{kind}">{head}</th>' for kind, head in zip(kinds, heads, strict=True))
     yield f"<thead><tr>{''.join(headings)}</tr></thead>"
     for row, cells in zip(section.rows, table, strict=True):
@@ -119,6 +140,161 @@ def _path(path: str) -> str:
     """The path with its braces marked, and places where it may break."""
     pieces = [
         f"<b>{_text(piece)}</b>" if index % 2 else _text(piece).replace(".", ".<wbr>")
-        for index, piece in enumerate(_BRACES.split(path))
+        for index, piece in enumerate(BRACES.split(path))
     ]
     return "".join(pieces)
+
+
+# The model as a tree of nested `details`: it folds without a script; `page.js` searches and filters it.
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One site in the tree; `facts` are shown when it is opened."""
+
+    row: Facts
+    status: str
+    before: str = ""
+    after: str = ""
+    beside: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def op(self) -> str:
+        return self.row.get("op") or ""
+
+
+@dataclass
+class _Node:
+    name: str
+    places: list[_Place] = field(default_factory=list)
+    children: dict[str, _Node] = field(default_factory=dict)
+
+    def count(self) -> int:
+        return len(self.places) + sum(child.count() for child in self.children.values())
+
+
+def _tree(view: Facts) -> str:
+    """The markup of the tree of a view's sites; empty for a view without any."""
+    places = list(_places(view))
+    if not places:
+        return ""
+    root = _Node(ROOT)
+    for place in places:
+        node = root
+        for part in place.row["path"].split(".") if place.row["path"] else ():
+            node = node.children.setdefault(part, _Node(part))
+        node.places.append(place)
+    _join(root)
+    tools = f'{_TOOLS}\n<span id="regraft-shown" role="status">{counted(len(places), "site")}</span>'
+    return (
+        f'<div class="explorer"><div class="tools" role="search">\n{tools}</div>\n'
+        f'<div class="chips">{_chips("status", places)}{_chips("op", places)}</div>\n'
+        f'<div class="tree" aria-label="The model">{"".join(_opened(root))}</div></div>'
+    )
+
+
+def _places(view: Facts) -> Iterator[_Place]:
+    for site in view.get("sites", ()):
+        rate = "" if site.get("p") is None else f"(p={site['p']:.4g})"
+        parameters = site.get("parameters")
+        facts = {
+            "calls": calls_cell(site.get("calls")) or "1 call",
+            "parameters": f"{parameters:,}" if parameters else "",
+            "dtype": " on ".join(filter(None, [site.get("dtype"), site.get("device")])),
+            "mode": "" if site.get("training", True) else "in eval",
+        }
+        before = f"{site['op']}{rate}  {shape_cell(site)}".strip()
+        beside = f"{size(parameters)} parameters" if parameters else ""
+        yield _Place(site, _status(site), before, site.get("variant") or "", beside, facts)
+    rules = view.get("rules", ())
+    for edit in view.get("grafted", ()):
+        facts = {name: edit.get(name) or "" for name in ("cost", "strength")}
+        if 0 <= edit.get("rule", -1) < len(rules):
+            facts["rule"] = rule_text(*rules[edit["rule"]])
+        status = "to graft" if view["view"] == "plan" else "grafted"
+        yield _Place(edit, status, edit["before"], edit["after"], kind_cell(edit), facts)
+    for skip in view.get("skipped", ()) if view["view"] in ("plan", "report") else ():
+        facts = {name: skip.get(name) or "" for name in ("reason", "remedy")}
+        yield _Place(skip, "skipped", skip["op"], beside=facts["reason"], facts=facts)
+    for status in ("changed", "added", "removed"):
+        for row in view.get(status, ()):
+            yield _Place(row, status, row.get("before") or "", row.get("after") or "", kind_cell(row))
+
+
+def _status(site: Facts) -> str:
+    if site.get("variant"):
+        return "grafted"
+    if site.get("calls") == 0:
+        return "never runs"
+    if not is_layer(site) and site.get("p") == 0:
+        return "rate 0"
+    return "not probed" if site.get("calls") is None else "runs"
+
+
+def _join(node: _Node) -> None:
+    """Names with one name below them and nothing else become one: encoder.layer."""
+    for child in node.children.values():
+        _join(child)
+        if len(child.children) == 1 and not child.places:
+            (only,) = child.children.values()
+            child.name, child.places, child.children = f"{child.name}.{only.name}", only.places, only.children
+
+
+def _opened(root: _Node) -> Iterator[str]:
+    """The rows of the tree, opened level by level while all of it stays in view."""
+    level, depth, rows = list(root.children.values()), 0, len(root.children)
+    while level and rows <= _OPEN_AT_FIRST:
+        level = [child for node in level for child in node.children.values()]
+        rows += len(level)
+        depth += 1
+    for place in root.places:
+        yield _site(ROOT, place)
+    for child in root.children.values():
+        yield from _node(child, depth - 1)
+
+
+def _node(node: _Node, open_levels: int) -> Iterator[str]:
+    children = [text for child in node.children.values() for text in _node(child, open_levels - 1)]
+    below = f'<div class="below">{"".join(children)}</div>' if children else ""
+    opened = " open" if children and open_levels > 0 else ""
+    if not node.places:
+        yield (
+            f'<details class="group"{opened}><summary><code>{_text(node.name)}</code>'
+            f'<span class="count">{counted(node.count(), "site")}</span></summary>{below}</details>'
+        )
+        return
+    for place in node.places[:-1]:
+        yield _site(node.name, place)
+    yield _site(node.name, node.places[-1], below, opened)
+
+
+def _site(name: str, place: _Place, below: str = "", opened: str = "") -> str:
+    row, old = place.row, "del" if place.after else "code"
+    sides = f'<{old} class="before">{_text(place.before)}</{old}>' if place.before else ""
+    sides += f"<ins>{_text(place.after)}</ins>" if place.after else ""
+    known = {
+        "path": row["path"] or ROOT,
+        "also": ", ".join(path for path in row.get("paths") or () if path != row["path"]),
+        "class": str(row.get("type") or ""),
+        "source": str(row.get("source") or ""),
+    }
+    facts = (f"<dt>{name}</dt><dd>{_text(text)}</dd>" for name, text in (known | place.facts).items() if text)
+    return (
+        f'<details class="site" data-op="{_text(place.op)}" data-status="{place.status}"{opened}>'
+        f'<summary><code>{_text(name)}</code><span class="sides">{sides}</span>'
+        f'<span class="status">{place.status}</span>'
+        f'<span class="beside">{_text(place.beside)}</span></summary>'
+        f"<dl>{''.join(facts)}</dl>{below}</details>\n"
+    )
+
+
+def _chips(name: str, places: list[_Place]) -> str:
+    """Buttons that show only the sites with one status, or one operation."""
+    counts = Counter(getattr(place, name) for place in places).most_common(_MOST_CHIPS)
+    buttons = (
+        f'<button type="button" class="chip" data-{name}="{_text(value)}" aria-pressed="false">'
+        f"{_text(value)} <b>{count:,}</b></button>"
+        for value, count in counts
+    )
+    return f'<span class="chipset">{"".join(buttons)}</span>' if len(counts) > 1 else ""

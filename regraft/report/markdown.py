@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from regraft.report.document import Facts, Section, visible
-from regraft.report.registry import document_of
+from regraft.report.pages import document_of
 
 _SPECIAL = re.compile(r"([\\`*_\[\]{}#|~])")
 _TICKS = re.compile(r"`+")
