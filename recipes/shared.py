@@ -315,14 +315,15 @@ def plot(runs: dict[str, list[dict]], title: str, file: Path) -> None:
 
 def save_runs(options: argparse.Namespace, runs: dict[str, list[dict]], title: str) -> None:
     """The table of the arms, in words too, a plot, and a file."""
-    rows, title = summarize(runs), f"{title}, {options.seeds} seeds"
+    seeds = f"{options.seeds} seed{'s' * (options.seeds > 1)}"
+    rows, title = summarize(runs), f"{title}, {seeds}"
     baseline, *others = runs
     say(table(rows, title)[0])
     for name in others:
         change = difference(runs[name], runs[baseline], "accuracy")
         word = "better than" if change.mean > 0 else "worse than"
         verdict = word if change.separable else "not separable from"
-        say(f"{name}: with {options.seeds} seeds {verdict} the {baseline} in accuracy")
+        say(f"{name}: with {seeds} {verdict} the {baseline} in accuracy")
     say("docs/results.md has comparisons with more seeds")
     plot(runs, title, options.output / "plot.png")
     save_json(options, {"command": command(), "summary": rows, "runs": runs})

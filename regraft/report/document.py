@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, TypeVar
 
+from regraft.errors import RegraftError
 from regraft.report.fold import fold, fold_rows, skeleton
 
 Facts = Mapping[str, Any]
@@ -17,6 +20,19 @@ ROOT = "(the model itself)"
 BRACES = re.compile(r"(\{[^{}]*\})")
 """What the renderers set apart in a folded path."""
 _NUMBER = re.compile(r"x?[0-9.,]+[kMB]?")
+_LAYERS = ("Linear", "Conv1D", "Embedding", "Bilinear")
+_PLAIN = ("scaled_dot_product_attention", "MultiheadAttention", "LSTM", "GRU", "RNN", "Dropout", "dropout")
+"""Operations that the selector "Dropout" means."""
+_EACH = "a rule for each site"
+"""In place of the rules of a saved plan, which names each of its sites."""
+_VERDICTS = {True: "pass", False: "FAIL", None: "not checked"}
+_BALANCE = {
+    "grafted": "grafted",
+    "sites": "at sites",
+    "untouched": "at sites left alone",
+    "other": "of other known kinds",
+    "unrecognized": "unrecognized",
+}
 
 
 @dataclass(frozen=True)
@@ -153,3 +169,388 @@ def folded(rows: Sequence[Facts], cells: Callable[[Facts], dict[str, str]] = lam
         others = [other for row in group for other in row.get("paths") or () if other != row["path"]]
         table.append(Row(path, len(group), all_cells(group[0]), ", ".join(fold(others))))
     return table
+
+
+def document_of(view: Facts) -> Document:
+    """The document of the dictionary that a view's `to_dict` returns.
+
+    Raises:
+        RegraftError: the dictionary is of no known view.
+    """
+    page = _PAGES.get(view.get("view", ""))
+    if page is None:
+        raise RegraftError(f"a view of the kind {view.get('view')!r} cannot be shown")
+    document = page(view)
+    facts, notes = _probe(view.get("probe") or {})
+    return replace(
+        document,
+        view=view["view"],
+        model=document.model or view.get("model", ""),
+        facts=[*facts, *document.facts],
+        notes=[*view.get("notes", []), *notes],
+        sections=[*document.sections, *_left_and_balance(view)],
+    )
+
+
+def _probe(probe: Facts) -> tuple[list[str], list[str]]:
+    """How the probe ran, as a fact, or why it did not, as a note."""
+    if probe.get("ran"):
+        how = {"fake tensors": "on fake tensors", "real forward": "by a real forward"}
+        seconds = probe.get("seconds")
+        took = f" in {seconds:.1f} s" if seconds and seconds >= 0.05 else ""
+        return [f"probed {how.get(probe['how'], '')}".strip() + took], []
+    if probe.get("reason"):
+        return [], [f"not probed, so it is unknown which sites run: {probe['reason']}"]
+    return [], []
+
+
+def _probed(view: Facts) -> bool:
+    return bool((view.get("probe") or {}).get("ran"))
+
+
+def _inspection(view: Facts) -> Document:
+    """Does the model regularize, with what, and where?"""
+    sites = view.get("sites", [])
+    noise, layers = ([site for site in sites if is_layer(site) == layer] for layer in (False, True))
+    headline = [counted(len(noise), "regularizer")]
+    for op, count in Counter(site["op"] for site in layers).most_common():
+        parameters = sum(site.get("parameters") or 0 for site in layers if site["op"] == op)
+        headline.append(counted(count, op) + (f" ({size(parameters)} parameters)" if parameters else ""))
+    places = {(site["dtype"], site.get("device")) for site in sites if site.get("dtype")}
+    facts = [f"{dtype} on {device}" if device else str(dtype) for dtype, device in places]
+    said = view.get("summary") or summary(sites)
+    by_op = grouped([*noise, *layers], lambda site: str(site["op"]))
+    return Document(
+        ", ".join(headline),
+        facts=facts if len(facts) < 2 else ["in several dtypes or on several devices"],
+        answer=said["answer"],
+        paste=said["paste"],
+        sections=[
+            *_by_text("finding", view.get("findings", []), "finding"),
+            *(_sites_of_one_kind(op, rows, _probed(view)) for op, rows in by_op.items()),
+        ],
+    )
+
+
+def is_layer(site: Facts) -> bool:
+    """True for a layer with weights, false for a regularizer."""
+    return site.get("op") in _LAYERS or bool(site.get("shape"))
+
+
+def _sites_of_one_kind(op: str, rows: Sequence[Facts], probed: bool) -> Section:
+    never = sum(site.get("calls") == 0 for site in rows)
+    zero = sum(site.get("p") == 0 for site in rows)
+    title = [counted(len(rows), "site")]
+    if never:
+        title.append(
+            f"{never} never {'runs' if never == 1 else 'run'}" if never < len(rows) else "never runs"
+        )
+    if zero:
+        title.append("all at rate 0" if zero == len(rows) else f"{zero} at rate 0")
+    rates = _rate_texts(rows, lambda site: [] if site.get("p") is None else [float(f"{site['p']:.2g}")])
+
+    def cells(site: Facts) -> dict[str, str]:
+        return {
+            "rate": "".join(rates[id(site)]),
+            "shape": shape_cell(site),
+            "parameters": size(site["parameters"]) if site.get("parameters") else "",
+            "grafted": site.get("variant") or "",
+            "kind": kind_cell(site),
+            "calls": site.get("note") or calls_cell(site.get("calls"), probed=probed),
+        }
+
+    return Section("sites", f"{op}: {', '.join(title)}", folded(rows, cells))
+
+
+def summary(sites: Sequence[Facts], draws: int = 0, unknown: int = 0) -> dict[str, str]:
+    """Whether the model regularizes at all, and a line to paste that changes it.
+
+    That it does not is said only of a training forward that drew nothing, and of a model without `unknown`
+    parts, which are no torch layers and may draw where they are told to.
+    """
+    noise = [site for site in sites if not is_layer(site)]
+    count = counted(len(noise), "dropout site")
+    grafted = sum(bool(site.get("variant")) for site in noise)
+    running = [site for site in noise if site.get("calls") != 0]
+    active = [site for site in running if site.get("p")]
+    # A line to paste must have an effect: it names an active site, if there is one.
+    choice = active or running or noise
+    op = "Dropout" if any(site["op"] in _PLAIN for site in choice) else choice[0]["op"] if choice else ""
+    silent, answer, variant, paste = "", "", "", ""
+    if not noise:
+        silent = "it has no dropout"
+        linears = [site for site in sites if site["op"] == "Linear" and site.get("calls") != 0]
+        if linears:
+            op, variant = f"Linear@{linears[-1]['path']}".removesuffix("@"), "dropconnect(p=0.2)"
+    elif grafted:
+        answer = f"{grafted} of {count} {'carries' if grafted == 1 else 'carry'} a regraft variant."
+        paste = "regraft.revert(model)"
+    elif not running:
+        silent = "its only dropout site never runs" if len(noise) == 1 else f"none of its {count} runs"
+    elif not active:
+        silent = "its only dropout site has" if len(noise) == 1 else f"all its {count} have"
+        silent += " rate 0"
+        variant = "droppath(p=0.1)" if op == "DropPath" else "dropout(p=0.1)"
+    else:
+        rates = sorted({site["p"] for site in active})
+        span = f"p = {rates[0]:.2g}" + (f" to {rates[-1]:.2g}" if len(rates) > 1 else "")
+        if any(site.get("calls") for site in active):
+            verb = "runs" if len(active) == 1 else "run"
+            answer = f"This model regularizes: {len(active)} of {count} {verb}, {span}."
+        else:
+            answer = f"{counted(len(active), 'dropout site')} ({span}); not probed."
+        variant = "droppath(p='x2')" if op == "DropPath" else "multisample"
+    if silent and draws:
+        answer = f"A training forward draws {counted(draws, 'time')}, at no dropout that regraft knows."
+    elif silent and unknown:
+        answer = f"No draw was seen; {counted(unknown, 'part')} of the model may draw and cannot be grafted."
+    elif silent:
+        answer = f"This model does not regularize: {silent}."
+    if variant:
+        paste = f"regraft.apply(model, {{{rule_text(op, variant)}}})"
+    return {"answer": answer, "paste": paste}
+
+
+def _changes(view: Facts) -> Document:
+    """What a plan would change, or a report has changed, as a diff; what is skipped, with the reason."""
+    grafted, skipped = view.get("grafted", []), view.get("skipped", [])
+    mended, keys = view.get("mended", []), view.get("state_keys", [])
+    balance = view.get("balance")
+    unconfirmed = balance.get("unconfirmed", 0) if isinstance(balance, Mapping) else 0
+    headline = [f"{counted(len(grafted), 'site')} {'to graft' if view['view'] == 'plan' else 'grafted'}"]
+    headline += [f"{unconfirmed} of them unconfirmed (give inputs=)"] if unconfirmed else []
+    headline += [f"{len(skipped)} skipped", *([f"{len(mended)} mended"] if mended else [])]
+    return Document(
+        ", ".join(headline),
+        facts=["no new state-dict keys"] if view["view"] == "report" and grafted and not keys else [],
+        sections=[
+            *_change_sections(grafted, view.get("rules", []), _probed(view)),
+            *_by_text("skipped", skipped, "reason", "skipped {}"),
+            *_by_text("mended", mended, "what", "mended {}"),
+            *_names(keys, counted(len(keys), "new key") + " in the state dict"),
+        ],
+    )
+
+
+def _change_sections(rows: Sequence[Facts], rules: Sequence[Any] = (), probed: bool = True) -> list[Section]:
+    """Rows with `before` and `after`, those alike in one section."""
+    rates = _rate_texts(rows, _rates, lambda row: (row.get("rule"), _texts(row, ["#"] * len(_rates(row)))))
+
+    def rule_of(row: Facts) -> str:
+        rule = row.get("rule")
+        return rule_text(*rules[rule]) if rule is not None and 0 <= rule < len(rules) else ""
+
+    def alike(row: Facts) -> tuple[Any, ...]:
+        shared = _EACH if f'@{row["path"]}": ' in (rule := rule_of(row)) else rule
+        ranges = any(".." in rate for rate in rates[id(row)])
+        return shared, *_texts(row, rates[id(row)]), row.get("cost"), ranges or row.get("strength")
+
+    def cells(row: Facts) -> dict[str, str]:
+        return {
+            "kind": kind_cell(row),
+            "calls": calls_cell(row.get("calls"), probed=probed) if "calls" in row else "",
+        }
+
+    sections = []
+    for (shared, before, after, cost, _), group in grouped(rows, alike).items():
+        title = rule_of(group[0]) if len(group) == 1 else shared
+        # Of a range of rates, the strengths at its ends.
+        strengths = [row["strength"] for row in (group[0], group[-1]) if row.get("strength")]
+        notes = {"cost": cost, "strength": " .. ".join(dict.fromkeys(strengths))}
+        costs = tuple(f"{name}: {text}" for name, text in notes.items() if text)
+        table = folded(group, cells)
+        sections.append(Section("change", title, table, before=before, after=after, costs=costs))
+    return sections
+
+
+def _rates(row: Facts) -> list[float]:
+    """The row's own rate and the one that it is given, as far as they are numbers."""
+    rates = [row.get("p"), (row.get("options") or {}).get("p")]
+    return [rate for rate in rates if isinstance(rate, (int, float))]
+
+
+def _texts(row: Facts, written: Sequence[str]) -> tuple[str, ...]:
+    """Before and after, with the row's rates as `written`."""
+    words = {f"{rate:g}": text for rate, text in zip(_rates(row), written, strict=True)}
+    sides = row.get("before") or "", row.get("after") or ""
+    if not words:
+        return sides
+    rate = re.compile(rf"\bp=({'|'.join(map(re.escape, words))})(?![0-9.])")
+    return tuple(rate.sub(lambda match: f"p={words[match[1]]}", text) for text in sides)
+
+
+def _rate_texts(
+    rows: Sequence[Facts],
+    rates_of: Callable[[Facts], Sequence[float]],
+    alike: Callable[[Facts], Hashable] = lambda _: None,
+) -> dict[int, list[str]]:
+    """The rates of each row as text, by the row's id: as a range where they differ at nearly every depth.
+
+    Twelve lines that differ in the rate of DropPath alone say less than `p=0.01..0.1` does.
+    """
+    texts = {id(row): [f"{rate:g}" for rate in rates_of(row)] for row in rows}
+    for group in grouped(rows, lambda row: (skeleton(row["path"]), len(rates_of(row)), alike(row))).values():
+        if 2 < (distinct := len({tuple(texts[id(row)]) for row in group})) and 2 * distinct >= len(group):
+            ends = [(min(column), max(column)) for column in zip(*map(rates_of, group), strict=True)]
+            spans = [f"{low:g}" if low == high else f"{low:.2g}..{high:.2g}" for low, high in ends]
+            texts |= dict.fromkeys(map(id, group), spans)
+    return texts
+
+
+def _by_text(
+    kind: str, rows: Sequence[Facts], text: str, title: str = "{}", noun: str = "site"
+) -> list[Section]:
+    """A section for all rows that say the same in `text` and have the same remedy."""
+
+    def count(group: list[Facts]) -> str:
+        ops = {row.get("op") or "" for row in group}
+        return counted(len(group), noun if len(ops) > 1 else f"{ops.pop()} {noun}".strip())
+
+    def cells(row: Facts) -> dict[str, str]:
+        return {"operation": row.get("op") or "", "kind": kind_cell(row)}
+
+    groups = grouped(rows, lambda row: (row.get(text) or "", row.get("remedy") or ""))
+    return [
+        Section(kind, title.format(count(group)), folded(group, cells), said, remedy)
+        for (said, remedy), group in groups.items()
+    ]
+
+
+def _names(names: Sequence[str], title: str) -> list[Section]:
+    """Names of tensors or settings."""
+    return [Section("keys", title, folded([{"path": name} for name in names]))] if names else []
+
+
+def _left_and_balance(view: Facts) -> list[Section]:
+    """The end of a page: what was left as it is, and whether every draw and product is accounted for."""
+    rows = [
+        {**row, "path": path, "what": row.get("name") or row["what"], "paths": (), "op": "", "kind": ""}
+        for row in view.get("left") or ()
+        for path in row.get("paths") or [row.get("path", "")]
+    ]
+    sections = _by_text("skipped", rows, "what", "left as it is: {}", "place")
+    items = _balance_items(view.get("balance") or {})
+    if len(items) == 1:
+        sections.append(Section("balance", "balance", text=items[0]))
+    elif items:
+        sections.append(Section("balance", "balance", items=items))
+    return sections
+
+
+def _balance_items(balance: Mapping[str, Any]) -> tuple[str, ...]:
+    """The balance in sentences: of draws, of unconfirmed sites, and whatever else is counted."""
+    facts = dict(balance)
+    items = []
+    if "draws" in facts:
+        draws = counted(facts.pop("draws"), "draw")
+        parts = [f"{number:,} {words}" for name, words in _BALANCE.items() if (number := facts.pop(name, 0))]
+        items.append(f"{draws} seen" + (f": {', '.join(parts)}" if parts else ""))
+    if unconfirmed := facts.pop("unconfirmed", 0):
+        items.append(f"{counted(unconfirmed, 'site')} unconfirmed: no forward has shown what runs")
+    if "matrices" in facts:
+        matrices = facts.pop("matrices")
+        left = ", ".join(f"{count:,} {kind}" for kind, count in matrices["left"].items())
+        what = counted(matrices["multiply"], "matrix that multiplies", "matrices that multiply")
+        items.append(f"{what}: {matrices['reached']:,} reached{f'; left: {left}' if left else ''}")
+    return (*items, *(f"{name}: {value}" for name, value in facts.items()))
+
+
+def _difference(view: Facts) -> Document:
+    """Two models, site by site and weight by weight."""
+    weights, uncompared = view["weights"], view.get("uncompared", [])
+    headline = ", ".join(f"{len(view[word])} {word}" for word in ("changed", "added", "removed"))
+    if not (view["changed"] or view["added"] or view["removed"] or weights["differ"]):
+        headline = "no difference"
+        headline += f" in what was compared, {len(uncompared)} not compared" if uncompared else ""
+    fact = "weights not compared"
+    if weights["compared"] is not None:
+        how = "bit for bit" if weights["compared"] == "values" else "in shape"
+        fact = f"{counted(weights['same'], 'tensor')} the same {how}, {len(weights['differ'])} not"
+    one_sided = [
+        Section("sites", f"{word}: {what}", folded(group, lambda row: {"kind": kind_cell(row)}))
+        for word, side in (("removed", "before"), ("added", "after"))
+        for what, group in grouped(view[word], itemgetter(side)).items()
+    ]
+    return Document(
+        headline,
+        model=view["model"] if view["model"] == view["other"] else f"{view['model']} and {view['other']}",
+        facts=[fact],
+        sections=[
+            *_change_sections(view["changed"]),
+            *one_sided,
+            *_names(weights["differ"], f"{counted(len(weights['differ']), 'tensor')} not the same"),
+            *_names(uncompared, f"{counted(len(uncompared), 'setting')} not compared"),
+        ],
+    )
+
+
+def _verification(view: Facts) -> Document:
+    """The promises, each with its outcome."""
+    outcomes = Counter(check["passed"] for check in view["checks"])
+    headline = [f"{outcomes[True]} of {counted(len(view['checks']), 'promise')} hold"]
+    headline += [f"{outcomes[False]} FAILED"] if outcomes[False] else []
+    headline += [f"{outcomes[None]} not checked"] if outcomes[None] else []
+    sections = []
+    for check in view["checks"]:
+        title = f"{_VERDICTS[check['passed']]}: {check['promise']}"
+        sections.append(Section("check" if check["passed"] else "finding", title, text=check["said"]))
+    rules = ", ".join(rule_text(*rule) for rule in view["rules"])
+    return Document(", ".join(headline), facts=[f"with {{{rules}}}"], sections=sections)
+
+
+def _max_norm(view: Facts) -> Document:
+    """Which weights `regraft.max_norm` bounds, and by what."""
+    limited, skipped, first = view.get("limited", []), view.get("skipped", []), view.get("first")
+    rows, over = (sum(weight[name] for weight in limited) for name in ("rows", "over"))
+    facts = [f"{over:,} over their bound when it was set"]
+    if first is not None:
+        facts.append(f"{first['over']:,} of {first['rows']:,} scaled back at the first step")
+
+    def title(weight: Facts) -> str:
+        bound = weight["bound"]
+        text = f"{bound.removesuffix('x')} times what it was" if isinstance(bound, str) else f"{bound:g}"
+        return f"{weight['op']}: norm at most {text}"
+
+    def cells(weight: Facts) -> dict[str, str]:
+        return {"rows": f"{weight['rows']:,}", "over": f"{weight['over']:,}" if weight["over"] else ""}
+
+    bounded = f"{counted(rows, 'row')} of {counted(len(limited), 'weight')} bounded after every step"
+    groups = grouped(limited, title)
+    return Document(
+        f"{bounded}, {len(skipped)} skipped",
+        facts=facts,
+        sections=[
+            *(Section("sites", bound, folded(group, cells)) for bound, group in groups.items()),
+            *_by_text("skipped", skipped, "reason", "skipped {}", "weight"),
+        ],
+    )
+
+
+def _advice(view: Facts) -> Document:
+    """What `regraft.suggest` returns: each suggestion with its reason and its source."""
+    advice = view.get("advice", [])
+    rules = ", ".join(rule_text(*item["rule"]) for item in advice if item.get("rule"))
+    parameters, examples = size(view.get("parameters", 0)), counted(view.get("examples", 0), "example")
+    sections = []
+    for item in advice:
+        title = rule_text(*item["rule"]) if item.get("rule") else str(item.get("code"))
+        sections.append(Section("sites", title, text=f"{item['reason']} ({item['source']})"))
+    return Document(
+        f"{counted(len(advice), 'suggestion')} for a {view.get('kind', 'model')} with {parameters} trainable "
+        f"parameters and {examples}",
+        facts=["suggestions only, nothing is applied"],
+        answer="" if advice else "Nothing that has been published for such a model is missing here.",
+        paste=f"regraft.apply(model, {{{rules}}})" if rules else "",
+        sections=sections,
+    )
+
+
+_PAGES: dict[str, Callable[[Facts], Document]] = {
+    "inspection": _inspection,
+    "plan": _changes,
+    "report": _changes,
+    "max_norm": _max_norm,
+    "advice": _advice,
+    "diff": _difference,
+    "verification": _verification,
+}

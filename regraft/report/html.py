@@ -23,6 +23,8 @@ from regraft.report.document import (
     Section,
     calls_cell,
     counted,
+    document_of,
+    is_layer,
     kind_cell,
     numeric_columns,
     rule_text,
@@ -30,7 +32,6 @@ from regraft.report.document import (
     size,
     visible,
 )
-from regraft.report.pages import document_of, is_layer
 
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")

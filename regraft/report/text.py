@@ -8,8 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from regraft.report.document import BRACES, Document, Facts, Section, numeric_columns, visible
-from regraft.report.pages import document_of
+from regraft.report.document import BRACES, Document, Facts, Section, document_of, numeric_columns, visible
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderResult
