@@ -19,8 +19,6 @@ Point = tuple[str, ...]
 _INTEGER = re.compile(r"([0-9]+)")
 _MOST_RUNS = 12
 """A longer list in braces is harder to read than two lines."""
-_LONGEST_RUN = 50_000
-"""Half of what a range in a selector may span."""
 
 
 def fold(paths: Iterable[str]) -> list[str]:
@@ -112,8 +110,7 @@ def _runs(values: list[str]) -> list[list[str]]:
     runs: list[list[str]] = []
     for value in values:
         last = runs[-1] if runs else []
-        follows = last and not _padded(value) and not _padded(last[-1]) and int(value) == int(last[-1]) + 1
-        if follows and len(last) < _LONGEST_RUN:
+        if last and not _padded(value) and not _padded(last[-1]) and int(value) == int(last[-1]) + 1:
             last.append(value)
         else:
             runs.append([value])

@@ -164,15 +164,9 @@ class _Place:
     def op(self) -> str:
         return self.row.get("op") or ""
 
-
-@dataclass
-class _Node:
-    name: str
-    places: list[_Place] = field(default_factory=list)
-    children: dict[str, _Node] = field(default_factory=dict)
-
-    def count(self) -> int:
-        return len(self.places) + sum(child.count() for child in self.children.values())
+    @property
+    def parts(self) -> list[str]:
+        return self.row["path"].split(".") if self.row["path"] else []
 
 
 def _tree(view: Facts) -> str:
@@ -180,19 +174,22 @@ def _tree(view: Facts) -> str:
     places = list(_places(view))
     if not places:
         return ""
-    root = _Node(ROOT)
-    for place in places:
-        node = root
-        for part in place.row["path"].split(".") if place.row["path"] else ():
-            node = node.children.setdefault(part, _Node(part))
-        node.places.append(place)
-    _join(root)
+    paths, depth = [place.parts for place in places], 1
+    while depth < max(map(len, paths)) and _count(paths, depth + 1) <= _OPEN_AT_FIRST:
+        depth += 1
+    rows = [_site(ROOT, place) for place in places if not place.parts]
+    rows += _branch(places, 0, depth)
     tools = f'{_TOOLS}\n<span id="regraft-shown" role="status">{counted(len(places), "site")}</span>'
     return (
         f'<div class="explorer"><div class="tools" role="search">\n{tools}</div>\n'
         f'<div class="chips">{_chips("status", places)}{_chips("op", places)}</div>\n'
-        f'<div class="tree" aria-label="The model">{"".join(_opened(root))}</div></div>'
+        f'<div class="tree" aria-label="The model">{"".join(rows)}</div></div>'
     )
+
+
+def _count(paths: list[list[str]], depth: int) -> int:
+    """How many names there are down to a depth."""
+    return len({tuple(path[:end]) for path in paths for end in range(1, depth + 1)})
 
 
 def _places(view: Facts) -> Iterator[_Place]:
@@ -233,41 +230,28 @@ def _status(site: Facts) -> str:
     return "not probed" if site.get("calls") is None else "runs"
 
 
-def _join(node: _Node) -> None:
-    """Names with one name below them and nothing else become one: encoder.layer."""
-    for child in node.children.values():
-        _join(child)
-        if len(child.children) == 1 and not child.places:
-            (only,) = child.children.values()
-            child.name, child.places, child.children = f"{child.name}.{only.name}", only.places, only.children
-
-
-def _opened(root: _Node) -> Iterator[str]:
-    """The rows of the tree, opened level by level while all of it stays in view."""
-    level, depth, rows = list(root.children.values()), 0, len(root.children)
-    while level and rows <= _OPEN_AT_FIRST:
-        level = [child for node in level for child in node.children.values()]
-        rows += len(level)
-        depth += 1
-    for place in root.places:
-        yield _site(ROOT, place)
-    for child in root.children.values():
-        yield from _node(child, depth - 1)
-
-
-def _node(node: _Node, open_levels: int) -> Iterator[str]:
-    children = [text for child in node.children.values() for text in _node(child, open_levels - 1)]
-    below = f'<div class="below">{"".join(children)}</div>' if children else ""
-    opened = " open" if children and open_levels > 0 else ""
-    if not node.places:
-        yield (
-            f'<details class="group"{opened}><summary><code>{_text(node.name)}</code>'
-            f'<span class="count">{counted(node.count(), "site")}</span></summary>{below}</details>'
-        )
-        return
-    for place in node.places[:-1]:
-        yield _site(node.name, place)
-    yield _site(node.name, node.places[-1], below, opened)
+def _branch(places: list[_Place], at: int, depth: int) -> Iterator[str]:
+    """The rows of what is below the first `at` parts of the paths, opened down to a depth."""
+    groups: dict[str, list[_Place]] = {}
+    for place in places:
+        if len(place.parts) > at:
+            groups.setdefault(place.parts[at], []).append(place)
+    for group in groups.values():
+        end = at + 1
+        # A name with one name below it and nothing else is one with that: encoder.layer.
+        while len(steps := {tuple(place.parts[end : end + 1]) for place in group}) == 1 and steps != {()}:
+            end += 1
+        name = ".".join(group[0].parts[at:end])
+        rows = "".join(_branch(group, end, depth))
+        below = f'<div class="below">{rows}</div>' if rows else ""
+        opened = " open" if rows and end < depth else ""
+        if here := [place for place in group if len(place.parts) == end]:
+            yield from (_site(name, place) for place in here[:-1])
+            yield _site(name, here[-1], below, opened)
+        else:
+            count = f'<span class="count">{counted(len(group), "site")}</span>'
+            summary = f"<summary><code>{_text(name)}</code>{count}</summary>"
+            yield f'<details class="group"{opened}>{summary}{below}</details>'
 
 
 def _site(name: str, place: _Place, below: str = "", opened: str = "") -> str:
