@@ -49,7 +49,7 @@ class Row:
 class Section:
     """A table, or a list of facts, under a title."""
 
-    kind: str  # "change", "skipped", "mended", "keys", "sites", "finding", "check" or "balance"
+    kind: str  # "change", "skipped", "mended", "left", "keys", "sites", "finding", "check" or "balance"
     title: str  # of a change, the rule
     rows: Sequence[Row] = ()
     text: str = ""  # the reason, the finding
@@ -428,7 +428,7 @@ def _left_and_balance(view: Facts) -> list[Section]:
         for row in view.get("left") or ()
         for path in row.get("paths") or [row.get("path", "")]
     ]
-    sections = _by_text("skipped", rows, "what", "left as it is: {}", "place")
+    sections = _by_text("left", rows, "what", "left as it is: {}", "place")
     items = _balance_items(view.get("balance") or {})
     if len(items) == 1:
         sections.append(Section("balance", "balance", text=items[0]))

@@ -76,7 +76,7 @@ def _section(section: Section, width: int, rule_above: str) -> Iterator[Spans]:
         for cost in section.costs:
             yield from _wrapped([("  ", ""), (visible(cost), "yellow")], width, hang=4)
     else:
-        style = "yellow" if section.kind in ("skipped", "mended", "finding") else "bold"
+        style = "yellow" if section.kind in ("skipped", "mended", "left", "finding") else "bold"
         text = f": {visible(section.text)}" if section.text else ""
         yield from _wrapped([(visible(section.title), style), (text, ""), (where, "dim")], width, hang=2)
     if section.remedy:
