@@ -238,15 +238,10 @@ def is_layer(site: Facts) -> bool:
 
 
 def _sites_of_one_kind(op: str, rows: Sequence[Facts], probed: bool) -> Section:
-    never = sum(site.get("calls") == 0 for site in rows)
-    zero = sum(site.get("p") == 0 for site in rows)
     title = [counted(len(rows), "site")]
-    if never:
-        title.append(
-            f"{never} never {'runs' if never == 1 else 'run'}" if never < len(rows) else "never runs"
-        )
-    if zero:
-        title.append("all at rate 0" if zero == len(rows) else f"{zero} at rate 0")
+    for words, name in (("never run", "calls"), ("at rate 0", "p")):
+        if zero := sum(site.get(name) == 0 for site in rows):
+            title.append(f"{zero if zero < len(rows) else 'all'} {words}")
     rates = _rate_texts(rows, lambda site: [] if site.get("p") is None else [float(f"{site['p']:.2g}")])
 
     def cells(site: Facts) -> dict[str, str]:
@@ -439,12 +434,11 @@ def _left_and_balance(view: Facts) -> list[Section]:
 
 def _balance_items(balance: Mapping[str, Any]) -> tuple[str, ...]:
     """The balance in sentences: of draws, of unconfirmed sites, and whatever else is counted."""
-    facts = dict(balance)
-    items = []
+    facts, items = dict(balance), []
     if "draws" in facts:
-        draws = counted(facts.pop("draws"), "draw")
         parts = [f"{number:,} {words}" for name, words in _BALANCE.items() if (number := facts.pop(name, 0))]
-        items.append(f"{draws} seen" + (f": {', '.join(parts)}" if parts else ""))
+        seen = f"{counted(facts.pop('draws'), 'draw')} seen"
+        items.append(f"{seen}: {', '.join(parts)}" if parts else seen)
     if unconfirmed := facts.pop("unconfirmed", 0):
         items.append(f"{counted(unconfirmed, 'site')} unconfirmed: no forward has shown what runs")
     if "matrices" in facts:

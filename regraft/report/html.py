@@ -54,9 +54,8 @@ def to_page(view: Facts) -> str:
     title = _text(f"{document.model}: {document.headline}")
     tree = _tree(view)
     script = f"<script>{SCRIPT}</script>\n" if tree else ""
-    policy = f"default-src 'none'; style-src {_hash(STYLE)}" + (
-        f"; script-src {_hash(SCRIPT)}" if tree else ""
-    )
+    policy = f"default-src 'none'; style-src {_hash(STYLE)}"
+    policy += f"; script-src {_hash(SCRIPT)}" if tree else ""
     return (
         "<!DOCTYPE html>\n"
         '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -86,7 +85,6 @@ def _paragraph(kind: str, text: str) -> str:
 
 def _body(document: Document, tree: str = "") -> str:
     """The document; where a tree lists the sites, no table lists them again."""
-    last = [section for section in document.sections if section.kind == "balance"]
     parts = [
         f'<main class="regraft">\n<header>{_paragraph("view", f"regraft {document.view}")}'
         f"<h1>{_text(document.model)}</h1>",
@@ -98,12 +96,11 @@ def _body(document: Document, tree: str = "") -> str:
     if document.answer or document.paste:
         paste = f"<pre>{_text(document.paste)}</pre>" if document.paste else ""
         parts.append(f'<div class="answer">{_paragraph("said", document.answer)}{paste}</div>')
+    last = [_section(section) for section in document.sections if section.kind == "balance"]
     for section in document.sections:
-        listed = bool(tree) and section.kind in ("sites", "change", "skipped")
-        if section not in last and not (listed and section.kind == "sites"):
-            parts.append(_section(section, rows=not listed))
-    parts += [tree, *(_section(section) for section in last), "</main>"]
-    return "\n".join(filter(None, parts))
+        if section.kind != "balance" and not (tree and section.kind == "sites"):
+            parts.append(_section(section, rows=not (tree and section.kind in ("change", "skipped"))))
+    return "\n".join(filter(None, [*parts, tree, *last, "</main>"]))
 
 
 def _section(section: Section, rows: bool = True) -> str:
