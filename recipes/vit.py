@@ -13,29 +13,18 @@ files of FashionMNIST, also gzipped.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import itertools
-import json
-import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
+import shared
 import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from rich.console import Console
-from rich.table import Table
-from scipy import stats
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -54,32 +43,28 @@ GRAFTED = {"Dropout": f"gaussian(p={RATE})"}  # noise of the same variance as dr
 SMALL = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
 RATES = {"drop_rate": 0.1, "attn_drop_rate": 0.1, "proj_drop_rate": 0.1}
 
-console = Console(width=None if sys.stdout.isatty() else 100)
-
 
 def main() -> None:
-    options.output.mkdir(parents=True, exist_ok=True)
     create, drawn, test = folder_job() if options.data else digits_job()
     methods = {"baseline": {}, "R-Drop": RDROP, "grafted": options.regularize}
     runs: dict[str, list[dict]] = {method: [] for method in methods}
     for seed in range(options.seeds):
         train = drawn(seed)
         if seed == 0:
-            console.print(f"{len(train)} labelled images, {len(test)} held out")
+            shared.say(f"{len(train)} labelled images, {len(test)} held out")
         for method, rules in methods.items():
             set_seed(seed)
             model = create()
             off = freeze(model)
             report = regraft.apply(model, rules | off) if rules or off else None
             if seed == 0 and report:
-                console.print(report)
-            console.print(f"{method}, seed {seed}")
+                shared.say(report)
+            shared.say(f"{method}, seed {seed}")
             began = time.perf_counter()
             predict = fit(model, train, options.steps, rdrop=method == "R-Drop")
             seconds = time.perf_counter() - began
-            runs[method].append(measures(*predict(test)) | {"seconds": seconds})
-    save_table(runs, len(test))
-    save_plot(runs)
+            runs[method].append(shared.measures(*predict(test)) | {"seconds": seconds})
+    shared.save_runs(options, runs, f"{len(test)} held-out images")
     regraft.save_plan(model, options.output)  # the grafts of the last model, as regraft.json
     save_plain(model, create)
 
@@ -107,7 +92,8 @@ def fit(model, train, steps: int, *, rdrop: bool = False) -> Callable:
         criterion = regraft.rdrop_criterion(model, criterion, alpha=ALPHA)  # the loop stays as it is
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     wrapped.train()
-    for images, labels in itertools.islice(endless(loader), steps):
+    again_and_again = itertools.chain.from_iterable(itertools.repeat(loader))
+    for images, labels in itertools.islice(again_and_again, steps):
         optimizer.zero_grad()
         loss = criterion(wrapped(images), labels)
         accelerator.backward(loss)
@@ -115,17 +101,13 @@ def fit(model, train, steps: int, *, rdrop: bool = False) -> Callable:
         schedule.step()
 
     @torch.no_grad()
-    def predict(test) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(test) -> tuple[np.ndarray, np.ndarray]:
         wrapped.eval()
         made = [(wrapped(x.to(accelerator.device)).double().cpu(), y) for x, y in DataLoader(test, 256)]
-        return torch.cat([logits for logits, _ in made]), torch.cat([labels for _, labels in made])
+        logits, labels = map(torch.cat, zip(*made, strict=True))
+        return logits.numpy(), labels.numpy()
 
     return predict
-
-
-def endless(loader) -> Iterator:
-    while True:
-        yield from loader
 
 
 def digits_job():
@@ -148,11 +130,8 @@ def digits_job():
     order = torch.randperm(int(new.sum()), generator=torch.Generator().manual_seed(0))
     images, labels = images[new][order], labels[new][order] - 6
     pool = TensorDataset(images[HELD_OUT:], labels[HELD_OUT:])
-    return (
-        create,
-        lambda seed: few(pool, labels[HELD_OUT:], seed),
-        TensorDataset(images[:HELD_OUT], labels[:HELD_OUT]),
-    )
+    test = TensorDataset(images[:HELD_OUT], labels[:HELD_OUT])
+    return create, lambda seed: few(pool, labels[HELD_OUT:], seed), test
 
 
 def few(images, labels: torch.Tensor, seed: int) -> Subset:
@@ -189,86 +168,24 @@ def idx_images(part: str, size: int) -> TensorDataset:
     return TensorDataset(images, arrays[1].long())
 
 
-def measures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Accuracy, negative log-likelihood, and the expected calibration error over 15 bins of confidence."""
-    confidence, guess = logits.softmax(-1).max(-1)
-    right = (guess == labels).double()
-    bins = (confidence * 15).long().clamp(max=14)
-    gaps = torch.zeros(15, dtype=torch.double).index_add(0, bins, confidence - right)
-    accuracy, ece = float(right.mean()), float(gaps.abs().sum()) / len(labels)
-    return {"accuracy": accuracy, "nll": float(cross_entropy(logits, labels)), "ece": ece}
-
-
-def difference(ours: list[dict], theirs: list[dict], name: str) -> tuple[float, float | None]:
-    """Of the same seeds: the mean, and half its 95 % t interval; 1 seed has none."""
-    values = np.array([a[name] - b[name] for a, b in zip(ours, theirs, strict=True)])
-    if len(values) < 2:
-        return float(values.mean()), None
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return float(values.mean()), float(half)
-
-
-def save_table(runs: dict[str, list[dict]], held_out: int) -> None:
-    names = ("method", "accuracy", "sd", "difference, 95 %", "better", "NLL", "ECE", "seconds a run")
-    table = Table(*names, title=f"{held_out} held-out images, {options.seeds} seeds")
-    rows = []
-    for method, own in runs.items():
-        values = {name: np.array([run[name] for run in own]) for name in own[0]}
-        mean, half = difference(own, runs["baseline"], "accuracy")
-        better = sum(a["accuracy"] > b["accuracy"] for a, b in zip(own, runs["baseline"], strict=True))
-        row = {name: float(value.mean()) for name, value in values.items()}
-        spread = float(values["accuracy"].std(ddof=1)) if len(own) > 1 else 0.0
-        rows.append({"method": method, **row, "sd": spread, "difference": mean, "half": half, "runs": own})
-        change = ("", "")
-        if method != "baseline":
-            interval = "" if half is None else f" ± {half:.3f}"
-            change = (f"{mean:+.3f}{interval}", f"{better} of {len(own)}")
-        numbers = (f"{row['nll']:.3f}", f"{row['ece']:.3f}", f"{row['seconds']:.0f}")
-        table.add_row(method, f"{row['accuracy']:.3f}", f"{spread:.3f}", *change, *numbers)
-    console.print(table)
-    for row in rows[1:]:
-        word = "better" if row["difference"] > 0 else "worse"
-        separable = row["half"] is not None and abs(row["difference"]) > row["half"]
-        verdict = f"{word} than" if separable else "not separable from"
-        console.print(f"{row['method']}: with {options.seeds} seeds {verdict} the baseline in accuracy")
-    made = {"command": shlex.join(["python", "recipes/vit.py", *sys.argv[1:]]), "methods": rows}
-    (options.output / "results.json").write_text(json.dumps(made, indent=2) + "\n")
-
-
-def save_plot(runs: dict[str, list[dict]]) -> None:
-    """Each seed's accuracy: a line joins what is paired."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    table = np.array([[run["accuracy"] for run in own] for own in runs.values()])
-    axes.plot(range(len(table)), table, color="0.75", marker="o", markersize=4)
-    axes.plot(range(len(table)), table.mean(1), "D", color="C0", label=f"mean of {options.seeds} seeds")
-    axes.set_xticks(range(len(table)), runs)
-    axes.set(ylabel="held-out accuracy", xlim=(-0.3, len(table) - 0.7))
-    axes.legend()
-    figure.savefig(options.output / "plot.png", dpi=150)
-
-
 def save_plain(model, create) -> None:
     """Revert, save, and load the weights strictly into a model that never saw regraft."""
     torch.save(regraft.revert(model).state_dict(), file := options.output / "model.pt")
     create().load_state_dict(torch.load(file, weights_only=True), strict=True)
-    console.print(f"plain checkpoint in {file}: loads without regraft, no missing and no unexpected key")
+    shared.say(f"plain checkpoint in {file}: loads without regraft, no missing and no unexpected key")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="vit_base_patch16_224", help="a model of timm, for --data")
-    parser.add_argument("--scratch", action="store_true", help="without pretrained weights")
-    parser.add_argument("--data", type=Path, help="a folder of images; default: scikit-learn's digits")
-    parser.add_argument("--regularize", nargs="+", help=f"rules of the grafted model; default: {GRAFTED}")
-    for name, kind, value in (
-        ("frozen", int, FROZEN), ("shots", int, SHOTS), ("steps", int, STEPS), ("lr", float, LEARNING_RATE),
-        ("weight-decay", float, WEIGHT_DECAY), ("momentum", float, MOMENTUM), ("seeds", int, 3),
-        ("output", Path, Path("output/vit")),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=kind, default=value, help=f"default: {value}")
-    options = parser.parse_args()
-    rules = options.regularize
-    options.regularize = GRAFTED if rules is None else dict(rule.split("=", 1) for rule in rules)
+def parse():
+    made = shared.parser(
+        __doc__, {}, frozen=FROZEN, shots=SHOTS, steps=STEPS, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY,
+        momentum=MOMENTUM, seeds=3,
+    )  # fmt: skip
+    made.add_argument("--model", default="vit_base_patch16_224", help="a model of timm, for --data")
+    made.add_argument("--scratch", action="store_true", help="without pretrained weights")
+    made.add_argument("--data", type=Path, help="a folder of images; default: scikit-learn's digits")
+    made.add_argument("--regularize", nargs="+", help=f"rules of the grafted model; default: {GRAFTED}")
+    options = shared.parse(made)
+    options.regularize = shared.rules(options.regularize, GRAFTED)
     return options
 
 

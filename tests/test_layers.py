@@ -24,8 +24,8 @@ LAYERS = [
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-FREE = {"__init__", "__main__", "nn"}
-"""`regraft/__init__.py` names everything lazily, `nn.py` re-exports variants, `__main__` is the command."""
+FREE = {"__init__", "__main__", "nn", "results"}
+"""`__init__.py` names everything lazily, `nn.py` and `results.py` re-export, `__main__` is the command."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {
     "timm",

@@ -15,8 +15,7 @@ from regraft.errors import FileError
 from regraft.files.detect import FileReport, read, read_folder, sha256
 from regraft.files.skeleton import FileModel, FileModule
 from regraft.files.verdicts import DangerousFileError, UnknownNamesError, Verdicts
-from regraft.report.document import visible
-from regraft.report.inspection_page import summary
+from regraft.report.document import summary, visible
 from regraft.report.view import SCHEMA, View
 
 _TORCH = str.split(

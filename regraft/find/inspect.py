@@ -24,7 +24,7 @@ from regraft.find.site import Site
 from regraft.find.ungraftable import foreign, quantized
 from regraft.find.walk import Named, inner_model, named_modules
 from regraft.find.weights import Weight, weight_sites, weights_of
-from regraft.report.inspection_page import summary
+from regraft.report.document import summary
 from regraft.report.view import SCHEMA, View
 
 

@@ -3,99 +3,96 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, TypeVar
 
+from regraft.errors import RegraftError
 from regraft.report.fold import fold, fold_rows, skeleton
 
 Facts = Mapping[str, Any]
 Key = TypeVar("Key", bound=Hashable)
 ROOT = "(the model itself)"
 """Printed for the empty path."""
+BRACES = re.compile(r"(\{[^{}]*\})")
+"""What the renderers set apart in a folded path."""
+_NUMBER = re.compile(r"x?[0-9.,]+[kMB]?")
+_LAYERS = ("Linear", "Conv1D", "Embedding", "Bilinear")
+_PLAIN = ("scaled_dot_product_attention", "MultiheadAttention", "LSTM", "GRU", "RNN", "Dropout", "dropout")
+"""Operations that the selector "Dropout" means."""
+_EACH = "a rule for each site"
+"""In place of the rules of a saved plan, which names each of its sites."""
+_VERDICTS = {True: "pass", False: "FAIL", None: "not checked"}
+_BALANCE = {
+    "grafted": "grafted",
+    "sites": "at sites",
+    "untouched": "at sites left alone",
+    "other": "of other known kinds",
+    "unrecognized": "unrecognized",
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: sites that read the same and differ in the integers of their paths alone.
+    """One row of a table: sites that read the same and differ in the integers of their paths alone."""
 
-    Attributes:
-        path: the folded path; "" for the model itself.
-        count: how many sites it stands for.
-        cells: one for each of the section's columns.
-        source: the line of code that calls the site.
-        aliases: other names of the same modules, folded.
-    """
-
-    path: str
-    count: int
-    cells: tuple[str, ...] = ()
-    source: str = ""
-    aliases: str = ""
+    path: str  # folded; "" for the model itself
+    count: int  # sites
+    cells: Mapping[str, str]  # by heading; the same headings in every row of a table
+    aliases: str  # other names of the same modules, folded
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table, or a list of facts, under a title.
+    """A table, or a list of facts, under a title."""
 
-    Attributes:
-        kind: "change", "skipped", "mended", "keys", "sites", "finding", "check" or "balance".
-        title: what the rows have in common; of a change, the rule.
-        count: how many sites.
-        columns: headings of the rows' cells.
-        text: the reason, the finding.
-        remedy: what to do about it.
-        before: of a change, the site as it was; `after` as it is.
-        costs: of a change, what it costs and how strong it is.
-        items: facts in a list.
-    """
-
-    kind: str
-    title: str
-    count: int = 1
-    rows: list[Row] = field(default_factory=list)
-    columns: tuple[str, ...] = ()
-    text: str = ""
+    kind: str  # "change", "skipped", "mended", "left", "keys", "sites", "finding", "check" or "balance"
+    title: str  # of a change, the rule
+    rows: Sequence[Row] = ()
+    text: str = ""  # the reason, the finding
     remedy: str = ""
-    before: str = ""
+    before: str = ""  # of a change, as the next two
     after: str = ""
-    costs: tuple[str, ...] = ()
-    items: tuple[str, ...] = ()
+    costs: tuple[str, ...] = ()  # what it costs and how strong it is
+    items: tuple[str, ...] = ()  # facts in a list
+
+    @property
+    def count(self) -> int:
+        """How many sites the rows stand for."""
+        return sum(row.count for row in self.rows)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Headings and cells, the path first and the source last, without the columns that are empty."""
-        heads = ["name" if self.kind == "keys" else "site", "sites", *self.columns, "source"]
-        table = [[row.path, "", *row.cells, row.source] for row in self.rows]
-        for row, line in zip(self.rows, table, strict=True):
-            line[0] = visible(line[0]) or ROOT
-            line[1] = f"x{row.count:,}" if row.count > 1 else ""
-        kept = [at for at in range(len(heads)) if any(line[at] for line in table)]
+        """Headings and cells, the path first, without the columns that are empty."""
+        heads = ["name" if self.kind == "keys" else "site", "sites", *self.rows[0].cells]
+        table = [
+            [visible(row.path) or ROOT, f"x{row.count:,}" if row.count > 1 else "", *row.cells.values()]
+            for row in self.rows
+        ]
+        kept = [at for at, column in enumerate(zip(*table, strict=True)) if any(column)]
         return [heads[at] for at in kept], [[visible(line[at]) for at in kept] for line in table]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A whole view.
+    """A whole view."""
 
-    Attributes:
-        view: the view's name: "inspection", "plan", "report", "max_norm", "advice", "diff", "verification".
-        model: the model's class.
-        headline: the figures, in one phrase.
-        facts: short phrases on how they were obtained.
-        notes: what to know first.
-        answer: of an inspection: does the model regularize?
-        paste: a line of code to paste.
-        sections: in reading order.
-    """
+    headline: str  # the figures, in one phrase
+    facts: Sequence[str] = ()  # short phrases on how they were obtained
+    notes: Sequence[str] = ()  # what to know first
+    answer: str = ""  # of an inspection: does the model regularize?
+    paste: str = ""  # a line of code
+    sections: Sequence[Section] = ()
+    view: str = ""
+    model: str = ""
 
-    view: str
-    model: str
-    headline: str
-    facts: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    answer: str = ""
-    paste: str = ""
-    sections: list[Section] = field(default_factory=list)
+
+def numeric_columns(table: Sequence[Sequence[str]]) -> list[bool]:
+    """Of each column, whether it holds numbers alone; the first holds paths."""
+    columns = list(zip(*table, strict=True))[1:]
+    return [False, *(all(_NUMBER.fullmatch(cell) for cell in column if cell) for column in columns)]
 
 
 def visible(text: str) -> str:
@@ -113,14 +110,10 @@ def counted(number: int, singular: str, plural: str = "") -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
-def quoted(text: object) -> str:
-    """The text as a Python string in double quotes, as the documentation writes rules."""
-    return json.dumps(str(text), ensure_ascii=False)
-
-
 def rule_text(selector: object, variant: object) -> str:
-    """A rule as Python writes it in a dictionary."""
-    return f"{quoted(selector)}: {'None' if variant is None else quoted(variant)}"
+    """A rule as Python writes it in a dictionary, in double quotes as the documentation does."""
+    written = "None" if variant is None else json.dumps(str(variant), ensure_ascii=False)
+    return f"{json.dumps(str(selector), ensure_ascii=False)}: {written}"
 
 
 def size(parameters: int) -> str:
@@ -131,26 +124,14 @@ def size(parameters: int) -> str:
     return str(parameters)
 
 
-def percent(part: int, whole: int) -> str:
-    """A share in percent, never rounded to 0 or 100: 3226 of 3227 is 99.97 %."""
-    if part in (0, whole):
-        return "0 %" if part == 0 else "100 %"
-    share = 100 * part / whole
-    digits = next((digits for digits in (1, 2, 3) if 0 < round(share, digits) < 100), 4)
-    return f"{share:.{digits}f} %"
-
-
-def probe_facts(view: Facts) -> tuple[list[str], list[str]]:
-    """How the probe ran, as a fact, or why it did not, as a note."""
-    probe = view.get("probe") or {}
-    if probe.get("ran"):
-        how = {"fake tensors": "on fake tensors", "real forward": "by a real forward"}
-        seconds = probe.get("seconds")
-        took = f" in {seconds:.1f} s" if seconds and seconds >= 0.05 else ""
-        return [f"probed {how.get(probe['how'], '')}".strip() + took], []
-    if probe.get("reason"):
-        return [], [f"not probed, so it is unknown which sites run: {probe['reason']}"]
-    return [], []
+def shape_cell(site: Facts) -> str:
+    """The shape of a layer: `768 -> 1000` from in to out, and of a weight `64 x 3, kernel 7x7`."""
+    shape = list(map(str, site.get("shape") or ()))
+    if site.get("kind") != "weight":
+        return " -> ".join(shape)
+    if site["op"].startswith("Conv") and len(shape) > 2:
+        return f"{' x '.join(shape[:2])}, kernel {'x'.join(shape[2:])}"
+    return " x ".join(shape)
 
 
 def calls_cell(calls: int | None, *, probed: bool = True) -> str:
@@ -174,27 +155,226 @@ def grouped(rows: Iterable[Facts], key: Callable[[Facts], Key]) -> dict[Key, lis
     return groups
 
 
-def folded(rows: Sequence[Facts], cells: Callable[[Facts], tuple[str, ...]] = lambda _: ()) -> list[Row]:
+def folded(rows: Sequence[Facts], cells: Callable[[Facts], dict[str, str]] = lambda _: {}) -> list[Row]:
     """The rows of a table: those with the same cells and source are folded where their paths allow it."""
 
+    def all_cells(row: Facts) -> dict[str, str]:
+        return {**cells(row), "source": row.get("source") or ""}
+
     def alike(row: Facts) -> Hashable:
-        return cells(row), row.get("source"), tuple(map(skeleton, row.get("paths") or ()))
+        return tuple(all_cells(row).values()), tuple(map(skeleton, row.get("paths") or ()))
 
     table = []
-    for group in fold_rows(rows, path=lambda row: row["path"], alike=alike):
-        first = group.rows[0]
-        others = [path for row in group.rows for path in row.get("paths") or () if path != row["path"]]
-        aliases = ", ".join(fold(others))
-        table.append(Row(group.path, len(group.rows), cells(first), first.get("source") or "", aliases))
+    for path, group in fold_rows(rows, path=lambda row: row["path"], alike=alike):
+        others = [other for row in group for other in row.get("paths") or () if other != row["path"]]
+        table.append(Row(path, len(group), all_cells(group[0]), ", ".join(fold(others))))
     return table
 
 
-def folded_keys(keys: Sequence[str]) -> list[Row]:
-    """Names of tensors as rows of a table."""
-    return [Row(group.path, len(group.rows)) for group in fold_rows(keys, path=str, alike=lambda _: None)]
+def document_of(view: Facts) -> Document:
+    """The document of the dictionary that a view's `to_dict` returns.
+
+    Raises:
+        RegraftError: the dictionary is of no known view.
+    """
+    page = _PAGES.get(view.get("view", ""))
+    if page is None:
+        raise RegraftError(f"a view of the kind {view.get('view')!r} cannot be shown")
+    document = page(view)
+    facts, notes = _probe(view.get("probe") or {})
+    return replace(
+        document,
+        view=view["view"],
+        model=document.model or view.get("model", ""),
+        facts=[*facts, *document.facts],
+        notes=[*view.get("notes", []), *notes],
+        sections=[*document.sections, *_left_and_balance(view)],
+    )
 
 
-def rate_texts(
+def _probe(probe: Facts) -> tuple[list[str], list[str]]:
+    """How the probe ran, as a fact, or why it did not, as a note."""
+    if probe.get("ran"):
+        how = {"fake tensors": "on fake tensors", "real forward": "by a real forward"}
+        seconds = probe.get("seconds")
+        took = f" in {seconds:.1f} s" if seconds and seconds >= 0.05 else ""
+        return [f"probed {how.get(probe['how'], '')}".strip() + took], []
+    if probe.get("reason"):
+        return [], [f"not probed, so it is unknown which sites run: {probe['reason']}"]
+    return [], []
+
+
+def _probed(view: Facts) -> bool:
+    return bool((view.get("probe") or {}).get("ran"))
+
+
+def _inspection(view: Facts) -> Document:
+    """Does the model regularize, with what, and where?"""
+    sites = view.get("sites", [])
+    noise, layers = ([site for site in sites if is_layer(site) == layer] for layer in (False, True))
+    headline = [counted(len(noise), "regularizer")]
+    for op, count in Counter(site["op"] for site in layers).most_common():
+        parameters = sum(site.get("parameters") or 0 for site in layers if site["op"] == op)
+        headline.append(counted(count, op) + (f" ({size(parameters)} parameters)" if parameters else ""))
+    places = {(site["dtype"], site.get("device")) for site in sites if site.get("dtype")}
+    facts = [f"{dtype} on {device}" if device else str(dtype) for dtype, device in places]
+    said = view.get("summary") or summary(sites)
+    by_op = grouped([*noise, *layers], lambda site: str(site["op"]))
+    return Document(
+        ", ".join(headline),
+        facts=facts if len(facts) < 2 else ["in several dtypes or on several devices"],
+        answer=said["answer"],
+        paste=said["paste"],
+        sections=[
+            *_by_text("finding", view.get("findings", []), "finding"),
+            *(_sites_of_one_kind(op, rows, _probed(view)) for op, rows in by_op.items()),
+        ],
+    )
+
+
+def is_layer(site: Facts) -> bool:
+    """True for a layer with weights, false for a regularizer."""
+    return site.get("op") in _LAYERS or bool(site.get("shape"))
+
+
+def _sites_of_one_kind(op: str, rows: Sequence[Facts], probed: bool) -> Section:
+    title = [counted(len(rows), "site")]
+    for words, name in (("never run", "calls"), ("at rate 0", "p")):
+        if zero := sum(site.get(name) == 0 for site in rows):
+            title.append(f"{zero if zero < len(rows) else 'all'} {words}")
+    rates = _rate_texts(rows, lambda site: [] if site.get("p") is None else [float(f"{site['p']:.2g}")])
+
+    def cells(site: Facts) -> dict[str, str]:
+        return {
+            "rate": "".join(rates[id(site)]),
+            "shape": shape_cell(site),
+            "parameters": size(site["parameters"]) if site.get("parameters") else "",
+            "grafted": site.get("variant") or "",
+            "kind": kind_cell(site),
+            "calls": site.get("note") or calls_cell(site.get("calls"), probed=probed),
+        }
+
+    return Section("sites", f"{op}: {', '.join(title)}", folded(rows, cells))
+
+
+def summary(sites: Sequence[Facts], draws: int = 0, unknown: int = 0) -> dict[str, str]:
+    """Whether the model regularizes at all, and a line to paste that changes it.
+
+    That it does not is said only of a training forward that drew nothing, and of a model without `unknown`
+    parts, which are no torch layers and may draw where they are told to.
+    """
+    noise = [site for site in sites if not is_layer(site)]
+    count = counted(len(noise), "dropout site")
+    grafted = sum(bool(site.get("variant")) for site in noise)
+    running = [site for site in noise if site.get("calls") != 0]
+    active = [site for site in running if site.get("p")]
+    # A line to paste must have an effect: it names an active site, if there is one.
+    choice = active or running or noise
+    op = "Dropout" if any(site["op"] in _PLAIN for site in choice) else choice[0]["op"] if choice else ""
+    silent, answer, variant, paste = "", "", "", ""
+    if not noise:
+        silent = "it has no dropout"
+        linears = [site for site in sites if site["op"] == "Linear" and site.get("calls") != 0]
+        if linears:
+            op, variant = f"Linear@{linears[-1]['path']}".removesuffix("@"), "dropconnect(p=0.2)"
+    elif grafted:
+        answer = f"{grafted} of {count} {'carries' if grafted == 1 else 'carry'} a regraft variant."
+        paste = "regraft.revert(model)"
+    elif not running:
+        silent = "its only dropout site never runs" if len(noise) == 1 else f"none of its {count} runs"
+    elif not active:
+        silent = "its only dropout site has" if len(noise) == 1 else f"all its {count} have"
+        silent += " rate 0"
+        variant = "droppath(p=0.1)" if op == "DropPath" else "dropout(p=0.1)"
+    else:
+        rates = sorted({site["p"] for site in active})
+        span = f"p = {rates[0]:.2g}" + (f" to {rates[-1]:.2g}" if len(rates) > 1 else "")
+        if any(site.get("calls") for site in active):
+            verb = "runs" if len(active) == 1 else "run"
+            answer = f"This model regularizes: {len(active)} of {count} {verb}, {span}."
+        else:
+            answer = f"{counted(len(active), 'dropout site')} ({span}); not probed."
+        variant = "droppath(p='x2')" if op == "DropPath" else "multisample"
+    if silent and draws:
+        answer = f"A training forward draws {counted(draws, 'time')}, at no dropout that regraft knows."
+    elif silent and unknown:
+        answer = f"No draw was seen; {counted(unknown, 'part')} of the model may draw and cannot be grafted."
+    elif silent:
+        answer = f"This model does not regularize: {silent}."
+    if variant:
+        paste = f"regraft.apply(model, {{{rule_text(op, variant)}}})"
+    return {"answer": answer, "paste": paste}
+
+
+def _changes(view: Facts) -> Document:
+    """What a plan would change, or a report has changed, as a diff; what is skipped, with the reason."""
+    grafted, skipped = view.get("grafted", []), view.get("skipped", [])
+    mended, keys = view.get("mended", []), view.get("state_keys", [])
+    balance = view.get("balance")
+    unconfirmed = balance.get("unconfirmed", 0) if isinstance(balance, Mapping) else 0
+    headline = [f"{counted(len(grafted), 'site')} {'to graft' if view['view'] == 'plan' else 'grafted'}"]
+    headline += [f"{unconfirmed} of them unconfirmed (give inputs=)"] if unconfirmed else []
+    headline += [f"{len(skipped)} skipped", *([f"{len(mended)} mended"] if mended else [])]
+    return Document(
+        ", ".join(headline),
+        facts=["no new state-dict keys"] if view["view"] == "report" and grafted and not keys else [],
+        sections=[
+            *_change_sections(grafted, view.get("rules", []), _probed(view)),
+            *_by_text("skipped", skipped, "reason", "skipped {}"),
+            *_by_text("mended", mended, "what", "mended {}"),
+            *_names(keys, counted(len(keys), "new key") + " in the state dict"),
+        ],
+    )
+
+
+def _change_sections(rows: Sequence[Facts], rules: Sequence[Any] = (), probed: bool = True) -> list[Section]:
+    """Rows with `before` and `after`, those alike in one section."""
+    rates = _rate_texts(rows, _rates, lambda row: (row.get("rule"), _texts(row, ["#"] * len(_rates(row)))))
+
+    def rule_of(row: Facts) -> str:
+        rule = row.get("rule")
+        return rule_text(*rules[rule]) if rule is not None and 0 <= rule < len(rules) else ""
+
+    def alike(row: Facts) -> tuple[Any, ...]:
+        shared = _EACH if f'@{row["path"]}": ' in (rule := rule_of(row)) else rule
+        ranges = any(".." in rate for rate in rates[id(row)])
+        return shared, *_texts(row, rates[id(row)]), row.get("cost"), ranges or row.get("strength")
+
+    def cells(row: Facts) -> dict[str, str]:
+        return {
+            "kind": kind_cell(row),
+            "calls": calls_cell(row.get("calls"), probed=probed) if "calls" in row else "",
+        }
+
+    sections = []
+    for (shared, before, after, cost, _), group in grouped(rows, alike).items():
+        title = rule_of(group[0]) if len(group) == 1 else shared
+        # Of a range of rates, the strengths at its ends.
+        strengths = [row["strength"] for row in (group[0], group[-1]) if row.get("strength")]
+        notes = {"cost": cost, "strength": " .. ".join(dict.fromkeys(strengths))}
+        costs = tuple(f"{name}: {text}" for name, text in notes.items() if text)
+        table = folded(group, cells)
+        sections.append(Section("change", title, table, before=before, after=after, costs=costs))
+    return sections
+
+
+def _rates(row: Facts) -> list[float]:
+    """The row's own rate and the one that it is given, as far as they are numbers."""
+    rates = [row.get("p"), (row.get("options") or {}).get("p")]
+    return [rate for rate in rates if isinstance(rate, (int, float))]
+
+
+def _texts(row: Facts, written: Sequence[str]) -> tuple[str, ...]:
+    """Before and after, with the row's rates as `written`."""
+    words = {f"{rate:g}": text for rate, text in zip(_rates(row), written, strict=True)}
+    sides = row.get("before") or "", row.get("after") or ""
+    if not words:
+        return sides
+    rate = re.compile(rf"\bp=({'|'.join(map(re.escape, words))})(?![0-9.])")
+    return tuple(rate.sub(lambda match: f"p={words[match[1]]}", text) for text in sides)
+
+
+def _rate_texts(
     rows: Sequence[Facts],
     rates_of: Callable[[Facts], Sequence[float]],
     alike: Callable[[Facts], Hashable] = lambda _: None,
@@ -206,66 +386,59 @@ def rate_texts(
     texts = {id(row): [f"{rate:g}" for rate in rates_of(row)] for row in rows}
     for group in grouped(rows, lambda row: (skeleton(row["path"]), len(rates_of(row)), alike(row))).values():
         if 2 < (distinct := len({tuple(texts[id(row)]) for row in group})) and 2 * distinct >= len(group):
-            spans = [_span(min(column), max(column)) for column in zip(*map(rates_of, group), strict=True)]
+            ends = [(min(column), max(column)) for column in zip(*map(rates_of, group), strict=True)]
+            spans = [f"{low:g}" if low == high else f"{low:.2g}..{high:.2g}" for low, high in ends]
             texts |= dict.fromkeys(map(id, group), spans)
     return texts
 
 
-def _span(low: float, high: float) -> str:
-    return f"{low:g}" if low == high else f"{low:.2g}..{high:.2g}"
+def _by_text(
+    kind: str, rows: Sequence[Facts], text: str, title: str = "{}", noun: str = "site"
+) -> list[Section]:
+    """A section for all rows that say the same in `text` and have the same remedy."""
 
-
-def skipped_sections(rows: Sequence[Facts], noun: str = "site") -> list[Section]:
-    """What was skipped, by reason."""
-    sections = []
-    for (reason, remedy), group in grouped(
-        rows, lambda row: (row.get("reason") or "", row.get("remedy") or "")
-    ).items():
+    def count(group: list[Facts]) -> str:
         ops = {row.get("op") or "" for row in group}
-        noun_here = noun if len(ops) > 1 else f"{ops.pop()} {noun}".strip()
-        title = f"skipped {counted(len(group), noun_here)}"
-        table = folded(group, lambda row: (row.get("op") or "", kind_cell(row)))
-        sections.append(Section("skipped", title, len(group), table, ("operation", "kind"), reason, remedy))
-    return sections
+        return counted(len(group), noun if len(ops) > 1 else f"{ops.pop()} {noun}".strip())
+
+    def cells(row: Facts) -> dict[str, str]:
+        return {"operation": row.get("op") or "", "kind": kind_cell(row)}
+
+    groups = grouped(rows, lambda row: (row.get(text) or "", row.get("remedy") or ""))
+    return [
+        Section(kind, title.format(count(group)), folded(group, cells), said, remedy)
+        for (said, remedy), group in groups.items()
+    ]
 
 
-def balance_sections(view: Facts) -> list[Section]:
+def _names(names: Sequence[str], title: str) -> list[Section]:
+    """Names of tensors or settings."""
+    return [Section("keys", title, folded([{"path": name} for name in names]))] if names else []
+
+
+def _left_and_balance(view: Facts) -> list[Section]:
     """The end of a page: what was left as it is, and whether every draw and product is accounted for."""
     rows = [
-        {**row, "path": path}
+        {**row, "path": path, "what": row.get("name") or row["what"], "paths": (), "op": "", "kind": ""}
         for row in view.get("left") or ()
         for path in row.get("paths") or [row.get("path", "")]
     ]
-    groups = grouped(rows, lambda row: (row.get("name") or row["what"], row.get("remedy") or ""))
-    sections = []
-    for (what, remedy), group in groups.items():
-        table = folded([{**row, "paths": ()} for row in group])
-        title = f"left as it is: {counted(len(group), 'place')}"
-        sections.append(Section("skipped", title, len(group), table, text=what, remedy=remedy))
+    sections = _by_text("left", rows, "what", "left as it is: {}", "place")
     items = _balance_items(view.get("balance") or {})
-    if items:
-        text, items = (items[0], ()) if len(items) == 1 else ("", items)
-        sections.append(Section("balance", "balance", text=text, items=items))
+    if len(items) == 1:
+        sections.append(Section("balance", "balance", text=items[0]))
+    elif items:
+        sections.append(Section("balance", "balance", items=items))
     return sections
-
-
-_BALANCE = {
-    "grafted": "grafted",
-    "sites": "at sites",
-    "untouched": "at sites left alone",
-    "other": "of other known kinds",
-    "unrecognized": "unrecognized",
-}
 
 
 def _balance_items(balance: Mapping[str, Any]) -> tuple[str, ...]:
     """The balance in sentences: of draws, of unconfirmed sites, and whatever else is counted."""
-    facts = dict(balance)
-    items = []
+    facts, items = dict(balance), []
     if "draws" in facts:
-        draws = counted(facts.pop("draws"), "draw")
         parts = [f"{number:,} {words}" for name, words in _BALANCE.items() if (number := facts.pop(name, 0))]
-        items.append(f"{draws} seen" + (f": {', '.join(parts)}" if parts else ""))
+        seen = f"{counted(facts.pop('draws'), 'draw')} seen"
+        items.append(f"{seen}: {', '.join(parts)}" if parts else seen)
     if unconfirmed := facts.pop("unconfirmed", 0):
         items.append(f"{counted(unconfirmed, 'site')} unconfirmed: no forward has shown what runs")
     if "matrices" in facts:
@@ -274,3 +447,104 @@ def _balance_items(balance: Mapping[str, Any]) -> tuple[str, ...]:
         what = counted(matrices["multiply"], "matrix that multiplies", "matrices that multiply")
         items.append(f"{what}: {matrices['reached']:,} reached{f'; left: {left}' if left else ''}")
     return (*items, *(f"{name}: {value}" for name, value in facts.items()))
+
+
+def _difference(view: Facts) -> Document:
+    """Two models, site by site and weight by weight."""
+    weights, uncompared = view["weights"], view.get("uncompared", [])
+    headline = ", ".join(f"{len(view[word])} {word}" for word in ("changed", "added", "removed"))
+    if not (view["changed"] or view["added"] or view["removed"] or weights["differ"]):
+        headline = "no difference"
+        headline += f" in what was compared, {len(uncompared)} not compared" if uncompared else ""
+    fact = "weights not compared"
+    if weights["compared"] is not None:
+        how = "bit for bit" if weights["compared"] == "values" else "in shape"
+        fact = f"{counted(weights['same'], 'tensor')} the same {how}, {len(weights['differ'])} not"
+    one_sided = [
+        Section("sites", f"{word}: {what}", folded(group, lambda row: {"kind": kind_cell(row)}))
+        for word, side in (("removed", "before"), ("added", "after"))
+        for what, group in grouped(view[word], itemgetter(side)).items()
+    ]
+    return Document(
+        headline,
+        model=view["model"] if view["model"] == view["other"] else f"{view['model']} and {view['other']}",
+        facts=[fact],
+        sections=[
+            *_change_sections(view["changed"]),
+            *one_sided,
+            *_names(weights["differ"], f"{counted(len(weights['differ']), 'tensor')} not the same"),
+            *_names(uncompared, f"{counted(len(uncompared), 'setting')} not compared"),
+        ],
+    )
+
+
+def _verification(view: Facts) -> Document:
+    """The promises, each with its outcome."""
+    outcomes = Counter(check["passed"] for check in view["checks"])
+    headline = [f"{outcomes[True]} of {counted(len(view['checks']), 'promise')} hold"]
+    headline += [f"{outcomes[False]} FAILED"] if outcomes[False] else []
+    headline += [f"{outcomes[None]} not checked"] if outcomes[None] else []
+    sections = []
+    for check in view["checks"]:
+        title = f"{_VERDICTS[check['passed']]}: {check['promise']}"
+        sections.append(Section("check" if check["passed"] else "finding", title, text=check["said"]))
+    rules = ", ".join(rule_text(*rule) for rule in view["rules"])
+    return Document(", ".join(headline), facts=[f"with {{{rules}}}"], sections=sections)
+
+
+def _max_norm(view: Facts) -> Document:
+    """Which weights `regraft.max_norm` bounds, and by what."""
+    limited, skipped, first = view.get("limited", []), view.get("skipped", []), view.get("first")
+    rows, over = (sum(weight[name] for weight in limited) for name in ("rows", "over"))
+    facts = [f"{over:,} over their bound when it was set"]
+    if first is not None:
+        facts.append(f"{first['over']:,} of {first['rows']:,} scaled back at the first step")
+
+    def title(weight: Facts) -> str:
+        bound = weight["bound"]
+        text = f"{bound.removesuffix('x')} times what it was" if isinstance(bound, str) else f"{bound:g}"
+        return f"{weight['op']}: norm at most {text}"
+
+    def cells(weight: Facts) -> dict[str, str]:
+        return {"rows": f"{weight['rows']:,}", "over": f"{weight['over']:,}" if weight["over"] else ""}
+
+    bounded = f"{counted(rows, 'row')} of {counted(len(limited), 'weight')} bounded after every step"
+    groups = grouped(limited, title)
+    return Document(
+        f"{bounded}, {len(skipped)} skipped",
+        facts=facts,
+        sections=[
+            *(Section("sites", bound, folded(group, cells)) for bound, group in groups.items()),
+            *_by_text("skipped", skipped, "reason", "skipped {}", "weight"),
+        ],
+    )
+
+
+def _advice(view: Facts) -> Document:
+    """What `regraft.suggest` returns: each suggestion with its reason and its source."""
+    advice = view.get("advice", [])
+    rules = ", ".join(rule_text(*item["rule"]) for item in advice if item.get("rule"))
+    parameters, examples = size(view.get("parameters", 0)), counted(view.get("examples", 0), "example")
+    sections = []
+    for item in advice:
+        title = rule_text(*item["rule"]) if item.get("rule") else str(item.get("code"))
+        sections.append(Section("sites", title, text=f"{item['reason']} ({item['source']})"))
+    return Document(
+        f"{counted(len(advice), 'suggestion')} for a {view.get('kind', 'model')} with {parameters} trainable "
+        f"parameters and {examples}",
+        facts=["suggestions only, nothing is applied"],
+        answer="" if advice else "Nothing that has been published for such a model is missing here.",
+        paste=f"regraft.apply(model, {{{rules}}})" if rules else "",
+        sections=sections,
+    )
+
+
+_PAGES: dict[str, Callable[[Facts], Document]] = {
+    "inspection": _inspection,
+    "plan": _changes,
+    "report": _changes,
+    "max_norm": _max_norm,
+    "advice": _advice,
+    "diff": _difference,
+    "verification": _verification,
+}

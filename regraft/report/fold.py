@@ -10,8 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 Item = TypeVar("Item")
 Point = tuple[str, ...]
@@ -20,21 +19,6 @@ Point = tuple[str, ...]
 _INTEGER = re.compile(r"([0-9]+)")
 _MOST_RUNS = 12
 """A longer list in braces is harder to read than two lines."""
-_LONGEST_RUN = 50_000
-"""Half of what a range in a selector may span."""
-
-
-@dataclass(frozen=True)
-class Fold(Generic[Item]):
-    """Items whose paths differ in their integers alone.
-
-    Attributes:
-        path: the pattern that stands for exactly their paths.
-        rows: the items, in their first order.
-    """
-
-    path: str
-    rows: tuple[Item, ...]
 
 
 def fold(paths: Iterable[str]) -> list[str]:
@@ -44,7 +28,7 @@ def fold(paths: Iterable[str]) -> list[str]:
         >>> fold(["layer.0.drop", "layer.1.drop", "layer.2.drop", "layer.7.drop", "head"])
         ['layer.{0..2,7}.drop', 'head']
     """
-    return [group.path for group in fold_rows(list(paths), path=str, alike=lambda _: None)]
+    return [pattern for pattern, _ in fold_rows(list(paths), path=str, alike=lambda _: None)]
 
 
 def skeleton(path: str) -> str:
@@ -54,10 +38,10 @@ def skeleton(path: str) -> str:
 
 def fold_rows(
     rows: Sequence[Item], *, path: Callable[[Item], str], alike: Callable[[Item], Hashable]
-) -> list[Fold[Item]]:
+) -> list[tuple[str, list[Item]]]:
     """Fold the rows that are `alike` and whose paths differ in their integers alone.
 
-    The folds come in the order of their first rows.
+    Each fold is the pattern that stands for exactly the paths of its rows, and the rows; both as they came.
     """
     groups: dict[Hashable, dict[Point, list[int]]] = {}
     for index, row in enumerate(rows):
@@ -69,26 +53,25 @@ def fold_rows(
     folds: list[tuple[list[int], str]] = []
     for points in groups.values():
         example = path(rows[next(iter(points.values()))[0]])
-        for axes in _products(list(points)) if () not in points else [[]]:
+        for axes in (axes for product in _products(list(points)) for axes in _readable(product)):
             members = [index for point in itertools.product(*axes) for index in points[point]]
             folds.append((sorted(members), _pattern(example, axes)))
     folds.sort(key=lambda fold: fold[0][0])
-    return [Fold(pattern, tuple(rows[index] for index in members)) for members, pattern in folds]
+    return [(pattern, [rows[index] for index in members]) for members, pattern in folds]
 
 
 def _products(points: list[Point]) -> list[list[list[str]]]:
     """Disjoint products of lists of values that together are exactly `points`; few, not the fewest."""
     axes = [sorted(set(values), key=_order) for values in zip(*points, strict=True)]
     if math.prod(map(len, axes)) == len(points):
-        return _short(axes)
+        return [axes]
     # Cut along the axis whose values differ least in what stands beside them.
     slices = [_slices(points, axis) for axis in range(len(axes))]
     axis = min(range(len(axes)), key=lambda axis: len(slices[axis]))
     return [
-        product
+        [*rest[:axis], values, *rest[axis:]]
         for others, values in slices[axis].items()
         for rest in _products(list(others))
-        for product in _short([*rest[:axis], values, *rest[axis:]])
     ]
 
 
@@ -103,7 +86,7 @@ def _slices(points: list[Point], axis: int) -> dict[frozenset[Point], list[str]]
     return slices
 
 
-def _short(axes: list[list[str]]) -> list[list[list[str]]]:
+def _readable(axes: list[list[str]]) -> list[list[list[str]]]:
     """The product, in parts if the braces of an axis would list too many runs."""
     parts = []
     for values in axes:
@@ -127,8 +110,7 @@ def _runs(values: list[str]) -> list[list[str]]:
     runs: list[list[str]] = []
     for value in values:
         last = runs[-1] if runs else []
-        follows = last and not _padded(value) and not _padded(last[-1]) and int(value) == int(last[-1]) + 1
-        if follows and len(last) < _LONGEST_RUN:
+        if last and not _padded(value) and not _padded(last[-1]) and int(value) == int(last[-1]) + 1:
             last.append(value)
         else:
             runs.append([value])

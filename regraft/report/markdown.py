@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from regraft.report.document import Facts, Section, visible
-from regraft.report.registry import document_of
+from regraft.report.document import Facts, Section, document_of, visible
 
 _SPECIAL = re.compile(r"([\\`*_\[\]{}#|~])")
 _TICKS = re.compile(r"`+")

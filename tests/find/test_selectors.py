@@ -172,7 +172,7 @@ def test_a_selector_selects(kinds, key, expected):
 def test_every_site_of_the_table_is_selected_by_a_double_star_and_by_a_star(kinds):
     for key in ("*", "**", "*@**", "re:.*"):
         assert all(read_selector(key).matches(site) for site in kinds.sites)
-    assert all(isinstance(site, regraft.Site) for site in kinds.sites)
+    assert all(isinstance(site, regraft.results.Site) for site in kinds.sites)
 
 
 @pytest.mark.parametrize("path", ["first", "second", "*.0"])

@@ -20,6 +20,7 @@ TINY = ("--steps", "2", "--labels", "16", "--test", "40", "--apart", "20", "--se
 
 @pytest.fixture(scope="module")
 def compare():
+    sys.path.insert(0, str(RECIPE.parent))  # as python itself does for a script
     spec = importlib.util.spec_from_file_location("compare", RECIPE)
     module = sys.modules["compare"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -128,7 +129,7 @@ def worker(compare, tmp_path_factory):
 
 def test_the_frozen_layers_are_computed_once_where_they_have_no_dropout(compare, worker):
     model = worker.model(0)
-    regraft.apply(model, compare.dropout(0.3) | compare.without_dropout(model, 4))
+    regraft.apply(model, compare.dropout(0.3) | compare.shared.without_dropout(model, 4))
     assert worker.is_computed(model)
 
 
@@ -154,7 +155,7 @@ def test_behind_the_frozen_layers_gradients_are_those_of_the_whole_model(compare
 def test_every_arm_applies(compare, worker):
     for name, arm in compare.ARMS.items():
         model = worker.model(0)
-        off = {} if arm.everywhere else compare.without_dropout(model, 4)
+        off = {} if arm.everywhere else compare.shared.without_dropout(model, 4)
         assert regraft.apply(model, arm.rules | off).grafted, name
 
 

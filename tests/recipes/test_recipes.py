@@ -30,15 +30,17 @@ def check_files(output, stdout, seeds):
     assert "sites grafted" in stdout
     assert "no missing and no unexpected key" in stdout
     assert "recipes/" in results(output)["command"]
-    rows = {row["method"]: row for row in results(output)["methods"]}
+    rows = {row["arm"]: row for row in results(output)["summary"]}
     assert list(rows) == ["baseline", "R-Drop", "grafted"]
-    for row in rows.values():
-        assert len(row["runs"]) == seeds
-        assert row["accuracy"] == pytest.approx(sum(one["accuracy"] for one in row["runs"]) / seeds)
-        assert row["difference"] == pytest.approx(row["accuracy"] - rows["baseline"]["accuracy"])
-    for method in ("R-Drop", "grafted"):
-        claimed = f"{method}: with {seeds} seeds not separable" not in stdout
-        assert claimed == (abs(rows[method]["difference"]) > rows[method]["half"])
+    for name, row in rows.items():
+        runs = results(output)["runs"][name]
+        assert len(runs) == seeds
+        assert row["accuracy"] == pytest.approx(sum(one["accuracy"] for one in runs) / seeds)
+    for name in ("R-Drop", "grafted"):
+        change = rows[name]["accuracy_difference"]
+        assert change["mean"] == pytest.approx(rows[name]["accuracy"] - rows["baseline"]["accuracy"])
+        claimed = f"{name}: with {seeds} seeds not separable" not in stdout
+        assert claimed == (abs(change["mean"]) > change["half"])
     return rows
 
 

@@ -84,10 +84,10 @@ def test_a_selector_reads_a_fold_as_the_paths_it_stands_for(paths: list[str], ot
 @given(st.lists(st.tuples(paths_of_models, st.sampled_from("ab")), max_size=40))
 def test_rows_that_are_not_alike_stay_apart(rows: list[tuple[str, str]]) -> None:
     folds = fold_rows(rows, path=lambda row: row[0], alike=lambda row: row[1])
-    assert sorted(row for folded in folds for row in folded.rows) == sorted(rows)
-    for folded in folds:
-        assert len({kind for _, kind in folded.rows}) == 1
-        assert set(expand(folded.path)) == {path for path, _ in folded.rows}
+    assert sorted(row for _, members in folds for row in members) == sorted(rows)
+    for pattern, members in folds:
+        assert len({kind for _, kind in members}) == 1
+        assert set(expand(pattern)) == {path for path, _ in members}
 
 
 def test_a_long_list_is_cut_into_lines_one_can_read() -> None:

@@ -157,3 +157,11 @@ def test_findings_come_first_and_then_the_tree():
 def test_a_view_without_places_has_no_script():
     page = Tags(to_page({"schema": 1, "view": "plan", "model": "Net", "grafted": [], "skipped": []}))
     assert page.scripts == []
+
+
+def test_what_is_left_as_it_is_has_its_places_on_the_page_too():
+    left = [{"path": "rope", "what": "an unrecognized draw", "source": "a.py:3", "remedy": "name it"}]
+    view = {"schema": 1, "view": "plan", "model": "Net", "grafted": [], "skipped": [], "left": left}
+    site = {"path": "drop", "op": "Dropout", "reason": "its rate is 0", "remedy": "name one"}
+    page = to_page({**view, "skipped": [site]})
+    assert page.index("<code>rope</code>") < page.index('class="tree"')

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 WAY = sys.argv.pop(1)
 RECIPE = Path(__file__).parents[2] / "recipes" / "bert.py"
+sys.path.insert(0, str(RECIPE.parent))  # as python itself does for a script
 runs = []
 
 
