@@ -15,9 +15,8 @@ from regraft.graft.classes import Namespace
 from regraft.graft.slots import set_graft
 from regraft.record import RECORD, Graft, Layer, Slot, grafts_of
 from regraft.training.mc import Reading, Sampler
-from regraft.training.passes.api import run_passes
+from regraft.training.passes.api import is_passing, passing, run_passes
 from regraft.training.passes.nested import pass_of
-from regraft.training.passes.reentrancy import is_passing, passing
 from regraft.training.rdrop.fields import loss_in, parts_of, with_loss
 from regraft.training.rdrop.layer import Call, Forward
 from regraft.training.rdrop.rdrop_loss import wide

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import warnings
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,8 +18,7 @@ from regraft.errors import InputsError
 from regraft.find.locks import lock_of
 from regraft.find.walk import inner_model
 from regraft.record import grafts_of
-from regraft.training.passes.caches import Call
-from regraft.training.passes.compiled import is_compiled
+from regraft.training.passes.draws import LAST, Decided
 from regraft.training.passes.fork import Fork, ForkError
 from regraft.training.passes.independence import UNDECIDED, why_dependent
 from regraft.training.passes.measure import (
@@ -29,12 +28,11 @@ from regraft.training.passes.measure import (
     on_fake_tensors,
     on_real_tensors,
 )
-from regraft.training.passes.nested import emptied, leaves
-from regraft.training.passes.per_pass_modules import PerPass, held_next, keepsakes, modules_of
+from regraft.training.passes.nested import Call, leaves, tensors_changed, tensors_in
+from regraft.training.passes.per_pass_modules import PerPass, held_next, modules_of, nothing_kept
 from regraft.training.passes.repeat import Batch, repeated_forward
-from regraft.training.passes.scalar_draws import LAST, Decided
 from regraft.training.passes.sharded import why_not_shared
-from regraft.training.passes.vmap import SLOWER, shared_forward
+from regraft.training.passes.vmap import is_compiled, shared_forward
 
 log = logging.getLogger("regraft")
 _PROBED = 2
@@ -44,6 +42,7 @@ _SHARED_DRAW = "it draws once for the whole batch (a mask of weights or layers),
 _DECIDES = "it draws a number to decide what runs, which each pass has to decide for itself"
 _ELSEWHERE = "it draws from Python's or numpy's generator, which says nothing of passes"
 _COMPILING = "a region that is being compiled cannot be analyzed"
+_UNASKED = "not asked for yet"
 _IN_OTHER_WORDS = {
     "running_mean or running_var": "a BatchNorm in training comes behind the first random operation, and its "
     "running statistics would have to move for each pass",
@@ -53,6 +52,7 @@ _IN_OTHER_WORDS = {
     "dynamic shape": "behind the first random operation a shape depends on values",
 }
 """What torch says -> what it means for the passes."""
+_NO_VALUES = torch.empty(0)
 _READ = (
     *("p", "drop_prob", "dropout", "attention_dropout", "activation_dropout", "drop_rate", "layerdrop"),
     *("gradient_checkpointing", "grad_checkpointing"),
@@ -60,7 +60,9 @@ _READ = (
 """Attributes of modules that an analysis depends on."""
 _known: WeakKeyDictionary[nn.Module, dict[Any, PassAnalysis]] = WeakKeyDictionary()
 
+Reason = str | InputsError | None
 Trial = Callable[..., Any]
+"""`trial(forward, call, meter, fork)` gives the outputs of what is measured."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,11 @@ class PassAnalysis:
         draws: whether "shared" has to take draws over.
         per_pass: classes of modules that "shared" runs once for each pass, see there.
         decides: whether such a module draws a number to decide something.
-        no_batch: why "batch" would not be independent passes; empty until it is asked for.
+        no_batch: why "batch" would not be independent passes.
+        dependent: why the rows of the batch may see one another.
         plain: one pass as it is, measured for inputs of so many `elements`; None where it could not be.
         place: on what tensors that was.
-        template: the outputs of one pass, with slots for their tensors.
+        template: the outputs of one pass, without the values of their tensors.
     """
 
     no_sharing: str | None = None
@@ -105,7 +108,8 @@ class PassAnalysis:
     draws: bool = True
     per_pass: PerPass = field(default_factory=dict)
     decides: bool = False
-    no_batch: list[str | InputsError | None] = field(default_factory=list)
+    no_batch: Reason = _UNASKED
+    dependent: str | None = _UNASKED
     plain: Meter | None = None
     elements: int = 0
     place: Any = on_fake_tensors
@@ -116,23 +120,24 @@ class PassAnalysis:
         part = (1 - self.prefix) * _OVERHEAD
         return sum(1 + (min(chunk, n - start) - 1) * part for start in range(0, n, chunk))
 
-    def why_no_batch(self, model: nn.Module, forward: Forward, inputs: Inputs) -> str | InputsError | None:
+    def why_dependent(self, model: nn.Module, forward: Forward, batch: Batch) -> str | None:
+        """Why the rows of the batch may see one another, or None where it was shown that they do not."""
+        if self.dependent in (_UNASKED, UNDECIDED):
+            self.dependent = why_dependent(model, forward, batch)
+        return self.dependent
+
+    def why_no_batch(self, model: nn.Module, forward: Forward, inputs: Inputs) -> Reason:
         """Why the repeated batch would not be independent passes, or None where it was shown that it is."""
-        if not self.no_batch:
+        if self.no_batch in (_UNASKED, UNDECIDED):
             try:
                 batch = inputs.batch()
-                reason: str | InputsError | None = _batch_draws(self, model, inputs) or why_dependent(
-                    model, forward, batch
-                )
+                self.no_batch = _batch_draws(self, model, inputs) or self.why_dependent(model, forward, batch)
             except InputsError as error:
-                reason = copy.copy(error)  # without the frames that it came through
-            if reason == UNDECIDED:
-                return reason
-            self.no_batch.append(reason)
-            if reason is not None:
-                text = reason.what if isinstance(reason, InputsError) else reason
-                log.info("%s: the batch is not repeated: %s", type(model).__name__, text)
-        return self.no_batch[0]
+                self.no_batch = copy.copy(error)  # without the frames that it came through
+            if self.no_batch not in (None, UNDECIDED):
+                reason = self.no_batch.what if isinstance(self.no_batch, InputsError) else self.no_batch
+                log.info("%s: the batch is not repeated: %s", type(model).__name__, reason)
+        return self.no_batch
 
 
 def analysis_of(model: nn.Module, inputs: Inputs) -> PassAnalysis:
@@ -142,7 +147,7 @@ def analysis_of(model: nn.Module, inputs: Inputs) -> PassAnalysis:
         ForkError: passes cannot part at `inputs.fork`.
     """
     if torch.compiler.is_compiling():
-        return PassAnalysis(no_sharing=_COMPILING, no_batch=[_COMPILING])
+        return _unknown(_COMPILING)
     with lock_of(model):
         known = _known.setdefault(model, {})
         key = _state(model, inputs)
@@ -165,15 +170,22 @@ def work_of(model: nn.Module, call: Call, fork: str | None = None) -> tuple[floa
 
 
 def _elements(call: Call) -> int:
-    return sum(leaf.numel() for _, leaf in leaves("", call) if isinstance(leaf, Tensor))
+    return sum(tensor.numel() for tensor in tensors_in(call))
+
+
+def _unknown(reason: str) -> PassAnalysis:
+    return PassAnalysis(no_sharing=reason, no_batch=reason, dependent=reason)
 
 
 def _state(model: nn.Module, inputs: Inputs) -> Any:
     # What an analysis depends on. Where something else changes it stays right, and may be slower.
+    def number(value: Any) -> Any:
+        return value if isinstance(value, (int, float)) else None
+
     modules = tuple(
         (
             *(type(module), module.training),
-            *(_number(module.__dict__.get(name)) for name in _READ),
+            *(number(module.__dict__.get(name)) for name in _READ),
             *(getattr(graft, "sampling", False) for graft in grafts_of(module).values()),
         )
         for module in model.modules()
@@ -189,10 +201,6 @@ def _state(model: nn.Module, inputs: Inputs) -> Any:
     return modules, kinds, options, torch.is_grad_enabled(), _autocasts(model)
 
 
-def _number(value: Any) -> Any:
-    return value if isinstance(value, (int, float)) else None
-
-
 def main_input(model: nn.Module) -> str | None:
     """The argument that says how long a Transformers model's batch is: of several, the first."""
     name = getattr(model, "main_input_name", None)
@@ -203,37 +211,35 @@ def main_input(model: nn.Module) -> str | None:
 
 def _analyzed(model: nn.Module, inputs: Inputs) -> PassAnalysis:
     inner = inner_model(model)[0]
-    analysis = PassAnalysis(no_sharing=_opaque(model))
-    try:
-        analysis.plain = _tried(on_fake_tensors, inner, inputs, _plain)
-    except ForkError:
-        raise
-    except Exception:
-        analysis.place = on_real_tensors
+    analysis = PassAnalysis(no_sharing=_opaque(model, inner))
+    for place in (on_fake_tensors, on_real_tensors):
         try:
-            analysis.plain = _tried(on_real_tensors, inner, inputs, _plain)
+            plain = _tried(place, inner, inputs, _plain)
+            break
         except ForkError:
             raise
         except Exception as error:
             # The forward that was asked for will say so better.
-            return PassAnalysis(no_sharing=why(error), no_batch=[why(error)])
-    plain = analysis.plain
-    drawn, common = plain.draws + plain.scalars, plain.common.draws + plain.common.scalars
-    if inputs.fork is not None and drawn and drawn == common and not plain.elsewhere:
-        fork = Fork(inner, inputs.fork)
+            reason = why(error)
+    else:
+        return _unknown(reason)
+    analysis.place, analysis.plain = place, plain
+    drawn, common = (counts.draws + counts.scalars for counts in (plain.own, plain.common))
+    if common and not drawn and not plain.elsewhere:
+        fork = Fork(inner, str(inputs.fork))
         raise fork.unfit("has no draw behind it: all passes would be equal", "name a module further in front")
     if plain.elsewhere:
-        analysis.no_sharing = _ELSEWHERE
-        analysis.no_batch.append(_ELSEWHERE)
+        analysis.no_sharing = analysis.no_batch = _ELSEWHERE
     elif analysis.no_sharing is None:
         _try_sharing(analysis, inner, inputs)
-        if is_compiled(model) and analysis.no_sharing is None:
-            analysis.no_sharing = _not_compiled(analysis)
+        if is_compiled(model) and analysis.no_sharing is None and (analysis.per_pass or analysis.draws):
+            analysis.no_sharing = (
+                "a compiler cannot follow how its draws, or modules run once for each pass, are taken over"
+            )
     return analysis
 
 
-def _opaque(model: nn.Module) -> str | None:
-    inner = inner_model(model)[0]
+def _opaque(model: nn.Module, inner: nn.Module) -> str | None:
     if getattr(inner, "_compiled_call_impl", None) is not None:
         return f"{type(inner).__name__} is compiled in place, by compile() and not by torch.compile"
     if inner is not model and not is_compiled(model):
@@ -241,26 +247,11 @@ def _opaque(model: nn.Module) -> str | None:
     return why_not_shared(inner)
 
 
-def _not_compiled(analysis: PassAnalysis) -> str | None:
-    """Why passes that share a forward cannot be compiled with it."""
-    if analysis.per_pass or analysis.draws:
-        return "a compiler cannot follow how its draws, or modules run once for each pass, are taken over"
-    return None
-
-
-def _plain(forward: Trial, call: Call, meter: Meter, fork: Fork | None) -> Any:
-    args, kwargs = call
-    if fork is None:
-        return forward(*args, **kwargs)
-    with fork.watched(meter.forked):
-        return forward(*args, **kwargs)
-
-
 def _try_sharing(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> None:
     assert analysis.plain is not None
     # Without taking draws over it is faster, and fails on what there is to take over; a kernel that vmap
     # runs pass by pass, as fused attention, is better taken over too, and autocast and decisions need it.
-    draws = _autocasts(model) or analysis.plain.scalars > 0
+    draws = _autocasts(model) or analysis.plain.own.scalars > 0
     per_pass: PerPass = {}
     while True:
         more = None
@@ -270,7 +261,10 @@ def _try_sharing(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> No
             reason = _flaw(both, each)
             if reason is None:
                 analysis.no_sharing, analysis.draws, analysis.per_pass = None, draws, per_pass
-                analysis.prefix, analysis.decides = _prefix(both, each), both.decides
+                analysis.decides = both.decides
+                cost = sum(one.cost for one in each) / _PROBED
+                suffix = (both.cost - cost) / max(cost, 1) / (_PROBED - 1)
+                analysis.prefix = min(max(1 - suffix, 0.0), 1.0)
                 return
         except Exception as error:
             reason = why(error)
@@ -283,26 +277,20 @@ def _try_sharing(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> No
         draws, per_pass = True, more or per_pass
 
 
+def _plain(forward: Trial, call: Call, meter: Meter, fork: Fork | None) -> Any:
+    args, kwargs = call
+    with nullcontext() if fork is None else fork.reached(meter.forked):
+        return forward(*args, **kwargs)
+
+
 def _sharing(analysis: PassAnalysis, model: nn.Module, draws: bool, per_pass: PerPass) -> Trial:
     def trial(forward: Trial, call: Call, meter: Meter, fork: Fork | None) -> Any:
         modules = modules_of(model, per_pass)
-        kept = keepsakes(modules)
-        with warnings.catch_warnings():
-            if not draws:
-                warnings.filterwarnings("error", message=SLOWER)
+        with nothing_kept(modules):
             outputs = shared_forward(
-                forward,
-                _PROBED,
-                call,
-                draws=draws,
-                per_pass=modules,
-                parting=None if fork is None else fork.watched,
-                observer=meter,
-                quiet=draws,
+                forward, _PROBED, call, draws=draws, per_pass=modules, fork=fork, observer=meter
             )
-        if (name := kept()) is not None:
-            raise RuntimeError(f"{name} keeps a tensor, which would be that of one pass")
-        analysis.template = emptied(outputs)[0]
+        analysis.template = tensors_changed(lambda _: _NO_VALUES, outputs)
         return outputs
 
     return trial
@@ -311,7 +299,7 @@ def _sharing(analysis: PassAnalysis, model: nn.Module, draws: bool, per_pass: Pe
 def _each(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> list[Meter]:
     """The same passes one after the other, with decisions at the ends of what they can be."""
     assert analysis.plain is not None
-    if not analysis.plain.scalars:
+    if not analysis.plain.own.scalars:
         return [analysis.plain] * _PROBED
 
     def trial_at(number: float) -> Trial:
@@ -325,21 +313,15 @@ def _each(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> list[Mete
 
 
 def _flaw(both: Meter, each: list[Meter]) -> str | None:
-    if both.scalars > both.common.scalars:
+    if both.own.scalars:
         return _DECIDES
-    if both.draws != both.common.draws + sum(one.draws - one.common.draws for one in each):
+    if both.own.draws != sum(one.own.draws for one in each):
         return "an operation draws once for all passes, behind vmap's back"
     if both.reads_replaced:
         return "a tensor is used after a change in place that would tell the passes apart"
     if both.outputs != each[0].outputs:
         return "its outputs are gathered by hooks in modules that run once for each pass"
     return None
-
-
-def _prefix(both: Meter, each: list[Meter]) -> float:
-    cost = sum(one.cost for one in each) / _PROBED
-    suffix = (both.cost - cost) / max(cost, 1)
-    return min(max(1 - suffix / (_PROBED - 1), 0.0), 1.0)
 
 
 def _batch_draws(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> str | None:
@@ -366,8 +348,8 @@ def _batch_draws(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> st
     except Exception as error:
         return why(error)
     # Draws of a single number that decide nothing (LayerDrop at rate 0) may be common: both ends were tried.
-    decided = analysis.plain.scalars and analysis.no_sharing is not None
-    return _SHARED_DRAW if decided or both.draws != _PROBED * single.draws else None
+    decided = analysis.plain.own.scalars and analysis.no_sharing is not None
+    return _SHARED_DRAW if decided or both.own.draws != _PROBED * single.own.draws else None
 
 
 def _tried(place: Any, model: nn.Module, inputs: Inputs, trial: Trial) -> Meter:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +18,25 @@ from regraft.errors import InputsError, ModelError, RateError, nearest
 from regraft.find.probe.example_inputs import given_inputs
 from regraft.find.walk import inner_model
 from regraft.training.passes.analyze import Inputs, PassAnalysis, analysis_of, log, main_input, why
-from regraft.training.passes.caches import Call
-from regraft.training.passes.compiled import compiled_forward, is_compiled
-from regraft.training.passes.fork import Fork, ForkError, Parting, fork_path
+from regraft.training.passes.fork import Fork, ForkError, fork_path
 from regraft.training.passes.intercept import RecomputeError
-from regraft.training.passes.loop import joined, single_forward
 from regraft.training.passes.measure import Forward
-from regraft.training.passes.nested import leaves
+from regraft.training.passes.nested import (
+    Call,
+    mapped,
+    own_caches,
+    tensors_changed,
+    tensors_in,
+    without_caches,
+)
 from regraft.training.passes.per_pass_modules import modules_of
-from regraft.training.passes.reentrancy import passing
 from regraft.training.passes.repeat import NoBatchAxisError, repeated_forward
 from regraft.training.passes.sharded import gathered_as_ever
-from regraft.training.passes.vmap import shared_forward
+from regraft.training.passes.vmap import compiled_forward, is_compiled, shared_forward
 
 STRATEGIES = ("auto", "shared", "batch", "loop")
+_here = threading.local()
+"""Which models are making passes: a graft that makes them must not make passes of passes."""
 
 
 def stochastic_passes(
@@ -96,26 +103,21 @@ def stochastic_passes(
     outputs = run_passes(
         model,
         model,
-        _check_count("n", n),
+        check_count("n", n),
         call_of(model, args, kwargs),
         strategy=strategy,
-        chunk=n if chunk is None else _check_count("chunk", chunk),
+        chunk=n if chunk is None else check_count("chunk", chunk),
         unbatched=unbatched,
         fork=fork,
     )
-    if n > 1 and not torch.compiler.is_compiling() and not any(m.training for m in model.modules()):
-        _warn_if_equal(model, outputs)
-    return outputs
-
-
-def _warn_if_equal(model: nn.Module, outputs: Any) -> None:
-    tensors = [leaf for _, leaf in leaves("", outputs) if isinstance(leaf, Tensor)]
-    if all(bool((x[0] == x[1]).all()) for x in tensors if len(x) > 1):
+    in_eval = n > 1 and not torch.compiler.is_compiling() and not any(m.training for m in model.modules())
+    if in_eval and all(bool((x[0] == x[1]).all()) for x in tensors_in(outputs)):
         warnings.warn(
             f"the passes of {type(inner_model(model)[0]).__name__} are equal, for it is in eval: "
             "model.train() for training, regraft.mc_predict for a prediction",
-            stacklevel=3,
+            stacklevel=2,
         )
+    return outputs
 
 
 def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -142,7 +144,7 @@ def run_passes(
     call: Call,
     *,
     strategy: str,
-    chunk: int,
+    chunk: int | None = None,
     unbatched: Collection[str] = (),
     fork: str | float | Fork | None = None,
 ) -> Any:
@@ -151,17 +153,34 @@ def run_passes(
     Calls that are given one `Fork` have what is drawn in front of it in common.
     """
     inner = inner_model(model)[0]
-    if fork is not None and (is_compiled(model) or torch.compiler.is_compiling()):
-        raise ForkError(
-            f"fork={fork!r} parts passes in the middle of a forward that is compiled whole",
-            remedy="pass the model uncompiled; its blocks may be compiled, each by compile()",
-        )
+    if fork is not None:
+        if is_compiled(model) or torch.compiler.is_compiling():
+            raise ForkError(
+                f"fork={fork!r} parts passes in the middle of a forward that is compiled whole",
+                remedy="pass the model uncompiled; its blocks may be compiled, each by compile()",
+            )
+        fork = fork if isinstance(fork, Fork) else Fork(inner, fork_path(inner, fork))
     args, kwargs = call
-    path = fork.path if isinstance(fork, Fork) else None if fork is None else fork_path(inner, fork)
+    path = None if fork is None else fork.path
     inputs = Inputs((args, _without_cache(inner, kwargs)), main_input(inner), unbatched, path)
-    shared = fork if isinstance(fork, Fork) else None
     with passing(inner):
-        return getattr(_Passes(model, forward, n, min(chunk, n), inputs, shared), strategy)()
+        return getattr(_Passes(model, forward, n, min(chunk or n, n), inputs, fork), strategy)()
+
+
+@contextmanager
+def passing(model: nn.Module) -> Iterator[None]:
+    """While it runs, `model`'s own forward is one pass."""
+    models = _here.__dict__.setdefault("models", [])
+    models.append(model)
+    try:
+        yield
+    finally:
+        models.pop()
+
+
+def is_passing(model: nn.Module) -> bool:
+    """Whether a pass of `model` is under way in this thread."""
+    return any(one is model for one in getattr(_here, "models", ()))
 
 
 @dataclass(frozen=True)
@@ -174,7 +193,6 @@ class _Passes:
     chunk: int
     inputs: Inputs
     fork: Fork | None
-    """One that other calls have in common with this one."""
 
     @property
     def analysis(self) -> PassAnalysis:
@@ -183,21 +201,21 @@ class _Passes:
     def auto(self) -> Any:
         if self.chunk == 1:  # nothing to share, and nothing to repeat
             return self.loop()
-        forked = self.inputs.fork is not None
-        if self.analysis.no_sharing is None and (forked or self.analysis.cost(self.n, self.chunk) < self.n):
+        analysis = self.analysis
+        if analysis.no_sharing is None and (self.fork or analysis.cost(self.n, self.chunk) < self.n):
             try:
                 return self._by_sharing()
             except (torch.OutOfMemoryError, ForkError):
                 raise
             except Exception as error:
-                self.analysis.no_sharing = why(error)
+                analysis.no_sharing = why(error)
                 name = type(self.model).__name__
-                log.info("%s: passes share nothing from here on: %s", name, self.analysis.no_sharing)
-        if not forked and self._why_no_batch() is None:
+                log.info("%s: passes share nothing from here on: %s", name, analysis.no_sharing)
+        if not self.fork and analysis.why_no_batch(self.model, self.forward, self.inputs) is None:
             try:
                 return self._by_repeating()
             except NoBatchAxisError as error:
-                self.analysis.no_batch[:] = [error.what]
+                analysis.no_batch = error.what
         return self.loop()
 
     def shared(self) -> Any:
@@ -209,9 +227,9 @@ class _Passes:
             raise self._cannot("shared", str(error)) from error
 
     def batch(self) -> Any:
-        if self.inputs.fork is not None:
+        if self.fork is not None:
             raise self._cannot("batch", "its passes part at the inputs, and not at the fork")
-        reason = self._why_no_batch()
+        reason = self.analysis.why_no_batch(self.model, self.forward, self.inputs)
         if isinstance(reason, InputsError):
             raise copy.copy(reason)
         if reason is not None:
@@ -219,45 +237,59 @@ class _Passes:
         return self._by_repeating()
 
     def loop(self) -> Any:
-        if self.inputs.fork is not None:
+        if self.fork is not None:
             _ = self.analysis  # raises where passes cannot part there
-        return self._in_parts(1, lambda _, parting: single_forward(self.forward, self.inputs.call, parting))
+        return self._in_chunks(1, self._single)
+
+    def _single(self, _: int) -> Any:
+        """One pass, with a new first axis of 1."""
+        args, kwargs = own_caches(self.inputs.call)
+        with nullcontext() if self.fork is None else self.fork.reached(lambda: None):
+            outputs = without_caches(self.forward(*args, **kwargs), kwargs)
+        return tensors_changed(lambda tensor: tensor[None], outputs)
 
     def _by_sharing(self) -> Any:
-        call, draws = self.inputs.call, self.analysis.draws
-        per_pass = modules_of(self.model, self.analysis.per_pass)
+        call, analysis = self.inputs.call, self.analysis
+        per_pass = modules_of(self.model, analysis.per_pass)
 
-        def run(size: int, parting: Parting | None) -> Any:
+        def shared(size: int) -> Any:
             if is_compiled(self.model):
-                return compiled_forward(self.model, size, call, self.analysis.template)
+                return compiled_forward(self.model, size, call, analysis.template)
             with gathered_as_ever(self.model):
                 return shared_forward(
-                    self.forward, size, call, draws=draws, per_pass=per_pass, parting=parting
+                    self.forward, size, call, draws=analysis.draws, per_pass=per_pass, fork=self.fork
                 )
 
-        return self._in_parts(self.chunk, run)
+        return self._in_chunks(self.chunk, shared)
 
     def _by_repeating(self) -> Any:
         batch = self.inputs.batch()
-        return self._in_parts(self.chunk, lambda size, _: repeated_forward(self.forward, size, batch))
+        return self._in_chunks(self.chunk, lambda size: repeated_forward(self.forward, size, batch))
 
-    def _in_parts(self, chunk: int, run: Callable[[int, Parting | None], Any]) -> Any:
-        """The passes in forwards of at most `chunk`, which have what is in front of the fork in common."""
-        sizes = [min(chunk, self.n - start) for start in range(0, self.n, chunk)]
-        parting = None
-        if self.inputs.fork is not None:
-            fork = self.fork or Fork(inner_model(self.model)[0], self.inputs.fork)
-            parting = fork.watched if len(sizes) == 1 and self.fork is None else fork.replayed
-        return joined([run(size, parting) for size in sizes])
-
-    def _why_no_batch(self) -> str | InputsError | None:
-        return self.analysis.why_no_batch(self.model, self.forward, self.inputs)
+    def _in_chunks(self, chunk: int, run: Callable[[int], Any]) -> Any:
+        """The passes in forwards of at most `chunk`, along their first axis."""
+        parts = [run(min(chunk, self.n - start)) for start in range(0, self.n, chunk)]
+        return parts[0] if len(parts) == 1 else mapped(_joined, "", *parts)
 
     def _cannot(self, strategy: str, reason: str) -> ModelError:
         return ModelError(
             f'strategy="{strategy}" cannot run {type(self.model).__name__}: {reason}',
             remedy='strategy="auto" takes one that can; "loop" can run any model',
         )
+
+
+def _joined(name: str, *parts: Any) -> Any:
+    first, *others = parts
+    if not isinstance(first, Tensor):
+        return first if all(other is first or other == first for other in others) else parts
+    shapes = sorted({tuple(x.shape[1:]) for x in parts})
+    if len(shapes) > 1:
+        raise ModelError(
+            f"the passes differ in shape, {' and '.join(map(str, shapes))}, and cannot be stacked",
+            where=f"output {name or 'of the model'}",
+            remedy="its length is drawn at random: call the model once for each pass",
+        )
+    return torch.cat(parts)
 
 
 def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -279,7 +311,9 @@ def check_strategy(strategy: str) -> None:
         )
 
 
-def _check_count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RateError(f"{name}={value!r} is not a number of passes", remedy="give 1 or more")
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """The count; raises for less than `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        few = "is not a number of passes" if least == 1 else "passes have no variance"
+        raise RateError(f"{name}={value!r} {few}", remedy=f"give {least} or more")
     return value

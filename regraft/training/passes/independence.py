@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from regraft.find.probe.preserve_state import random_state_kept, silent
 from regraft.libraries import is_sharded
-from regraft.training.passes.caches import without_caches
-from regraft.training.passes.nested import leaves
+from regraft.training.passes.measure import arguments_of, draws
+from regraft.training.passes.nested import leaves, without_caches
 from regraft.training.passes.repeat import Batch, check_batched
 from regraft.training.passes.sharded import real_forwards
 
@@ -40,12 +40,16 @@ def why_dependent(model: nn.Module, forward: Callable[..., Any], batch: Batch) -
     answer. `UNDECIDED` is about these inputs alone; any other answer holds for all inputs of their kind.
     """
     groups = _groups(model)
-    rows = _rows(batch)
-    if not _all_ranks(groups, rows is not None, batch):
+    different: Any = torch.zeros(batch.size, dtype=torch.bool)
+    for x in batch.tensors:
+        flat = x.detach().reshape(batch.size, -1)
+        different |= (flat != flat[:1]).any(1).cpu()
+    others = different.nonzero().flatten().tolist()
+    if not _all_ranks(groups, bool(others), batch):
         return UNDECIDED
-    assert rows is not None
     try:
-        reason = _compared(model, forward, batch, rows)
+        # Two rows to look at, and one to put around them: three that differ, if there are as many.
+        reason = _compared(model, forward, batch, others[0], others[1] if len(others) > 1 else 0)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -55,23 +59,10 @@ def why_dependent(model: nn.Module, forward: Callable[..., Any], batch: Batch) -
     return None
 
 
-def _rows(batch: Batch) -> tuple[int, int, int] | None:
-    """Two rows to look at and one to put around them; the three differ where the batch has so many."""
-    different: Any = torch.zeros(batch.size, dtype=torch.bool)
-    for x in batch.tensors:
-        flat = x.detach().reshape(batch.size, -1)
-        different |= (flat != flat[:1]).any(1).cpu()
-    others = different.nonzero().flatten().tolist()
-    if not others:
-        return None
-    return others[0], others[1] if len(others) > 1 else 0, 0
-
-
 def _compared(
-    model: nn.Module, forward: Callable[..., Any], batch: Batch, rows: tuple[int, int, int]
+    model: nn.Module, forward: Callable[..., Any], batch: Batch, first: int, second: int
 ) -> str | None:
-    first, second, around = rows
-    guard = [around] * _GUARDS
+    guard = [0] * _GUARDS
     alone, eps = _outputs(model, forward, batch, [first, second])
     between, _ = _outputs(model, forward, batch, [*guard, first, second, *guard])
     if alone.keys() != between.keys():
@@ -81,9 +72,11 @@ def _compared(
         middle = between[name][_GUARDS : _GUARDS + 2]
         if middle.shape != wanted.shape:
             return f"the shape of its output {name or 'itself'!r} depends on the other rows of the batch"
-        effect = float((wanted[0] - wanted[1]).nan_to_num(0, 0, 0).abs().max()) if wanted[0].numel() else 0.0
+        if not wanted.numel():
+            continue
+        effect = float((wanted[0] - wanted[1]).nan_to_num(0, 0, 0).abs().max())
         # Half precision rounds away a thousandth: a product of another size is added up in another order.
-        rounding = 4 * eps[name] * float(wanted.nan_to_num(0, 0, 0).abs().max()) if wanted.numel() else 0.0
+        rounding = 4 * eps[name] * float(wanted.nan_to_num(0, 0, 0).abs().max())
         if not torch.allclose(middle, wanted, rtol=0, atol=_TOLERANCE * effect + rounding, equal_nan=True):
             return "the rows of its first axis see one another, so it is no batch of independent examples"
         shown |= effect > 0
@@ -122,18 +115,15 @@ class _Centred(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        names = [argument.name for argument in func._schema.arguments]
-        given = {argument.name: argument.default_value for argument in func._schema.arguments}
-        given |= dict(zip(names, args, strict=False)) | kwargs
+        if not draws(func):
+            return func(*args, **(kwargs or {}))
+        given = arguments_of(func, args, kwargs or {})
         for rate in ("dropout_p", "dropout"):  # of fused attention and of recurrent layers
             if rate in given:
-                at = names.index(rate)
-                if at < len(args):
-                    return func(*args[:at], 0.0, *args[at + 1 :], **kwargs)
-                return func(*args, **kwargs | {rate: 0.0})
+                given[rate] = 0.0
+                named = [argument.name for argument in func._schema.arguments if argument.kwarg_only]
+                named_values = {name: given.pop(name) for name in named}
+                return func(*given.values(), **named_values)
         name = func._schema.name.removeprefix("aten::").removesuffix("_").removesuffix("_like")
         if name in ("native_dropout", "_fused_dropout"):
             x = given["input" if "input" in given else "self"]
@@ -141,8 +131,18 @@ class _Centred(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name not in _CENTRES:
             raise NotImplementedError(f"it draws by {name}, whose noise cannot be held still")
         centre = _CENTRES[name](given)
-        result = func(*args, **kwargs)
+        result = func(*args, **(kwargs or {}))
         return result.copy_(centre) if isinstance(centre, Tensor) else result.fill_(centre)
+
+
+def _likelier(probability: Any) -> Any:
+    likely = probability >= 0.5
+    return likely.to(probability.dtype) if isinstance(probability, Tensor) else likely
+
+
+def _middle(low: int, high: int) -> int:
+    # A word of random bits may be four small numbers, each of which is to be in its middle.
+    return 0x7FFF7FFF7FFF7FFF if high - low > 2**63 else (low + high) // 2
 
 
 _CENTRES: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -155,16 +155,6 @@ _CENTRES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "exponential": lambda given: 1 / given["lambd"],
 }
 """Operation -> the centre of what it draws."""
-
-
-def _middle(low: int, high: int) -> int:
-    # A word of random bits may be four small numbers, each of which is to be in its middle.
-    return 0x7FFF7FFF7FFF7FFF if high - low > 2**63 else (low + high) // 2
-
-
-def _likelier(probability: Any) -> Any:
-    likely = probability >= 0.5
-    return likely.to(probability.dtype) if isinstance(probability, Tensor) else likely
 
 
 def _groups(model: nn.Module) -> list[Any]:
@@ -184,8 +174,6 @@ def _groups(model: nn.Module) -> list[Any]:
 
 def _all_ranks(groups: list[Any], answer: bool, batch: Batch) -> bool:
     """Whether all ranks answer yes."""
-    if not groups:
-        return answer
     device = next((x.device for x in batch.tensors), torch.device("cpu"))
     vote = torch.tensor([int(answer)], device=device)
     for group in groups:

@@ -16,9 +16,7 @@ from regraft.libraries import is_sharded
 
 def why_not_shared(model: nn.Module) -> str | None:
     """Why vmap cannot run a model whose parameters are sharded as these are, or None."""
-    if any(
-        hasattr(p, "ds_id") for p in model.parameters()
-    ):  # stage 3 empties the parameters and numbers them
+    if any(hasattr(p, "ds_id") for p in model.parameters()):  # stage 3 empties and numbers them
         return "its parameters are sharded by DeepSpeed"
     sharded = [p for p in model.parameters() if is_sharded(p)]
     if not sharded:
