@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regraft.errors import LossError, RateError
+from regraft.errors import LossError
 from regraft.find.walk import inner_model
 from regraft.graft.classes import Namespace
 from regraft.graft.slots import set_graft
 from regraft.record import RECORD, Graft, Layer, Slot, grafts_of
-from regraft.training.mc import Reading, Sampler
-from regraft.training.passes.api import is_passing, passing, run_passes
-from regraft.training.passes.nested import pass_of
+from regraft.training.mc import Reading, sampling
+from regraft.training.passes.api import check_count, is_passing, passing, run_passes
+from regraft.training.passes.measure import Forward
+from regraft.training.passes.nested import Call, pass_of
 from regraft.training.rdrop.fields import loss_in, parts_of, with_loss
-from regraft.training.rdrop.layer import Call, Forward
 from regraft.training.rdrop.rdrop_loss import wide
 
 _SLOT = Slot("passes", "mc")
@@ -53,10 +55,9 @@ def mc_eval(
     Returns:
         The model.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
-        raise RateError(f"n={n!r} is too few", remedy="give 2 or more passes")
+    check_count("n", n, 2)
     root, _ = inner_model(model)
-    passes = _MonteCarlo(n, Reading(task, class_axis), droppath, strategy, chunk or n)
+    passes = _MonteCarlo(n, Reading(task, class_axis), droppath, strategy, chunk)
     set_graft(root, _SLOT, Graft(_SLOT, Layer(mc_layer), options={"passes": passes}))
     return model
 
@@ -84,11 +85,14 @@ def mc_layer(base: type[nn.Module]) -> Namespace:
     return {"forward": forward}
 
 
+@dataclass
 class _MonteCarlo:
-    def __init__(self, n: int, reading: Reading, droppath: bool, strategy: str, chunk: int) -> None:
-        self.n, self.reading, self.droppath = n, reading, droppath
-        self.strategy, self.chunk = strategy, chunk
-        self.warned = False
+    n: int
+    reading: Reading
+    droppath: bool
+    strategy: str
+    chunk: int | None
+    warned: bool = False
 
     def forward(self, model: nn.Module, forward: Forward, call: Call) -> Any:
         if call[1].get("past_key_values") is not None or call[1].get("use_cache"):
@@ -96,12 +100,15 @@ class _MonteCarlo:
                 "a cache of keys and values is of one pass: Monte Carlo prediction cannot generate",
                 remedy="regraft.revert(model) before model.generate",
             )
-        with passing(model), Sampler(model, None, self.droppath).on(call):
-            outputs = run_passes(
-                model, forward, self.n, call, strategy=self.strategy, chunk=min(self.chunk, self.n)
-            )
+        with passing(model), sampling(model, call, None, self.droppath):
+            outputs = run_passes(model, forward, self.n, call, strategy=self.strategy, chunk=self.chunk)
         logits, axis = self.reading.logits(outputs, type(model).__name__)
-        self._warn_if_equal(model, logits)
+        if not self.warned and torch.equal(logits[0], logits[1]):
+            self.warned = True
+            warnings.warn(
+                f"the passes of {type(model).__name__} are equal: no dropout at a rate above 0 runs",
+                stacklevel=2,
+            )
         mean = _mean_logits(wide(logits), self.reading.task, axis)
         if isinstance(outputs, Tensor):
             return mean
@@ -110,18 +117,10 @@ class _MonteCarlo:
         result = with_loss(pass_of(outputs, 0), mean, key, labelled=True)
         return result if loss is None else with_loss(result, loss.mean(), "loss", labelled=True)
 
-    def _warn_if_equal(self, model: nn.Module, logits: Tensor) -> None:
-        if not self.warned and torch.equal(logits[0], logits[1]):
-            self.warned = True
-            warnings.warn(
-                f"the passes of {type(model).__name__} are equal: no dropout at a rate above 0 runs",
-                stacklevel=2,
-            )
-
 
 def _mean_logits(logits: Tensor, task: str, axis: int) -> Tensor:
     if task == "classification":
-        return logits.log_softmax(axis).logsumexp(0) - torch.tensor(float(len(logits))).log().to(logits)
+        return logits.log_softmax(axis).logsumexp(0) - math.log(len(logits))
     if task == "regression":
         return logits.mean(0)
     mean: Tensor = torch.special.logit(logits.sigmoid().mean(0), eps=torch.finfo(logits.dtype).eps)
