@@ -94,6 +94,7 @@ def mc_predict(
     strategy: str = "auto",
     chunk: int | None = None,
     fork: str | float | None = None,
+    one_mask: bool = False,
     progress: bool | None = None,
     **kwargs: Any,
 ) -> MCPrediction:
@@ -123,6 +124,7 @@ def mc_predict(
             where nearly everything is shared, else what is fast on the model's device.
         fork: where the passes part, see `regraft.stochastic_passes`: what is drawn before is the same in
             all, and its variance is left out.
+        one_mask: within a pass all rows of the batch have the same noise, see `regraft.stochastic_passes`.
         progress: show a bar; by default on a terminal, for more than one chunk or batch.
         kwargs: for the model's forward; `labels` are left out.
 
@@ -161,7 +163,9 @@ def mc_predict(
             at_once = chunk or _at_once(n, *work, next(model.parameters(), torch.empty(0)).is_cpu)
             sizes = [min(at_once, n - start) for start in range(0, n, at_once)]
             for size in _bar(sizes, len(sizes), shown):
-                outputs = run_passes(model, model, size, call, strategy=strategy, fork=parted)
+                outputs = run_passes(
+                    model, model, size, call, strategy=strategy, fork=parted, one_mask=one_mask
+                )
                 sums.add(*reading.logits(outputs, type(model).__name__))
         return sums.prediction()
 

@@ -100,6 +100,7 @@ class PassAnalysis:
         dependent: why the rows of the batch may see one another.
         plain: one pass as it is, measured for inputs of so many `elements`; None where it could not be.
         place: on what tensors that was.
+        at_once: whether one vmap over the rows of a batch gives each the same noise; None until asked for.
         template: the outputs of one pass, without the values of their tensors.
     """
 
@@ -114,6 +115,7 @@ class PassAnalysis:
     elements: int = 0
     place: Any = on_fake_tensors
     template: Any = None
+    at_once: bool | None = None
 
     def cost(self, n: int, chunk: int) -> float:
         """Of n shared passes in chunks, in single passes."""

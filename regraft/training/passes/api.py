@@ -8,11 +8,11 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from regraft.errors import InputsError, ModelError, RateError, nearest
 from regraft.find.probe.example_inputs import given_inputs
@@ -23,12 +23,14 @@ from regraft.training.passes.intercept import RecomputeError
 from regraft.training.passes.measure import Forward
 from regraft.training.passes.nested import (
     Call,
+    joined,
     mapped,
     own_caches,
     tensors_changed,
     tensors_in,
     without_caches,
 )
+from regraft.training.passes.one_mask import row_by_row, rows_at_once, shown_at_once
 from regraft.training.passes.per_pass_modules import modules_of
 from regraft.training.passes.repeat import NoBatchAxisError, repeated_forward
 from regraft.training.passes.sharded import gathered_as_ever
@@ -47,6 +49,7 @@ def stochastic_passes(
     chunk: int | None = None,
     unbatched: Collection[str] = (),
     fork: str | float | None = None,
+    one_mask: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Several passes over one input, each with noise of its own.
@@ -68,6 +71,9 @@ def stochastic_passes(
             forward
             draws before it calls that module is the same in all passes; behind it each draws its own. That
             costs the part behind it alone, and the common part gets the gradients of all passes.
+        one_mask: within a pass all rows of the batch have the same noise, which is what one of them would
+            draw alone. It costs a loop, by a vmap over the rows, or a forward for each row where vmap cannot
+            run the model.
         kwargs: for the model's forward.
 
     Returns:
@@ -109,6 +115,7 @@ def stochastic_passes(
         chunk=n if chunk is None else check_count("chunk", chunk),
         unbatched=unbatched,
         fork=fork,
+        one_mask=one_mask,
     )
     in_eval = n > 1 and not torch.compiler.is_compiling() and not any(m.training for m in model.modules())
     if in_eval and all(bool((x[0] == x[1]).all()) for x in tensors_in(outputs)):
@@ -147,6 +154,7 @@ def run_passes(
     chunk: int | None = None,
     unbatched: Collection[str] = (),
     fork: str | float | Fork | None = None,
+    one_mask: bool = False,
 ) -> Any:
     """What `stochastic_passes` does, by a `forward` of `model` that need not be the model's own.
 
@@ -164,7 +172,8 @@ def run_passes(
     path = None if fork is None else fork.path
     inputs = Inputs((args, _without_cache(inner, kwargs)), main_input(inner), unbatched, path)
     with passing(inner):
-        return getattr(_Passes(model, forward, n, min(chunk or n, n), inputs, fork), strategy)()
+        passes = _Passes(model, forward, n, min(chunk or n, n), inputs, fork)
+        return passes.with_one_mask(strategy) if one_mask else getattr(passes, strategy)()
 
 
 @contextmanager
@@ -241,6 +250,26 @@ class _Passes:
             _ = self.analysis  # raises where passes cannot part there
         return self._in_chunks(1, self._single)
 
+    def with_one_mask(self, strategy: str) -> Any:
+        """A loop of passes whose rows have the same noise."""
+        if strategy not in ("auto", "loop"):
+            raise self._cannot(strategy, "with one_mask=True passes are made one after the other")
+        analysis, batch = self.analysis, self.inputs.batch()
+        reason: str | None = None
+        if self.fork is not None:
+            reason = "each draws anew from the start, and not from a fork"
+        elif batch.size > 1:
+            reason = analysis.why_dependent(self.model, self.forward, batch)
+        if reason is not None:
+            raise ModelError(
+                f"one_mask=True runs each row of the batch as if it were alone: {reason}",
+                remedy="leave it out: each row then has noise of its own",
+            )
+        if analysis.at_once is None:
+            analysis.at_once = shown_at_once(self.model, self.forward, batch)
+        run = rows_at_once if analysis.at_once else row_by_row
+        return replace(self, forward=lambda *_, **__: run(self.forward, batch)).loop()
+
     def _single(self, _: int) -> Any:
         """One pass, with a new first axis of 1."""
         args, kwargs = own_caches(self.inputs.call)
@@ -269,27 +298,13 @@ class _Passes:
     def _in_chunks(self, chunk: int, run: Callable[[int], Any]) -> Any:
         """The passes in forwards of at most `chunk`, along their first axis."""
         parts = [run(min(chunk, self.n - start)) for start in range(0, self.n, chunk)]
-        return parts[0] if len(parts) == 1 else mapped(_joined, "", *parts)
+        return parts[0] if len(parts) == 1 else mapped(joined, "", *parts)
 
     def _cannot(self, strategy: str, reason: str) -> ModelError:
         return ModelError(
             f'strategy="{strategy}" cannot run {type(self.model).__name__}: {reason}',
             remedy='strategy="auto" takes one that can; "loop" can run any model',
         )
-
-
-def _joined(name: str, *parts: Any) -> Any:
-    first, *others = parts
-    if not isinstance(first, Tensor):
-        return first if all(other is first or other == first for other in others) else parts
-    shapes = sorted({tuple(x.shape[1:]) for x in parts})
-    if len(shapes) > 1:
-        raise ModelError(
-            f"the passes differ in shape, {' and '.join(map(str, shapes))}, and cannot be stacked",
-            where=f"output {name or 'of the model'}",
-            remedy="its length is drawn at random: call the model once for each pass",
-        )
-    return torch.cat(parts)
 
 
 def _without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

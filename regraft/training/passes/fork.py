@@ -95,13 +95,13 @@ class Fork:
                 )
             if calls == 1:
                 if self._end is not None:
-                    _set_generators(self._end)
+                    set_generators(self._end)
                 begin()
 
         if self._start is None:
             self._start = generators()
         else:
-            _set_generators(self._start)
+            set_generators(self._start)
         handle = self.module.register_forward_pre_hook(enter, prepend=True)
         try:
             yield
@@ -124,7 +124,8 @@ def generators() -> tuple[Any, Any, Any, Any]:
     return torch.get_rng_state(), cuda, random.getstate(), numpy.random.get_state() if numpy else None
 
 
-def _set_generators(state: Any) -> None:
+def set_generators(state: Any) -> None:
+    """Put them back."""
     cpu, cuda, python, array = state
     torch.set_rng_state(cpu)
     if cuda is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from regraft.errors import InputsError
+from regraft.errors import InputsError, ModelError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a forward."""
@@ -37,7 +37,7 @@ def mapped(change: Change, name: str, first: Any, *others: Any) -> Any:
             remedy="stack what you need by yourself, from passes made one after the other",
         )
     new = {
-        key: mapped(change, _joined(name, key), part, *(cast("Any", other)[key] for other in other_parts))
+        key: mapped(change, _path(name, key), part, *(cast("Any", other)[key] for other in other_parts))
         for key, part in parts.items()
     }
     if isinstance(first, Mapping):
@@ -59,7 +59,7 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
         return
     for key, part in parts.items():
-        yield from leaves(_joined(name, key), part)
+        yield from leaves(_path(name, key), part)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -129,6 +129,21 @@ class _Clones(TorchFunctionMode):
         return args[0].clone() if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
 
 
+def joined(name: str, *parts: Any) -> Any:
+    """Leaves of several outputs, along their first axis."""
+    first, *others = parts
+    if not isinstance(first, Tensor):
+        return first if all(other is first or other == first for other in others) else parts
+    shapes = sorted({tuple(x.shape[1:]) for x in parts})
+    if len(shapes) > 1:
+        raise ModelError(
+            f"the passes differ in shape, {' and '.join(map(str, shapes))}, and cannot be stacked",
+            where=f"output {name or 'of the model'}",
+            remedy="its length is drawn at random: call the model once for each pass",
+        )
+    return torch.cat(parts)
+
+
 def _parts(value: Any) -> dict[Any, Any] | None:
     if isinstance(value, Tensor):
         return None
@@ -141,7 +156,7 @@ def _parts(value: Any) -> dict[Any, Any] | None:
     return None
 
 
-def _joined(name: str, key: Any) -> str:
+def _path(name: str, key: Any) -> str:
     if isinstance(key, int):
         return f"{name}[{key}]"
     return f"{name}.{key}" if name else str(key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -82,6 +82,11 @@ class Batch:
         """A batch of these of its rows."""
         index = torch.tensor(rows)
         return self._changed(lambda x: x[index.to(x.device)], index)
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> Call:
+        """The call with these in the places of its `tensors`."""
+        following = iter(tensors)
+        return self._changed(lambda _: next(following), torch.zeros(1, dtype=torch.long))
 
     def _check(self) -> None:
         """Raise for what may hold an entry for each row, or not."""
