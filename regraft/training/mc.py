@@ -6,7 +6,9 @@ are put into training for the call, and no other module is.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -23,16 +25,19 @@ from regraft.find.inspect import inspect as inspect_sites
 from regraft.find.locks import one_at_a_time
 from regraft.find.walk import inner_model
 from regraft.graft.apply import grafted
+from regraft.graft.classes import Namespace
 from regraft.graft.insertions import inserted_on
+from regraft.graft.slots import set_graft
 from regraft.interrupts import HeldInterrupts
 from regraft.libraries import is_of
 from regraft.ops import DROP_BLOCK
-from regraft.record import grafts_of
+from regraft.record import RECORD, Graft, Layer, Slot, grafts_of
 from regraft.training.passes.analyze import work_of
-from regraft.training.passes.api import call_of, check_count, check_strategy, run_passes
+from regraft.training.passes.api import call_of, check_count, is_passing, passing, run_passes
 from regraft.training.passes.fork import Fork, fork_path
-from regraft.training.passes.nested import Call, leaves, mapped, tensors_changed
-from regraft.training.rdrop.fields import logits_in, parts_of
+from regraft.training.passes.measure import Forward
+from regraft.training.passes.nested import Call, leaves, mapped, pass_of, tensors_changed
+from regraft.training.rdrop.fields import logits_in, loss_in, parts_of, with_loss
 from regraft.training.rdrop.options import TASKS, Key
 from regraft.training.rdrop.rdrop_loss import wide
 
@@ -42,19 +47,15 @@ element that an operator writes counts as 16, this bounds the memory too, by a g
 _EQUAL = 1e-6
 """Passes that differ by less than this part of their mean differ by rounding alone."""
 _OUTPUTS = "transformers.modeling_outputs"
-_AXES = {
-    "SemanticSegmenterOutput": 1,
-    "TokenClassifierOutput": -1,
-    "MaskedLMOutput": -1,
-    "CausalLMOutput": -1,
-    "CausalLMOutputWithPast": -1,
-    "CausalLMOutputWithCrossAttentions": -1,
-    "Seq2SeqLMOutput": -1,
-}
+_CAUSAL = ("CausalLMOutput", "CausalLMOutputWithPast", "CausalLMOutputWithCrossAttentions")
+_LAST = ("TokenClassifierOutput", "MaskedLMOutput", "Seq2SeqLMOutput", *_CAUSAL)
+_AXES = {"SemanticSegmenterOutput": 1, **dict.fromkeys(_LAST, -1)}
 """Outputs of Transformers whose logits have more than two axes -> where their classes are."""
 _DENSE = "out"
 """What torchvision's segmentation models call their logits, of axes (batch, classes, height, width)."""
 
+_SLOT = Slot("passes", "mc")
+_KEY = str(_SLOT)
 _sampled: WeakKeyDictionary[nn.Module, dict[Any, list[nn.Module]]] = WeakKeyDictionary()
 
 
@@ -101,9 +102,8 @@ def mc_predict(
     """A prediction with its uncertainty, from n passes with dropout on; the model is in eval otherwise.
 
     Every dropout of the model is sampled by its own law (elements, channels, SELU's, of attention, between
-    the layers of an RNN), and so is what regraft has grafted or inserted, of weights too. Each module has
-    its own training flag back afterwards, also after an exception. What comes before the first dropout is
-    computed once.
+    the layers of an RNN), and so is what regraft has grafted or inserted, of weights too. Training flags are
+    as before afterwards, also after an exception. What comes before the first dropout is computed once.
 
     Args:
         model: any that has dropout with rates above 0.
@@ -114,7 +114,7 @@ def mc_predict(
             the results are joined along the first axis, on the CPU.
         task: "classification" (softmax), "multilabel" or "binary" (sigmoid), or "regression".
         class_axis: of one pass; 1 for (batch, classes, height, width). By default the last of two axes, and
-            known for the segmentation and language models of Transformers and torchvision; else asked for.
+            known for segmentation and language models of Transformers and torchvision; else asked for.
         output: which output, by name or position; by default the one called logits, or the only one.
         samples: keep each pass in `.samples`.
         droppath: sample drop-path (stochastic depth) and DropBlock as well.
@@ -149,7 +149,6 @@ def mc_predict(
         (torch.Size([2, 3]), torch.Size([2]))
     """
     check_count("n", n, 2)
-    check_strategy(strategy)
     reading = Reading(task, class_axis, output)
 
     def predict(call: Call, shown: bool | None) -> MCPrediction:
@@ -408,3 +407,93 @@ def _bar(items: Iterable[Any], total: int | None, progress: bool | None) -> Iter
     from rich.progress import track
 
     return track(items, description="Monte Carlo", total=total, console=Console(stderr=True), transient=True)
+
+
+def mc_eval(
+    model: nn.Module,
+    n: int,
+    *,
+    task: str = "classification",
+    class_axis: int | None = None,
+    droppath: bool = False,
+    strategy: str = "auto",
+    chunk: int | None = None,
+) -> nn.Module:
+    """Graft a model so that in eval, without gradients, it predicts by n stochastic passes.
+
+    Its logits are then those of the mean prediction: the logarithm of the mean probabilities
+    (classification), the logit of the mean rate ("multilabel", "binary"), or the mean ("regression"). Its
+    loss is the mean of the passes' losses. Training is as before; `regraft.revert(model)` undoes it.
+
+    `model` returns logits, and is returned; the options are those of `regraft.mc_predict`.
+    """
+    check_count("n", n, 2)
+    root, _ = inner_model(model)
+    passes = _MonteCarlo(n, Reading(task, class_axis), droppath, strategy, chunk)
+    set_graft(root, _SLOT, Graft(_SLOT, Layer(mc_layer), options={"passes": passes}))
+    return model
+
+
+def without_mc(model: nn.Module) -> nn.Module:
+    """The model that evaluates by one pass; its other grafts stay."""
+    root, _ = inner_model(model)
+    if _KEY in grafts_of(root):
+        set_graft(root, _SLOT, None)
+    return model
+
+
+def mc_layer(base: type[nn.Module]) -> Namespace:
+    """The layer of Monte Carlo prediction."""
+    own = base.forward
+
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        graft: Graft | None = (self.__dict__.get(RECORD) or {}).get(_KEY)
+        if graft is None or self.training or torch.is_grad_enabled() or is_passing(self):
+            return own(self, *args, **kwargs)
+        passes: _MonteCarlo = graft.options["passes"]
+        return passes.forward(self, functools.partial(own, self), (args, kwargs))
+
+    return {"forward": forward}
+
+
+@dataclass
+class _MonteCarlo:
+    n: int
+    reading: Reading
+    droppath: bool
+    strategy: str
+    chunk: int | None
+    warned: bool = False
+
+    def forward(self, model: nn.Module, forward: Forward, call: Call) -> Any:
+        if call[1].get("past_key_values") is not None or call[1].get("use_cache"):
+            raise LossError(
+                "a cache of keys and values is of one pass: Monte Carlo prediction cannot generate",
+                remedy="regraft.revert(model) before model.generate",
+            )
+        with passing(model), sampling(model, call, None, self.droppath):
+            outputs = run_passes(model, forward, self.n, call, strategy=self.strategy, chunk=self.chunk)
+        logits, axis = self.reading.logits(outputs, type(model).__name__)
+        if not self.warned and torch.equal(logits[0], logits[1]):
+            self.warned = True
+            warnings.warn(
+                f"the passes of {type(model).__name__} are equal: no dropout at a rate above 0 runs",
+                stacklevel=2,
+            )
+        mean = _mean_logits(wide(logits), self.reading.task, axis)
+        if isinstance(outputs, Tensor):
+            return mean
+        loss = loss_in(outputs, "loss", dims=1)
+        key = next(key for key, value in parts_of(outputs).items() if value is logits)
+        result = with_loss(pass_of(outputs, 0), mean, key, labelled=True)
+        return result if loss is None else with_loss(result, loss.mean(), "loss", labelled=True)
+
+
+def _mean_logits(logits: Tensor, task: str, axis: int) -> Tensor:
+    if task == "classification":
+        return logits.log_softmax(axis).logsumexp(0) - math.log(len(logits))
+    if task == "regression":
+        return logits.mean(0)
+    mean: Tensor = torch.special.logit(logits.sigmoid().mean(0), eps=torch.finfo(logits.dtype).eps)
+    return mean

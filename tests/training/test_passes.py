@@ -312,13 +312,13 @@ class Remembering(nn.Module):
 def test_the_look_leaves_nothing_in_a_functions_memory():
     positions.cache_clear()
     model, x = Remembering(), torch.randn(4, 6)
-    with on_fake_tensors(model, (x,), {}), FakeTensorMode():
+    with on_fake_tensors(model, ((x,), {})), FakeTensorMode():
         positions(6)
     assert positions.cache_info().currsize == 0
     assert regraft.stochastic_passes(model, 2, x).shape == (2, 4, 6)
     kept = positions(6)
     assert positions(6) is kept
-    with on_fake_tensors(model, (x,), {}):
+    with on_fake_tensors(model, ((x,), {})):
         positions(6)
     assert positions(6) is kept  # nothing was made, so nothing is forgotten
 

@@ -346,15 +346,21 @@ def test_other_threads_and_entries_of_their_own_are_left_alone():
     own = module.forward
     module.forward = own
     x, seen = torch.ones(1, 2), []
+
+    def called():
+        torch.func.vmap(lambda row: seen.append(module(row)) or row)(x)
+        return seen.pop()
+
     with Interception(None, {module: lambda *_: "routed"}).active():
-        assert module(x) == "routed"
+        assert called() == "routed"
+        assert torch.equal(module(x), own(x))  # outside vmap
         thread = threading.Thread(target=lambda: seen.append(module(x)))
         thread.start()
         thread.join()
+        assert torch.equal(seen.pop(), own(x))
         with Interception(None, {module: lambda *_: "inner"}).active():
-            assert module(x) == "inner"
-        assert module(x) == "routed"
-    assert torch.equal(seen[0], own(x))
+            assert called() == "inner"
+        assert called() == "routed"
     assert module.__dict__["forward"] is own
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from traceback import walk_tb
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,23 +18,17 @@ from torch import Tensor, nn
 
 from regraft.errors import InputsError
 from regraft.find.locks import lock_of
+from regraft.find.probe.preserve_state import same_entries, snapshot
 from regraft.find.walk import inner_model
 from regraft.record import grafts_of
-from regraft.training.passes.draws import LAST, Decided
 from regraft.training.passes.fork import Fork, ForkError
-from regraft.training.passes.independence import UNDECIDED, why_dependent
-from regraft.training.passes.measure import (
-    Forward,
-    Meter,
-    measured,
-    on_fake_tensors,
-    on_real_tensors,
-)
-from regraft.training.passes.nested import Call, leaves, tensors_changed, tensors_in
-from regraft.training.passes.per_pass_modules import PerPass, held_next, modules_of, nothing_kept
+from regraft.training.passes.intercept import RecomputeError
+from regraft.training.passes.measure import Forward, Meter, measured, on_fake_tensors, on_real_tensors
+from regraft.training.passes.nested import Call, leaves, tensors_in
 from regraft.training.passes.repeat import Batch, repeated_forward
+from regraft.training.passes.rows import UNDECIDED, why_dependent
 from regraft.training.passes.sharded import why_not_shared
-from regraft.training.passes.vmap import is_compiled, shared_forward
+from regraft.training.passes.vmap import LAST, decided, is_compiled, pass_by_pass, shared_forward
 
 log = logging.getLogger("regraft")
 _PROBED = 2
@@ -52,7 +48,6 @@ _IN_OTHER_WORDS = {
     "dynamic shape": "behind the first random operation a shape depends on values",
 }
 """What torch says -> what it means for the passes."""
-_NO_VALUES = torch.empty(0)
 _READ = (
     *("p", "drop_prob", "dropout", "attention_dropout", "activation_dropout", "drop_rate", "layerdrop"),
     *("gradient_checkpointing", "grad_checkpointing"),
@@ -60,6 +55,8 @@ _READ = (
 """Attributes of modules that an analysis depends on."""
 _known: WeakKeyDictionary[nn.Module, dict[Any, PassAnalysis]] = WeakKeyDictionary()
 
+PerPass = Mapping[type[nn.Module], bool]
+"""Classes -> whether their modules run once for each pass even where nothing tells their arguments apart."""
 Reason = str | InputsError | None
 Trial = Callable[..., Any]
 """`trial(forward, call, meter, fork)` gives the outputs of what is measured."""
@@ -67,19 +64,12 @@ Trial = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the passes are of.
-
-    Attributes:
-        call: the arguments of the forward.
-        main: the name of the argument that says how long the batch is.
-        unbatched: names of arguments that are not of the batch.
-        fork: the path of the module where passes part, or None.
-    """
+    """What the passes are of."""
 
     call: Call
-    main: str | None = None
-    unbatched: Collection[str] = ()
-    fork: str | None = None
+    main: str | None = None  # the argument that says how long the batch is
+    unbatched: Collection[str] = ()  # arguments that are not of the batch
+    fork: str | None = None  # the path of the module where passes part
 
     def batch(self) -> Batch:
         """The arguments as a batch."""
@@ -88,34 +78,20 @@ class Inputs:
 
 @dataclass
 class PassAnalysis:
-    """What is known of a model's passes over inputs of one kind.
+    """What is known of a model's passes over inputs of one kind."""
 
-    Attributes:
-        no_sharing: why "shared" cannot be, or None.
-        prefix: the part of one pass that all passes have in common under "shared", in [0, 1].
-        draws: whether "shared" has to take draws over.
-        per_pass: classes of modules that "shared" runs once for each pass, see there.
-        decides: whether such a module draws a number to decide something.
-        no_batch: why "batch" would not be independent passes.
-        dependent: why the rows of the batch may see one another.
-        plain: one pass as it is, measured for inputs of so many `elements`; None where it could not be.
-        place: on what tensors that was.
-        at_once: whether one vmap over the rows of a batch gives each the same noise; None until asked for.
-        template: the outputs of one pass, without the values of their tensors.
-    """
-
-    no_sharing: str | None = None
-    prefix: float = 0.0
-    draws: bool = True
-    per_pass: PerPass = field(default_factory=dict)
-    decides: bool = False
-    no_batch: Reason = _UNASKED
-    dependent: str | None = _UNASKED
-    plain: Meter | None = None
+    no_sharing: str | None = None  # why "shared" cannot be
+    prefix: float = 0.0  # the part of one pass that all have in common under "shared", in [0, 1]
+    draws: bool = True  # whether "shared" has to take draws over
+    per_pass: PerPass = field(default_factory=dict)  # classes of modules that it runs once for each pass
+    decides: bool = False  # whether such a module draws a number to decide something
+    template: Any = None  # the outputs of one pass, without the values of their tensors
+    no_batch: Reason = _UNASKED  # why "batch" would not be independent passes
+    dependent: str | None = _UNASKED  # why the rows of the batch may see one another
+    at_once: bool | None = None  # whether one vmap over the rows gives each the same noise
+    plain: Meter | None = None  # one pass as it is, of inputs of so many
     elements: int = 0
-    place: Any = on_fake_tensors
-    template: Any = None
-    at_once: bool | None = None
+    place: Any = on_fake_tensors  # on what tensors that was measured
 
     def cost(self, n: int, chunk: int) -> float:
         """Of n shared passes in chunks, in single passes."""
@@ -143,11 +119,7 @@ class PassAnalysis:
 
 
 def analysis_of(model: nn.Module, inputs: Inputs) -> PassAnalysis:
-    """What is known of `model`'s passes over inputs like these, in the state it is in.
-
-    Raises:
-        ForkError: passes cannot part at `inputs.fork`.
-    """
+    """What is known of `model`'s passes over inputs like these, in the state it is in."""
     if torch.compiler.is_compiling():
         return _unknown(_COMPILING)
     with lock_of(model):
@@ -155,7 +127,7 @@ def analysis_of(model: nn.Module, inputs: Inputs) -> PassAnalysis:
         key = _state(model, inputs)
         if key not in known:
             known[key] = _analyzed(model, inputs)
-            known[key].elements = _elements(inputs.call)
+            known[key].elements = sum(map(Tensor.numel, tensors_in(inputs.call)))
             if known[key].no_sharing is not None:
                 log.info("%s: passes share nothing: %s", type(model).__name__, known[key].no_sharing)
         return known[key]
@@ -168,11 +140,8 @@ def work_of(model: nn.Module, call: Call, fork: str | None = None) -> tuple[floa
     if analysis.plain is None:
         return prefix, math.inf
     # It was measured once, perhaps for a smaller batch.
-    return prefix, analysis.plain.cost * _elements(call) / max(1, analysis.elements)
-
-
-def _elements(call: Call) -> int:
-    return sum(tensor.numel() for tensor in tensors_in(call))
+    elements = sum(map(Tensor.numel, tensors_in(call)))
+    return prefix, analysis.plain.cost * elements / max(1, analysis.elements)
 
 
 def _unknown(reason: str) -> PassAnalysis:
@@ -181,13 +150,10 @@ def _unknown(reason: str) -> PassAnalysis:
 
 def _state(model: nn.Module, inputs: Inputs) -> Any:
     # What an analysis depends on. Where something else changes it stays right, and may be slower.
-    def number(value: Any) -> Any:
-        return value if isinstance(value, (int, float)) else None
-
     modules = tuple(
         (
             *(type(module), module.training),
-            *(number(module.__dict__.get(name)) for name in _READ),
+            *(value for name in _READ if isinstance(value := module.__dict__.get(name), (int, float))),
             *(getattr(graft, "sampling", False) for graft in grafts_of(module).values()),
         )
         for module in model.modules()
@@ -258,19 +224,23 @@ def _try_sharing(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> No
     while True:
         more = None
         try:
-            both = _tried(analysis.place, model, inputs, _sharing(analysis, model, draws, per_pass))
-            each = _each(analysis, model, inputs)
+            shared = partial(_shared, modules_of(model, per_pass), draws)
+            both = _tried(analysis.place, model, inputs, shared)
+            each = [analysis.plain] * _PROBED
+            if analysis.plain.own.scalars:  # what they decide is at the ends of what it can be
+                ends = [partial(_plain, number=number) for number in (0.0, LAST)]
+                each = [_tried(analysis.place, model, inputs, end) for end in ends]
             reason = _flaw(both, each)
             if reason is None:
                 analysis.no_sharing, analysis.draws, analysis.per_pass = None, draws, per_pass
-                analysis.decides = both.decides
+                analysis.decides, analysis.template = both.decides, both.outputs
                 cost = sum(one.cost for one in each) / _PROBED
                 suffix = (both.cost - cost) / max(cost, 1) / (_PROBED - 1)
                 analysis.prefix = min(max(1 - suffix, 0.0), 1.0)
                 return
         except Exception as error:
             reason = why(error)
-            more = held_next(error, model, per_pass) if draws else None
+            more = _held_next(error, model, per_pass) if draws else None
         if draws and analysis.no_sharing is None:
             # What is wrong with modules that run once for each pass would say nothing to anyone.
             analysis.no_sharing = reason
@@ -279,39 +249,71 @@ def _try_sharing(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> No
         draws, per_pass = True, more or per_pass
 
 
-def _plain(forward: Trial, call: Call, meter: Meter, fork: Fork | None) -> Any:
+def _plain(forward: Trial, call: Call, meter: Meter, fork: Fork | None, number: float | None = None) -> Any:
+    """One pass; what it draws to decide something is `number`."""
     args, kwargs = call
-    with nullcontext() if fork is None else fork.reached(meter.forked):
+    with ExitStack() as stack:
+        if number is not None:
+            stack.enter_context(decided(number, meter))
+        if fork is not None:
+            stack.enter_context(fork.reached(meter.forked))
         return forward(*args, **kwargs)
 
 
-def _sharing(analysis: PassAnalysis, model: nn.Module, draws: bool, per_pass: PerPass) -> Trial:
-    def trial(forward: Trial, call: Call, meter: Meter, fork: Fork | None) -> Any:
-        modules = modules_of(model, per_pass)
-        with nothing_kept(modules):
-            outputs = shared_forward(
-                forward, _PROBED, call, draws=draws, per_pass=modules, fork=fork, observer=meter
-            )
-        analysis.template = tensors_changed(lambda _: _NO_VALUES, outputs)
-        return outputs
-
-    return trial
+def _shared(modules: Any, draws: bool, forward: Any, call: Call, meter: Meter, fork: Fork | None) -> Any:
+    with _nothing_kept(modules):
+        return shared_forward(
+            forward, _PROBED, call, draws=draws, per_pass=modules, fork=fork, observer=meter
+        )
 
 
-def _each(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> list[Meter]:
-    """The same passes one after the other, with decisions at the ends of what they can be."""
-    assert analysis.plain is not None
-    if not analysis.plain.own.scalars:
-        return [analysis.plain] * _PROBED
+def modules_of(model: nn.Module, per_pass: PerPass) -> dict[nn.Module, bool]:
+    """The modules of `model` that are of these classes, itself left out."""
+    every = (module for module in model.modules() if module is not model)
+    return {module: per_pass[type(module)] for module in every if type(module) in per_pass}
 
-    def trial_at(number: float) -> Trial:
-        def trial(forward: Trial, call: Call, meter: Meter, fork: Fork | None) -> Any:
-            with Decided(number, meter):
-                return _plain(forward, call, meter, fork)
 
-        return trial
+def _held_next(error: Exception, model: nn.Module, per_pass: PerPass) -> PerPass | None:
+    """`per_pass` with the class of the innermost module that `error` came through and that is not in it.
 
-    return [_tried(analysis.place, model, inputs, trial_at(number)) for number in (0.0, LAST)]
+    None where there is none, where the error is of a part that is recomputed in the backward, or where the
+    module has a BatchNorm in training: its running statistics are of one forward, not of one for each pass.
+    """
+    if isinstance(error, RecomputeError):
+        return None
+    inside = {id(module) for module in model.modules() if module is not model}
+    in_a_pass = False
+    for frame, _ in reversed(list(walk_tb(error.__traceback__))):
+        in_a_pass |= frame.f_code is pass_by_pass.__code__
+        module: Any = frame.f_locals.get("self")
+        if id(module) not in inside or (type(module) in per_pass and (in_a_pass or per_pass[type(module)])):
+            continue
+        # One that is among them, and failed outside a pass, had nothing yet that told its arguments apart.
+        held = {type(module): type(module) in per_pass}
+        return None if any(map(_moves_statistics, modules_of(model, held))) else {**per_pass, **held}
+    return None
+
+
+def _moves_statistics(module: nn.Module) -> bool:
+    return any(one.training and one._buffers.get("running_mean") is not None for one in module.modules())
+
+
+@contextmanager
+def _nothing_kept(modules: Collection[nn.Module]) -> Iterator[None]:
+    """Raises a RuntimeError if meanwhile an attribute of the modules, or of those inside, was given a tensor.
+
+    What a forward keeps in its module would be that of the last pass alone.
+    """
+    every = {id(one): one for module in modules for one in module.modules()}.values()
+    before = [(one, snapshot(one)) for one in every]
+    yield
+    for module, attributes in before:
+        for name, value in module.__dict__.items():
+            old, entries = attributes.get(name, (None, None))
+            same = value is old and (entries is None or same_entries(value, entries))
+            if not same and name != "_buffers" and tensors_in(value):
+                kept = f"{type(module).__name__}.{name}"
+                raise RuntimeError(f"{kept} keeps a tensor, which would be that of one pass")
 
 
 def _flaw(both: Meter, each: list[Meter]) -> str | None:
@@ -321,17 +323,13 @@ def _flaw(both: Meter, each: list[Meter]) -> str | None:
         return "an operation draws once for all passes, behind vmap's back"
     if both.reads_replaced:
         return "a tensor is used after a change in place that would tell the passes apart"
-    if both.outputs != each[0].outputs:
+    if len(tensors_in(both.outputs)) != len(tensors_in(each[0].outputs)):
         return "its outputs are gathered by hooks in modules that run once for each pass"
     return None
 
 
 def _batch_draws(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> str | None:
-    """Why the draws of a repeated batch would not be those of so many passes.
-
-    Raises:
-        InputsError: the inputs cannot be repeated, or the outputs cannot be taken apart.
-    """
+    """Why the draws of a repeated batch would not be those of so many passes."""
     if analysis.plain is None:
         return None
     if analysis.decides:
@@ -356,8 +354,8 @@ def _batch_draws(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> st
 
 def _tried(place: Any, model: nn.Module, inputs: Inputs, trial: Trial) -> Meter:
     fork = None if inputs.fork is None else Fork(model, inputs.fork)
-    with place(model, *inputs.call) as (forward, args, kwargs):
-        return measured(lambda meter: trial(forward, (args, kwargs), meter, fork))
+    with place(model, inputs.call) as (forward, call):
+        return measured(lambda meter: trial(forward, call, meter, fork))
 
 
 def _autocasts(model: nn.Module) -> bool:

@@ -12,27 +12,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from regraft.errors import InputsError, ModelError, RateError, nearest
+from regraft.errors import InputsError, LossError, ModelError, RateError, nearest
 from regraft.find.probe.example_inputs import given_inputs
 from regraft.find.walk import inner_model
-from regraft.training.passes.analyze import Inputs, PassAnalysis, analysis_of, log, main_input, why
+from regraft.training.passes.analyze import (
+    Inputs,
+    PassAnalysis,
+    analysis_of,
+    log,
+    main_input,
+    modules_of,
+    why,
+)
 from regraft.training.passes.fork import Fork, ForkError, fork_path
 from regraft.training.passes.intercept import RecomputeError
 from regraft.training.passes.measure import Forward
-from regraft.training.passes.nested import (
-    Call,
-    joined,
-    mapped,
-    own_caches,
-    tensors_changed,
-    tensors_in,
-    without_caches,
-)
-from regraft.training.passes.one_mask import row_by_row, rows_at_once, shown_at_once
-from regraft.training.passes.per_pass_modules import modules_of
+from regraft.training.passes.nested import Call, joined, outputs_of, pass_of, tensors_changed, tensors_in
 from regraft.training.passes.repeat import NoBatchAxisError, repeated_forward
+from regraft.training.passes.rows import row_by_row, rows_at_once, shown_at_once
 from regraft.training.passes.sharded import gathered_as_ever
 from regraft.training.passes.vmap import compiled_forward, is_compiled, shared_forward
 
@@ -57,7 +56,9 @@ def stochastic_passes(
     "shared" computes what comes before the first random operation once, by `torch.func.vmap`; "batch"
     repeats the inputs n times along the batch, in one forward; "loop" runs the passes one after the other.
     "auto" takes the cheapest that is right for this model. It finds out at the first call with inputs of a
-    kind, and `logging.getLogger("regraft")` says why.
+    kind, and `logging.getLogger("regraft")` says why: "shared" was tried on fake tensors, and its passes draw
+    as many numbers as single ones; "batch" was shown, on rows of the inputs, to be over an axis whose entries
+    do not see one another. docs/passes.md has a table of what works under which.
 
     Args:
         model: as it is, in training or in eval; it is not switched.
@@ -68,9 +69,8 @@ def stochastic_passes(
         unbatched: names of keyword arguments that "batch" must not repeat, although their first axis is
             as long as the batch.
         fork: where the passes part: the path of a module, or a fraction of the model's blocks. What the
-            forward
-            draws before it calls that module is the same in all passes; behind it each draws its own. That
-            costs the part behind it alone, and the common part gets the gradients of all passes.
+            forward draws before it calls that module is the same in all passes; behind it each draws its own.
+            That costs the part behind it alone, and the common part gets the gradients of all passes.
         one_mask: within a pass all rows of the batch have the same noise, which is what one of them would
             draw alone. It costs a loop, by a vmap over the rows, or a forward for each row where vmap cannot
             run the model.
@@ -78,17 +78,10 @@ def stochastic_passes(
 
     Returns:
         The model's own output type (tensor, tuple, dict, ModelOutput), every tensor with a new first
-        axis of n.
-
-    No strategy is taken on trust. "shared" was tried on fake tensors, and its passes draw as many numbers
-    as single ones. "batch" was shown, on rows of the inputs, to be over an axis whose entries do not see
-    one another; a BatchNorm in training, a recurrent network with time first or a contrastive loss is
-    looped.
+        axis of n; None for a cache of keys and values that `use_cache=True` did not ask for.
 
     Running statistics of BatchNorm move once for each pass by "loop", and once in all by "shared", which
-    refuses a BatchNorm in training where the passes have parted. A cache of keys and values that was not
-    asked for by `use_cache=True` is None among the outputs. A table of what works under which strategy:
-    docs/passes.md.
+    refuses a BatchNorm in training where the passes have parted.
 
     Warns:
         If the model is in eval and the passes are equal.
@@ -105,7 +98,6 @@ def stochastic_passes(
         >>> regraft.stochastic_passes(model, 2, torch.ones(5, 4)).shape
         torch.Size([2, 5, 3])
     """
-    check_strategy(strategy)
     outputs = run_passes(
         model,
         model,
@@ -127,12 +119,57 @@ def stochastic_passes(
     return outputs
 
 
-def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """The arguments of a forward, also given as one `inputs=`, as `regraft.apply` takes them.
+def multisample_loss(
+    model: nn.Module,
+    loss_fn: Callable[[Any], Tensor],
+    samples: int,
+    *args: Any,
+    strategy: str = "auto",
+    chunk: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """The mean of the losses of several dropout samples over one input.
+
+    With dropout in the head only, which is where the paper puts it, everything before it is computed
+    once, and the samples cost no more than the head.
+
+    Args:
+        model: as it is, in training.
+        loss_fn: the loss of one sample, from what the model returns for it.
+        samples: how many.
+        args: for the model's forward.
+        strategy: see `regraft.stochastic_passes`.
+        chunk: likewise.
+        kwargs: for the model's forward.
 
     Raises:
-        InputsError: both are given, or the inputs do not fit the forward.
+        LossError: the loss is no single number (also a ValueError).
+
+    Source: Inoue 2019, "Multi-Sample Dropout for Accelerated Training and Better Generalization".
+
+    Differs: the variant "multisample" averages the masks instead: before a linear layer that is the mean
+        of the logits, whose loss is at most the mean of the losses.
+
+    Example:
+        >>> import regraft, torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+        >>> y = torch.tensor([0, 2])
+        >>> loss = regraft.multisample_loss(
+        ...     net, lambda logits: nn.functional.cross_entropy(logits, y), 8, torch.ones(2, 4)
+        ... )
+        >>> loss.shape
+        torch.Size([])
     """
+    outputs = stochastic_passes(model, samples, *args, strategy=strategy, chunk=chunk, **kwargs)
+    losses = [loss_fn(pass_of(outputs, i)) for i in range(samples)]
+    if any(not isinstance(one, Tensor) or one.dim() for one in losses):
+        raise LossError("loss_fn gives no single number", remedy="reduce it: reduction='mean'")
+    return torch.stack(losses).mean()
+
+
+def call_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The arguments of a forward, also given as one `inputs=`, as `regraft.apply` takes them."""
     inner = inner_model(model)[0]
     if "inputs" not in kwargs or "inputs" in inspect.signature(inner.forward).parameters:
         return args, kwargs
@@ -160,6 +197,7 @@ def run_passes(
 
     Calls that are given one `Fork` have what is drawn in front of it in common.
     """
+    check_strategy(strategy)
     inner = inner_model(model)[0]
     if fork is not None:
         if is_compiled(model) or torch.compiler.is_compiling():
@@ -272,9 +310,8 @@ class _Passes:
 
     def _single(self, _: int) -> Any:
         """One pass, with a new first axis of 1."""
-        args, kwargs = own_caches(self.inputs.call)
         with nullcontext() if self.fork is None else self.fork.reached(lambda: None):
-            outputs = without_caches(self.forward(*args, **kwargs), kwargs)
+            outputs = outputs_of(self.forward, self.inputs.call)
         return tensors_changed(lambda tensor: tensor[None], outputs)
 
     def _by_sharing(self) -> Any:
@@ -297,8 +334,7 @@ class _Passes:
 
     def _in_chunks(self, chunk: int, run: Callable[[int], Any]) -> Any:
         """The passes in forwards of at most `chunk`, along their first axis."""
-        parts = [run(min(chunk, self.n - start)) for start in range(0, self.n, chunk)]
-        return parts[0] if len(parts) == 1 else mapped(joined, "", *parts)
+        return joined([run(min(chunk, self.n - start)) for start in range(0, self.n, chunk)])
 
     def _cannot(self, strategy: str, reason: str) -> ModelError:
         return ModelError(

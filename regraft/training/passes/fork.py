@@ -21,12 +21,7 @@ class ForkError(ModelError):
 
 
 def fork_path(model: nn.Module, fork: str | float) -> str:
-    """The module that `fork=` means: the one of that path, or the first behind a fraction of the blocks.
-
-    Raises:
-        NoMatchError: the path names no module, or the model has no list of blocks.
-        RateError: a fraction that is not between 0 and 1.
-    """
+    """The module that `fork=` means: the one of that path, or the first behind a fraction of the blocks."""
     modules = dict(model.named_modules())
     if isinstance(fork, str):
         if fork not in modules or not fork:
@@ -75,11 +70,7 @@ class Fork:
 
     @contextmanager
     def reached(self, begin: Callable[[], None]) -> Iterator[None]:
-        """Around a forward: its first call of the module calls `begin`, and later forwards draw anew there.
-
-        Raises:
-            ForkError: the forward calls the module not once, or inside a part that it recomputes.
-        """
+        """Around a forward: its call of the module calls `begin`, and later forwards draw anew there."""
         marks, thread = checkpoint_marks(), threading.get_ident()
         calls = 0
 

@@ -48,15 +48,13 @@ class Interception:
     Args:
         run: calls the autograd functions that vmap would refuse; None lets it refuse them.
         modules: call the forwards of these modules.
-
-    Attributes:
-        recomputed: the hooks on saved tensors that the forward is inside of. What runs there may be computed
-            once more in the backward. Without `run`, nothing watches what that is, so it is refused.
     """
 
     def __init__(self, run: Run | None = None, modules: Mapping[nn.Module, Run] | None = None) -> None:
         self.run = run
         self.modules = modules or {}
+        # The hooks on saved tensors that the forward is inside of: what runs there may be computed once more
+        # in the backward. Without `run` nothing watches what that is, so it is refused.
         self.recomputed: set[Any] = set()
 
     @contextmanager
@@ -121,7 +119,7 @@ _CALLED: Any = classmethod(_called)
 def _routed(module: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        interception: Interception | None = getattr(_here, "interception", None)
+        interception = _interception()
         run = None if interception is None else interception.modules.get(module)
         return plain(*args, **kwargs) if run is None else run(plain, args, kwargs)
 

@@ -18,47 +18,34 @@ from torch.utils.flop_counter import flop_registry
 from regraft.find.probe.fake import fake, fake_state
 from regraft.find.probe.preserve_state import forgotten, preserving, random_state_kept, silent, unchanged
 from regraft.training.passes.fork import generators
-from regraft.training.passes.nested import own_caches, tensors_changed, tensors_in
-from regraft.training.passes.sharded import real_forwards, remove_hooks
+from regraft.training.passes.nested import Call, own_caches, tensors_changed
+from regraft.training.passes.sharded import gathering_hooks, real_forwards
 
 Forward = Callable[..., Any]
+_NO_VALUES = torch.empty(0)
 _PER_ELEMENT = 16
 """Operations without a formula are bound by memory: an element costs about as much as this many flops."""
 
 
 @dataclass
 class Counts:
-    """What operations cost and drew.
+    """What operations cost and drew."""
 
-    Attributes:
-        cost: about how many flops.
-        draws: how many random numbers were drawn on tensors.
-        scalars: how many draws were `torch.rand` of a single number, as LayerDrop's; they are not among
-            `draws`.
-    """
-
-    cost: float = 0.0
-    draws: int = 0
-    scalars: int = 0
+    cost: float = 0.0  # about how many flops
+    draws: int = 0  # how many random numbers on tensors
+    scalars: int = 0  # how many draws of a single number, as LayerDrop's, by `torch.rand`
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up what the operations under it cost and draw: one forward.
-
-    Attributes:
-        common: what came before the passes parted.
-        own: the rest.
-        elsewhere: whether Python's or numpy's generator was used too.
-        reads_replaced: whether a tensor was read after an in-place change of it was left out.
-        outputs: how many tensors it gave.
-        decides: whether a module that each pass runs by itself drew a number, to decide something by it.
-    """
+    """Adds up what the operations under it cost and draw: one forward."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.common, self.own = Counts(), Counts()
-        self.outputs = 0
-        self.elsewhere = self.reads_replaced = self.decides = False
+        self.common, self.own = Counts(), Counts()  # before the passes part, and behind
+        self.outputs: Any = None  # without the values of their tensors
+        self.elsewhere = False  # whether Python's or numpy's generator was used too
+        self.reads_replaced = False  # whether a tensor was read after a change of it in place was left out
+        self.decides = False  # whether a module that each pass runs by itself drew a number to decide by
         self._marking = False
         self._replaced: dict[int, Any] = {}
 
@@ -78,9 +65,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensor.detach()
         self._marking = False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         storages = [x.untyped_storage() for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         if self._marking:
@@ -127,7 +112,7 @@ def measured(run: Callable[[Meter], Any]) -> Meter:
         with meter:
             outputs = run(meter)
         meter.elsewhere = _other_generators() != before
-    meter.outputs = len(tensors_in(outputs))
+    meter.outputs = tensors_changed(lambda _: _NO_VALUES, outputs)
     meter._replaced.clear()
     return meter
 
@@ -139,27 +124,24 @@ def _other_generators() -> Any:
 
 
 @contextmanager
-def on_fake_tensors(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[Forward, tuple[Any, ...], dict[str, Any]]]:
+def on_fake_tensors(model: nn.Module, call: Call) -> Iterator[tuple[Forward, Call]]:
     """A forward of `model`, and inputs for it, on fake tensors; the model is as before afterwards."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     modules = list(model.modules())
     with preserving(silent(), forgotten(modules), unchanged(modules)), mode:
-        remove_hooks(modules)  # the fake parameters are whole; `unchanged` puts the hooks back
+        for hooks, key, _ in gathering_hooks(modules):  # the fake parameters are whole
+            del hooks[key]  # `unchanged` puts them back
         state = fake_state(model, mode)
-        inputs = tensors_changed(lambda tensor: fake(tensor, mode), own_caches((args, kwargs)))
+        inputs = tensors_changed(lambda tensor: fake(tensor, mode), own_caches(call))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return functional_call(model, state, args, kwargs)
 
-        yield forward, *inputs
+        yield forward, inputs
 
 
 @contextmanager
-def on_real_tensors(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[Forward, tuple[Any, ...], dict[str, Any]]]:
+def on_real_tensors(model: nn.Module, call: Call) -> Iterator[tuple[Forward, Call]]:
     """The same with the model's own tensors; its buffers are put back."""
     with real_forwards(model):
-        yield model, *own_caches((args, kwargs))
+        yield model, own_caches(call)

@@ -100,37 +100,56 @@ def is_cache(value: Any) -> bool:
 
 def own_caches(call: Call) -> Call:
     """The same arguments with copies of their caches: every pass gets one of its own."""
-    args, kwargs = call
-    if not any(is_cache(value) for value in (*args, *kwargs.values())):
+    if not holds_cache(call):
         return call
     return cast("Call", mapped(lambda _, leaf: copied(leaf) if is_cache(leaf) else leaf, "", call))
 
 
-def without_caches(outputs: Any, kwargs: dict[str, Any]) -> Any:
-    """Outputs with None for a cache that was not asked for: it would have no meaning across passes.
+def holds_cache(value: Any) -> bool:
+    """Whether there is one in it."""
+    return any(is_cache(leaf) for _, leaf in leaves("", value))
+
+
+def outputs_of(forward: Callable[..., Any], call: Call) -> Any:
+    """The outputs, with None for a cache that was not asked for: it would have no meaning across passes.
 
     Many forwards fill one by default, and not all of them have an argument `use_cache` to say otherwise.
     """
-    if kwargs.get("use_cache") or not any(is_cache(leaf) for _, leaf in leaves("", outputs)):
+    args, kwargs = own_caches(call)
+    outputs = forward(*args, **kwargs)
+    if kwargs.get("use_cache") or not holds_cache(outputs):
         return outputs
     return mapped(lambda _, leaf: None if is_cache(leaf) else leaf, "", outputs)
 
 
 def copied(cache: Any) -> Any:
     """A copy of a cache that a forward may write into."""
-    with _Clones():
+
+    def clone(func: Any, args: Any, kwargs: Any) -> Any:
+        # A tensor with a history has no deep copy.
+        return args[0].clone() if func is Tensor.__deepcopy__ else func(*args, **kwargs)
+
+    with Calls(clone):
         return copy.deepcopy(cache)
 
 
-class _Clones(TorchFunctionMode):
-    """Clones where a deep copy is asked for: a tensor with a history has no deep copy."""
+class Calls(TorchFunctionMode):
+    """A function mode of one function: `run(func, args, kwargs)` makes the calls of torch's functions."""
+
+    def __init__(self, run: Callable[[Any, Any, Any], Any]) -> None:
+        super().__init__()
+        self.run = run
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0].clone() if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+        return self.run(func, args, kwargs or {})
 
 
-def joined(name: str, *parts: Any) -> Any:
-    """Leaves of several outputs, along their first axis."""
+def joined(parts: list[Any]) -> Any:
+    """Outputs of several forwards, along their first axis."""
+    return parts[0] if len(parts) == 1 else mapped(_concatenated, "", *parts)
+
+
+def _concatenated(name: str, *parts: Any) -> Any:
     first, *others = parts
     if not isinstance(first, Tensor):
         return first if all(other is first or other == first for other in others) else parts

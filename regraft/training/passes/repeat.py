@@ -18,8 +18,8 @@ from regraft.training.passes.nested import (
     is_cache,
     leaves,
     mapped,
+    outputs_of,
     tensors_in,
-    without_caches,
 )
 
 # What Transformers' forwards take beside the batch, whatever its first axis happens to be.
@@ -35,21 +35,13 @@ class NoBatchAxisError(InputsError):
 class Batch:
     """The arguments of a forward, and which of their tensors have the batch as their first axis.
 
-    A tensor with another first axis is left alone. Whether that is right, and whether the axis is the batch
-    at all, is for `independence` to show.
-
-    Args:
-        call: positional and keyword arguments of the forward.
-        main: the keyword argument that says how long the batch is, if it is given.
-        unbatched: keyword arguments that are left alone, although their first axis is as long as the batch.
+    A tensor with another first axis is left alone, and so are keyword arguments that `unbatched` names.
+    Whether that is right, and whether the axis is the batch at all, is for `rows` to show.
 
     Attributes:
         size: the length of the batch.
         tensors: those that have it.
         left: names and shapes of tensors with another first axis.
-
-    Raises:
-        InputsError: no tensor to read the length from, or an input of which it cannot be known.
     """
 
     def __init__(self, call: Call, main: str | None = None, unbatched: Collection[str] = ()) -> None:
@@ -124,15 +116,9 @@ class Batch:
 
 
 def repeated_forward(forward: Callable[..., Any], n: int, batch: Batch) -> Any:
-    """All passes in one forward of a batch n times as long; outputs with a new first axis of n.
-
-    Raises:
-        InputsError: the forward cannot take such a batch.
-        NoBatchAxisError: an output's first axis is not the batch.
-    """
-    args, kwargs = batch.repeated(n)
+    """All passes in one forward of a batch n times as long; outputs with a new first axis of n."""
     try:
-        outputs = forward(*args, **kwargs)
+        outputs = outputs_of(forward, batch.repeated(n))
     except (RuntimeError, ValueError, IndexError) as error:
         if not batch.left or isinstance(error, torch.OutOfMemoryError):
             raise
@@ -146,7 +132,7 @@ def repeated_forward(forward: Callable[..., Any], n: int, batch: Batch) -> Any:
         check_batched(name, leaf, n * batch.size)
         return leaf.reshape(n, batch.size, *leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf
 
-    return mapped(split, "", without_caches(outputs, kwargs))
+    return mapped(split, "", outputs)
 
 
 def check_batched(name: str, leaf: Any, size: int) -> None:
