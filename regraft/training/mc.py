@@ -44,8 +44,7 @@ from regraft.training.rdrop.rdrop_loss import wide
 _CHUNK_FLOPS = 4e9
 """With more than this in a batch, a CPU core's caches are full and longer batches cost more, not less. As an
 element that an operator writes counts as 16, this bounds the memory too, by a gigabyte."""
-_EQUAL = 1e-6
-"""Passes that differ by less than this part of their mean differ by rounding alone."""
+_EQUAL = 1e-6  # passes that differ by less than this part of their mean differ by rounding alone
 _OUTPUTS = "transformers.modeling_outputs"
 _CAUSAL = ("CausalLMOutput", "CausalLMOutputWithPast", "CausalLMOutputWithCrossAttentions")
 _LAST = ("TokenClassifierOutput", "MaskedLMOutput", "Seq2SeqLMOutput", *_CAUSAL)
@@ -109,9 +108,9 @@ def mc_predict(
         model: any that has dropout with rates above 0.
         n: how many passes, 2 or more.
         args: for the model's forward, as are `kwargs`; or `inputs=` with all of them, as of `regraft.apply`.
-        batches: instead of `args`, many inputs: a `DataLoader` or any iterable of dicts (their labels are
-            left out), tensors, or tuples, whose first is the input. They are moved to the model's device;
-            the results are joined along the first axis, on the CPU.
+        batches: instead of `args`, many inputs: a `DataLoader` or any iterable of dicts (without their
+            labels), tensors, or tuples, whose first is the input. They are moved to the model's device, and
+            the results to the CPU, along the first axis.
         task: "classification" (softmax), "multilabel" or "binary" (sigmoid), or "regression".
         class_axis: of one pass; 1 for (batch, classes, height, width). By default the last of two axes, and
             known for segmentation and language models of Transformers and torchvision; else asked for.
@@ -323,8 +322,7 @@ def _is_made_stochastic(module: nn.Module) -> bool:
 
 
 def _found(root: nn.Module, call: Call, droppath: bool, *, others: bool) -> list[nn.Module]:
-    """Modules that drop, or whose forward does; raises where there are none, nor `others`."""
-    # Finding them runs a probe, and prediction comes batch after batch.
+    """Modules that drop, or whose forward does: a probe, once for a model as it stands."""
     known = _sampled.setdefault(root, {})
     key = droppath, _state(root, call)
     if key not in known:

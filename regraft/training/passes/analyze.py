@@ -32,12 +32,9 @@ from regraft.training.passes.vmap import LAST, decided, is_compiled, pass_by_pas
 
 log = logging.getLogger("regraft")
 _PROBED = 2
-_OVERHEAD = 1.12
-"""Under vmap an operation costs about this much of what it costs in a batch as long."""
+_OVERHEAD = 1.12  # under vmap an operation costs about this much of what it costs in a batch as long
 _SHARED_DRAW = "it draws once for the whole batch (a mask of weights or layers), so passes would share it"
-_DECIDES = "it draws a number to decide what runs, which each pass has to decide for itself"
 _ELSEWHERE = "it draws from Python's or numpy's generator, which says nothing of passes"
-_COMPILING = "a region that is being compiled cannot be analyzed"
 _UNASKED = "not asked for yet"
 _IN_OTHER_WORDS = {
     "running_mean or running_var": "a BatchNorm in training comes behind the first random operation, and its "
@@ -58,8 +55,7 @@ _known: WeakKeyDictionary[nn.Module, dict[Any, PassAnalysis]] = WeakKeyDictionar
 PerPass = Mapping[type[nn.Module], bool]
 """Classes -> whether their modules run once for each pass even where nothing tells their arguments apart."""
 Reason = str | InputsError | None
-Trial = Callable[..., Any]
-"""`trial(forward, call, meter, fork)` gives the outputs of what is measured."""
+Trial = Callable[..., Any]  # `trial(forward, call, meter, fork)` gives the outputs of what is measured
 
 
 @dataclass(frozen=True)
@@ -121,7 +117,7 @@ class PassAnalysis:
 def analysis_of(model: nn.Module, inputs: Inputs) -> PassAnalysis:
     """What is known of `model`'s passes over inputs like these, in the state it is in."""
     if torch.compiler.is_compiling():
-        return _unknown(_COMPILING)
+        return _unknown("a region that is being compiled cannot be analyzed")
     with lock_of(model):
         known = _known.setdefault(model, {})
         key = _state(model, inputs)
@@ -300,10 +296,7 @@ def _moves_statistics(module: nn.Module) -> bool:
 
 @contextmanager
 def _nothing_kept(modules: Collection[nn.Module]) -> Iterator[None]:
-    """Raises a RuntimeError if meanwhile an attribute of the modules, or of those inside, was given a tensor.
-
-    What a forward keeps in its module would be that of the last pass alone.
-    """
+    """Raises if meanwhile an attribute of the modules, or of those inside, was given a tensor."""
     every = {id(one): one for module in modules for one in module.modules()}.values()
     before = [(one, snapshot(one)) for one in every]
     yield
@@ -318,7 +311,7 @@ def _nothing_kept(modules: Collection[nn.Module]) -> Iterator[None]:
 
 def _flaw(both: Meter, each: list[Meter]) -> str | None:
     if both.own.scalars:
-        return _DECIDES
+        return "it draws a number to decide what runs, which each pass has to decide for itself"
     if both.own.draws != sum(one.own.draws for one in each):
         return "an operation draws once for all passes, behind vmap's back"
     if both.reads_replaced:
@@ -330,8 +323,6 @@ def _flaw(both: Meter, each: list[Meter]) -> str | None:
 
 def _batch_draws(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> str | None:
     """Why the draws of a repeated batch would not be those of so many passes."""
-    if analysis.plain is None:
-        return None
     if analysis.decides:
         return _SHARED_DRAW
 
@@ -348,8 +339,8 @@ def _batch_draws(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> st
     except Exception as error:
         return why(error)
     # Draws of a single number that decide nothing (LayerDrop at rate 0) may be common: both ends were tried.
-    decided = analysis.plain.own.scalars and analysis.no_sharing is not None
-    return _SHARED_DRAW if decided or both.own.draws != _PROBED * single.own.draws else None
+    scalars = single.own.scalars and analysis.no_sharing is not None
+    return _SHARED_DRAW if scalars or both.own.draws != _PROBED * single.own.draws else None
 
 
 def _tried(place: Any, model: nn.Module, inputs: Inputs, trial: Trial) -> Meter:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -241,7 +242,7 @@ class _Passes:
     inputs: Inputs
     fork: Fork | None
 
-    @property
+    @cached_property
     def analysis(self) -> PassAnalysis:
         return analysis_of(self.model, self.inputs)
 

@@ -29,8 +29,7 @@ _apply: Any = Function.__dict__["apply"]
 _enter, _exit = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
 _lock = threading.Lock()
 _here = threading.local()
-_active: list[Interception] = []
-"""Those under way, in all threads."""
+_active: list[Interception] = []  # those under way, in all threads
 _forwards: dict[nn.Module, dict[str, Any]] = {}
 """Modules whose forward is replaced -> their own entry `forward`, if any."""
 
@@ -43,16 +42,11 @@ class RecomputeError(RuntimeError):
 
 
 class Interception:
-    """What a vmapped forward does at the entries that are replaced for it.
-
-    Args:
-        run: calls the autograd functions that vmap would refuse; None lets it refuse them.
-        modules: call the forwards of these modules.
-    """
+    """What a vmapped forward does at the entries that are replaced for it."""
 
     def __init__(self, run: Run | None = None, modules: Mapping[nn.Module, Run] | None = None) -> None:
-        self.run = run
-        self.modules = modules or {}
+        self.run = run  # calls the autograd functions that vmap would refuse
+        self.modules = modules or {}  # what calls their forwards
         # The hooks on saved tensors that the forward is inside of: what runs there may be computed once more
         # in the backward. Without `run` nothing watches what that is, so it is refused.
         self.recomputed: set[Any] = set()

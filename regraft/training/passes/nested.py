@@ -13,19 +13,13 @@ from torch.overrides import TorchFunctionMode
 
 from regraft.errors import InputsError, ModelError
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""The arguments of a forward."""
-Change = Callable[..., Any]
-"""`change(name, leaf, *the same leaf of the other trees)` gives the new leaf."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a forward
+Change = Callable[..., Any]  # `change(name, leaf, *the same leaf of the other trees)` gives the new leaf
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 def mapped(change: Change, name: str, first: Any, *others: Any) -> Any:
-    """`first` with every leaf changed; containers keep their type (ModelOutput, dict, tuple, dataclass).
-
-    Raises:
-        InputsError: the trees are not built alike.
-    """
+    """`first` with every leaf changed; containers keep their type (ModelOutput, dict, tuple, dataclass)."""
     parts = _parts(first)
     if parts is None:
         return change(name, first, *others)

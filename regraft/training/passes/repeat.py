@@ -35,13 +35,8 @@ class NoBatchAxisError(InputsError):
 class Batch:
     """The arguments of a forward, and which of their tensors have the batch as their first axis.
 
-    A tensor with another first axis is left alone, and so are keyword arguments that `unbatched` names.
-    Whether that is right, and whether the axis is the batch at all, is for `rows` to show.
-
-    Attributes:
-        size: the length of the batch.
-        tensors: those that have it.
-        left: names and shapes of tensors with another first axis.
+    Those with another first axis are left alone, and so are keyword arguments that `unbatched` names. Whether
+    that is right, and whether the axis is the batch at all, is for `rows` to show.
     """
 
     def __init__(self, call: Call, main: str | None = None, unbatched: Collection[str] = ()) -> None:
@@ -63,6 +58,7 @@ class Batch:
         every = [leaf for name, value in self._batched.items() for leaf in leaves(name, value)]
         tensors = [(name, x) for name, x in every if isinstance(x, Tensor) and x.dim()]
         self.tensors = [x for _, x in tensors if len(x) == self.size]
+        # Names and shapes of those with another first axis.
         self.left = [f"{name} {tuple(x.shape)}" for name, x in tensors if len(x) not in (1, self.size)]
 
     def repeated(self, n: int) -> Call:

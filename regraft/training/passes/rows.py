@@ -28,18 +28,16 @@ from regraft.training.passes.nested import filled, holds_cache, joined, leaves, 
 from regraft.training.passes.repeat import Batch, check_batched
 from regraft.training.passes.sharded import real_forwards
 
-_TOLERANCE = 1e-3
-"""Of what another row does to the output."""
-_GUARDS = 2
-"""Copies of a row on either side."""
+_TOLERANCE = 1e-3  # of what another row does to the output
+_GUARDS = 2  # copies of a row on either side
 UNDECIDED = "whether its first axis is the batch cannot be shown with fewer than two different rows"
 
 
 def why_dependent(model: nn.Module, forward: Forward, batch: Batch) -> str | None:
     """Why the rows of this batch may see one another, or None if it was shown that they do not.
 
-    Costs forwards of 2 and of 6 rows without gradients. All ranks that train the model together get one
-    answer. `UNDECIDED` is about these inputs alone; any other answer holds for all inputs of their kind.
+    All ranks that train the model together get one answer. `UNDECIDED` is about these inputs alone; any other
+    holds for all inputs of their kind.
     """
     groups = _groups(model)
     different: Any = torch.zeros(batch.size, dtype=torch.bool)
@@ -141,7 +139,7 @@ _CENTRES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "uniform": lambda given: (given["from"] + given["to"]) / 2,
     "randn": lambda _: 0.0,
     "normal": lambda given: given["mean"],
-    "randint": lambda given: _middle(given.get("low") or 0, given["high"]),
+    "randint": lambda given: _middle(given.get("low", 0), given["high"]),
     "bernoulli": lambda given: (given["self"] if given.get("p") is None else given["p"]) >= 0.5,
     "exponential": lambda given: 1 / given["lambd"],
 }

@@ -41,8 +41,7 @@ from regraft.training.passes.nested import (
 )
 
 _attend: Callable[..., Tensor] = F.scaled_dot_product_attention
-LAST = 1 - 2**-24
-"""The greatest number that `torch.rand` gives; the smallest is 0."""
+LAST = 1 - 2**-24  # the greatest number that `torch.rand` gives; the smallest is 0
 _UNINITIALIZED: tuple[Any, ...] = (torch.empty, torch.empty_like, Tensor.new_empty)
 _IN_PLACE: tuple[Any, ...] = (
     *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
@@ -152,7 +151,7 @@ class DrawsPerPass(TorchFunctionMode):
             F.multi_head_attention_forward: self._multi_head,
             F.linear: self._linear,
             # vmap refuses it. On a value within a forward it is made for the sake of checkpointing alone.
-            Tensor.requires_grad_: lambda _, x, *__: x,
+            Tensor.requires_grad_: lambda _, x, *__, **___: x,
             Tensor.__bool__: self._agreed,
             # `x.data`, which vmap refuses; what is written into it reaches `x`, as it should.
             _DATA: lambda _, x: x.detach(),
