@@ -58,7 +58,7 @@ def penalty(model: nn.Module, inputs: Any = None) -> Tensor:
         readers = holder.__dict__.get(_READERS, beside.get(id(module)))
         if readers is None and options.get("weight") and module is not model:
             raise ModelError(
-                "its penalty has a term of the weights that read its output, and these are not known",
+                "its penalty needs the weights of the layers that read its output, which are not known",
                 where=next(name for name, other in model.named_modules() if other is module),
                 remedy="regraft.penalty(model, inputs=batch), once; or graft it with weight=0.0",
             )

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from traceback import walk_tb
@@ -248,11 +248,8 @@ def _try_sharing(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> No
 def _plain(forward: Trial, call: Call, meter: Meter, fork: Fork | None, number: float | None = None) -> Any:
     """One pass; what it draws to decide something is `number`."""
     args, kwargs = call
-    with ExitStack() as stack:
-        if number is not None:
-            stack.enter_context(decided(number, meter))
-        if fork is not None:
-            stack.enter_context(fork.reached(meter.forked))
+    decisions = nullcontext() if number is None else decided(number, meter)
+    with decisions, nullcontext() if fork is None else fork.reached(meter.forked):
         return forward(*args, **kwargs)
 
 

@@ -9,6 +9,7 @@ ordinary forward. A model in `torch.compile` is compiled with the vmap around it
 from __future__ import annotations
 
 import enum
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -271,17 +272,14 @@ class DrawsPerPass(TorchFunctionMode):
         return empty
 
     def _multi_head(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-        rate = args[10] if len(args) > 10 else given["dropout_p"]
-        training = args[13] if len(args) > 13 else given.get("training", True)
-        if not (rate and training):
-            return func(*args, **kwargs)
+        given = inspect.signature(func).bind(*args, **kwargs).arguments
+        if not (given["dropout_p"] and given.get("training", True)):
+            return func(**given)
         # A query with an axis of passes is enough for the attention inside to draw for each of them. The
         # projection is packed where query, key and value are one object, so they stay one.
         query = given["query"]
         forked = query + self.axis.to(query)
-        first = [given.pop(name) for name in ("query", "key", "value")]
-        return func(*(forked if one is query else one for one in first), *args[3:], **given)
+        return func(**{name: forked if value is query else value for name, value in given.items()})
 
     def _out_of_place(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
