@@ -735,3 +735,13 @@ def test_equal_passes_in_eval_are_said():
         warnings.simplefilter("error")
         regraft.stochastic_passes(model, 2, torch.rand(5, 4))
         regraft.stochastic_passes(model.train(), 2, torch.rand(5, 4))
+
+
+def test_sparse_inputs_have_no_storage_and_are_shared():
+    class Neighbours(nn.Module):
+        def forward(self, x, adjacency):
+            return F.dropout(torch.sparse.mm(adjacency, x), 0.5)
+
+    inputs = torch.rand(6, 4), torch.eye(6).to_sparse()
+    passes = regraft.stochastic_passes(Neighbours(), 3, *inputs, strategy="shared")
+    assert not torch.equal(passes[0], passes[1])

@@ -67,11 +67,11 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        storages = [x.untyped_storage() for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        if self._marking:
-            self._replaced |= {id(storage): storage for storage in storages}  # kept, so that ids stay theirs
-        elif self._replaced:
-            self.reads_replaced |= any(id(storage) in self._replaced for storage in storages)
+        if self._marking or self._replaced:
+            storages = [x.untyped_storage() for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            self.reads_replaced |= not self._marking and any(id(one) in self._replaced for one in storages)
+            if self._marking:
+                self._replaced |= {id(storage): storage for storage in storages}  # so that ids stay theirs
         result = func(*args, **kwargs)
         self._count(func, args, kwargs, result)
         return result

@@ -103,9 +103,10 @@ def shared_forward(
                 return leaf
             return torch._C._functorch._remove_batch_dim(leaf, level, n, 0)
 
-        if not tensors_in(outputs):
-            raise InputsError("the forward gives no tensor, so there is nothing to stack")
-        return mapped(stacked, "", outputs)
+        passes = mapped(stacked, "", outputs)
+    if not tensors_in(passes):
+        raise InputsError("the forward gives no tensor, so there is nothing to stack")
+    return passes
 
 
 def is_compiled(model: nn.Module) -> bool:
