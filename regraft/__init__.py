@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from regraft.planning.plan import Plan as Plan
     from regraft.planning.plan import plan as plan
     from regraft.training.mc import mc_predict as mc_predict
-    from regraft.training.multisample import multisample_loss as multisample_loss
     from regraft.training.norm.max_norm import max_norm as max_norm
+    from regraft.training.passes.api import multisample_loss as multisample_loss
     from regraft.training.passes.api import stochastic_passes as stochastic_passes
     from regraft.training.penalty import penalty as penalty
     from regraft.training.rdrop.criterion import rdrop_criterion as rdrop_criterion
@@ -55,7 +55,7 @@ _HOMES = {
     "penalty": "training.penalty",
     "max_norm": "training.norm.max_norm",
     "mc_predict": "training.mc",
-    "multisample_loss": "training.multisample",
+    "multisample_loss": "training.passes.api",
     "stochastic_passes": "training.passes.api",
     "rdrop": "training.rdrop.rdrop",
     "rdrop_criterion": "training.rdrop.criterion",

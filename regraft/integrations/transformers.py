@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from regraft.find.selectors import read_selector
-from regraft.training.mc_eval import mc_eval
+from regraft.training.mc import mc_eval
 from regraft.training.norm.max_norm import MaxNorm, max_norm
 from regraft.training.rdrop.layer import disarm
 from regraft.training.rdrop.rdrop import RDropLog, rdrop
@@ -81,7 +81,7 @@ class _MonteCarlo:
 
     Args:
         n: how many passes.
-        options: of `regraft.training.mc_eval.mc_eval`: task, class_axis, droppath, strategy, chunk.
+        options: of `regraft.training.mc.mc_eval`: task, class_axis, droppath, strategy, chunk.
 
     Example:
         >>> from regraft.integrations.transformers import MonteCarloCallback

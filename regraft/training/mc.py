@@ -6,7 +6,9 @@ are put into training for the call, and no other module is.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -18,43 +20,41 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from regraft.errors import LossError, NoMatchError, RateError, nearest
+from regraft.errors import LossError, NoMatchError, nearest
 from regraft.find.inspect import inspect as inspect_sites
 from regraft.find.locks import one_at_a_time
 from regraft.find.walk import inner_model
 from regraft.graft.apply import grafted
+from regraft.graft.classes import Namespace
 from regraft.graft.insertions import inserted_on
+from regraft.graft.slots import set_graft
 from regraft.interrupts import HeldInterrupts
 from regraft.libraries import is_of
 from regraft.ops import DROP_BLOCK
-from regraft.record import grafts_of
+from regraft.record import RECORD, Graft, Layer, Slot, grafts_of
 from regraft.training.passes.analyze import work_of
-from regraft.training.passes.api import call_of, check_strategy, run_passes
+from regraft.training.passes.api import call_of, check_count, is_passing, passing, run_passes
 from regraft.training.passes.fork import Fork, fork_path
-from regraft.training.passes.nested import leaves, mapped
-from regraft.training.rdrop.fields import logits_in, parts_of
+from regraft.training.passes.measure import Forward
+from regraft.training.passes.nested import Call, leaves, mapped, pass_of, tensors_changed
+from regraft.training.rdrop.fields import logits_in, loss_in, parts_of, with_loss
 from regraft.training.rdrop.options import TASKS, Key
 from regraft.training.rdrop.rdrop_loss import wide
 
 _CHUNK_FLOPS = 4e9
 """With more than this in a batch, a CPU core's caches are full and longer batches cost more, not less. As an
 element that an operator writes counts as 16, this bounds the memory too, by a gigabyte."""
-_EQUAL = 1e-6
-"""Passes that differ by less than this part of their mean differ by rounding alone."""
+_EQUAL = 1e-6  # passes that differ by less than this part of their mean differ by rounding alone
 _OUTPUTS = "transformers.modeling_outputs"
-_AXES = {
-    "SemanticSegmenterOutput": 1,
-    "TokenClassifierOutput": -1,
-    "MaskedLMOutput": -1,
-    "CausalLMOutput": -1,
-    "CausalLMOutputWithPast": -1,
-    "CausalLMOutputWithCrossAttentions": -1,
-    "Seq2SeqLMOutput": -1,
-}
+_CAUSAL = ("CausalLMOutput", "CausalLMOutputWithPast", "CausalLMOutputWithCrossAttentions")
+_LAST = ("TokenClassifierOutput", "MaskedLMOutput", "Seq2SeqLMOutput", *_CAUSAL)
+_AXES = {"SemanticSegmenterOutput": 1, **dict.fromkeys(_LAST, -1)}
 """Outputs of Transformers whose logits have more than two axes -> where their classes are."""
 _DENSE = "out"
 """What torchvision's segmentation models call their logits, of axes (batch, classes, height, width)."""
 
+_SLOT = Slot("passes", "mc")
+_KEY = str(_SLOT)
 _sampled: WeakKeyDictionary[nn.Module, dict[Any, list[nn.Module]]] = WeakKeyDictionary()
 
 
@@ -94,26 +94,26 @@ def mc_predict(
     strategy: str = "auto",
     chunk: int | None = None,
     fork: str | float | None = None,
+    one_mask: bool = False,
     progress: bool | None = None,
     **kwargs: Any,
 ) -> MCPrediction:
     """A prediction with its uncertainty, from n passes with dropout on; the model is in eval otherwise.
 
     Every dropout of the model is sampled by its own law (elements, channels, SELU's, of attention, between
-    the layers of an RNN), and so is what regraft has grafted or inserted, of weights too. Each module has
-    its own training flag back afterwards, also after an exception. What comes before the first dropout is
-    computed once.
+    the layers of an RNN), and so is what regraft has grafted or inserted, of weights too. Training flags are
+    as before afterwards, also after an exception. What comes before the first dropout is computed once.
 
     Args:
         model: any that has dropout with rates above 0.
         n: how many passes, 2 or more.
         args: for the model's forward, as are `kwargs`; or `inputs=` with all of them, as of `regraft.apply`.
-        batches: instead of `args`, many inputs: a `DataLoader` or any iterable of dicts (their labels are
-            left out), tensors, or tuples, whose first is the input. They are moved to the model's device;
-            the results are joined along the first axis, on the CPU.
+        batches: instead of `args`, many inputs: a `DataLoader` or any iterable of dicts (without their
+            labels), tensors, or tuples, whose first is the input. They are moved to the model's device, and
+            the results to the CPU, along the first axis.
         task: "classification" (softmax), "multilabel" or "binary" (sigmoid), or "regression".
         class_axis: of one pass; 1 for (batch, classes, height, width). By default the last of two axes, and
-            known for the segmentation and language models of Transformers and torchvision; else asked for.
+            known for segmentation and language models of Transformers and torchvision; else asked for.
         output: which output, by name or position; by default the one called logits, or the only one.
         samples: keep each pass in `.samples`.
         droppath: sample drop-path (stochastic depth) and DropBlock as well.
@@ -123,6 +123,7 @@ def mc_predict(
             where nearly everything is shared, else what is fast on the model's device.
         fork: where the passes part, see `regraft.stochastic_passes`: what is drawn before is the same in
             all, and its variance is left out.
+        one_mask: within a pass all rows of the batch have the same noise, see `regraft.stochastic_passes`.
         progress: show a bar; by default on a terminal, for more than one chunk or batch.
         kwargs: for the model's forward; `labels` are left out.
 
@@ -146,48 +147,43 @@ def mc_predict(
         >>> prediction.mean.shape, prediction.entropy.shape
         (torch.Size([2, 3]), torch.Size([2]))
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
-        raise RateError(f"n={n!r} passes have no variance", remedy="give 2 or more")
-    check_strategy(strategy)
+    check_count("n", n, 2)
     reading = Reading(task, class_axis, output)
-    calls = [call_of(model, args, kwargs)] if batches is None else _calls(batches, model, kwargs)
-    done: list[MCPrediction] = []
-    sampler = Sampler(model, rules, droppath)
-    with torch.no_grad():
-        for given in _bar(calls, False if batches is None else progress):
-            call = given[0], {name: value for name, value in given[1].items() if name != "labels"}
-            with sampler.on(call):
-                shown = progress if batches is None else False
-                passes = {"strategy": strategy, "fork": fork}
-                prediction = _predict(model, n, call, reading, samples, passes, chunk, shown)
-            done.append(prediction if batches is None else mapped(_to_cpu, "", prediction))
-    if not done:
-        raise LossError("there are no batches to predict", where="batches")
-    result = done[0] if len(done) == 1 else _joined(done)
-    _warn_if_equal(model, result)
+
+    def predict(call: Call, shown: bool | None) -> MCPrediction:
+        call = call[0], {name: value for name, value in call[1].items() if name != "labels"}
+        root = inner_model(model)[0]
+        # One fork for all chunks, so that they have what is drawn in front of it in common too.
+        parted = None if fork is None else Fork(root, fork_path(root, fork))
+        sums = _Sums(reading, samples)
+        with torch.no_grad(), sampling(model, call, rules, droppath):
+            work = work_of(model, call, None if parted is None else parted.path)
+            at_once = chunk or _at_once(n, *work, next(model.parameters(), torch.empty(0)).is_cpu)
+            sizes = [min(at_once, n - start) for start in range(0, n, at_once)]
+            for size in _bar(sizes, len(sizes), shown):
+                outputs = run_passes(
+                    model, model, size, call, strategy=strategy, fork=parted, one_mask=one_mask
+                )
+                sums.add(*reading.logits(outputs, type(model).__name__))
+        return sums.prediction()
+
+    if batches is None:
+        result = predict(call_of(model, args, kwargs), progress)
+    else:
+        count = len(batches) if isinstance(batches, Sized) else None
+        every = _bar(_calls(batches, model, kwargs), count, progress)
+        done = [tensors_changed(Tensor.cpu, predict(call, False)) for call in every]
+        if not done:
+            raise LossError("there are no batches to predict", where="batches")
+        result = mapped(_joined, "", *done)
+    if result.variance.max() <= (_EQUAL * result.mean.abs().max()) ** 2:
+        warnings.warn(
+            f"all passes of {type(inner_model(model)[0]).__name__} are equal: none of its dropouts at a rate "
+            "above 0 has run; rules={'Dropout': 'mc(p=0.1)'} gives them a rate, droppath=True samples "
+            "drop-paths too",
+            stacklevel=3,
+        )
     return result
-
-
-def _predict(
-    model: nn.Module,
-    n: int,
-    call: Any,
-    reading: Reading,
-    samples: bool,
-    options: dict[str, Any],
-    chunk: int | None,
-    progress: bool | None,
-) -> MCPrediction:
-    root = inner_model(model)[0]
-    # One fork for all chunks, so that they have what is drawn in front of it in common too.
-    path = None if options["fork"] is None else fork_path(root, options["fork"])
-    options = {**options, "fork": None if path is None else Fork(root, path)}
-    sums = _Sums(reading, samples)
-    at_once = chunk or _at_once(n, *work_of(model, call, path), _on_cpu(model))
-    for passes in _bar(_sizes(n, at_once), progress):
-        outputs = run_passes(model, model, passes, call, chunk=passes, **options)
-        sums.add(*reading.logits(outputs, type(model).__name__))
-    return sums.prediction()
 
 
 @dataclass(frozen=True)
@@ -199,15 +195,15 @@ class Reading:
     output: Key | None = None
 
     def __post_init__(self) -> None:
-        if self.task not in (*TASKS, "binary"):
-            known = (*TASKS, "binary")
+        known = (*TASKS, "binary")
+        if self.task not in known:
             raise LossError(
                 f"task={self.task!r} is not one of {', '.join(map(repr, known))}",
                 remedy=nearest(str(self.task), known),
             )
 
     def logits(self, outputs: Any, where: str) -> tuple[Tensor, int]:
-        """The output of all passes, and its class axis (0 if it has none)."""
+        """The output of all passes, and its class axis, counted from the last (0 if it has none)."""
         key = self.output
         if key is None and not isinstance(outputs, Tensor):
             parts = parts_of(outputs)
@@ -227,12 +223,14 @@ class Reading:
     def _axis(self, outputs: Any, logits: Tensor, key: Key | None) -> int:
         axes = logits.dim() - 1
         axis = self.class_axis
-        if axis is None:
-            known = (at for cls, at in _AXES.items() if is_of(outputs, _OUTPUTS, cls))
-            axis = -1 if axes == 2 else next(known, None)
         if axis is None and key == _DENSE and axes == 4:
             axis = 1
-        if axes < 2 or (axis is not None and logits.shape[axis + 1 if axis >= 0 else axis] == 1):
+        elif axis is None:
+            known = (at for cls, at in _AXES.items() if is_of(outputs, _OUTPUTS, cls))
+            axis = -1 if axes == 2 else next(known, None)
+        if axis is not None and axis >= 0:
+            axis -= axes
+        if axes < 2 or (axis is not None and logits.shape[axis] == 1):
             raise LossError(
                 f"outputs of shape {tuple(logits.shape[1:])} are no classes: there is one value for each",
                 remedy='task="binary" for yes or no, task="regression" for values',
@@ -242,7 +240,7 @@ class Reading:
                 f"outputs of shape {tuple(logits.shape[1:])}: on which axis are the classes?",
                 remedy="class_axis=1 for (batch, classes, height, width), class_axis=-1 for the last",
             )
-        return axis + 1 if axis >= 0 else axis
+        return axis
 
 
 class _Sums:
@@ -256,19 +254,18 @@ class _Sums:
 
     def add(self, logits: Tensor, axis: int) -> None:
         self.axis = axis
-        values = self._values(wide(logits))
+        values = wide(logits)
+        if self.task != "regression":
+            values = values.softmax(axis) if self.task == "classification" else values.sigmoid()
         if self.kept is not None:
             self.kept.append(values)
         count, mean = len(values), values.mean(0)
-        squares = (values - mean).square().sum(0)
-        if self.n == 0:
-            self.mean, self.squares, self.entropies = mean, squares, self._entropy(values, 0).sum(0)
-        else:
-            # Two groups' deviations from their means, and of the means from each other: nothing cancels.
-            apart = mean - self.mean
-            self.squares = self.squares + squares + apart.square() * (self.n * count / (self.n + count))
-            self.mean = self.mean + apart * (count / (self.n + count))
-            self.entropies = self.entropies + self._entropy(values, 0).sum(0)
+        # Two groups' deviations from their means, and of the means from each other: nothing cancels.
+        apart = mean - self.mean
+        squares = (values - mean).square().sum(0) + apart.square() * (self.n * count / (self.n + count))
+        self.squares = self.squares + squares
+        self.mean = self.mean + apart * (count / (self.n + count))
+        self.entropies = self.entropies + self._entropy(values).sum(0)
         self.n += count
 
     def prediction(self) -> MCPrediction:
@@ -276,104 +273,78 @@ class _Sums:
         kept = None if self.kept is None else torch.cat(self.kept)
         if self.task == "regression":
             return MCPrediction(self.mean, variance, None, None, self.n, kept)
-        entropy = self._entropy(self.mean, 1)
+        entropy = self._entropy(self.mean)
         # Jensen's inequality makes it 0 or more; rounding need not.
         information = (entropy - self.entropies / self.n).clamp(min=0)
         return MCPrediction(self.mean, variance, entropy, information, self.n, kept)
 
-    def _values(self, logits: Tensor) -> Tensor:
-        if self.task == "classification":
-            return logits.softmax(self.axis)
-        return logits if self.task == "regression" else logits.sigmoid()
-
-    def _entropy(self, values: Tensor, fewer: int) -> Tensor:
-        """Of values that have so many axes fewer than the passes' logits."""
+    def _entropy(self, values: Tensor) -> Tensor:
         entropy: Tensor = torch.special.entr(values)
         if self.task == "classification":
-            return entropy.sum(self.axis - fewer if self.axis > 0 else self.axis)
-        other: Tensor = torch.special.entr(1 - values)
-        return entropy + other
+            return entropy.sum(self.axis)
+        return entropy + torch.special.entr(1 - values)  # type: ignore[no-any-return]
 
 
-class Sampler:
-    """Puts what drops in a model into training, and nothing else, for the length of a block."""
-
-    def __init__(self, model: nn.Module, rules: Any = None, droppath: bool = False) -> None:
-        self.model, self.rules, self.droppath = model, rules, droppath
-
-    @contextmanager
-    def on(self, call: Any) -> Iterator[None]:
-        """The model in eval, with its dropouts on."""
-        root, _ = inner_model(self.model)
-        with HeldInterrupts() as held:
-            flags = [(module, module.training) for module in self.model.modules()]
-            try:
-                with held.released(), ExitStack() as stack:
-                    self.model.eval()
-                    for module in _with_fast_paths(root, self._sampled(stack, root, call)):
+@contextmanager
+def sampling(model: nn.Module, call: Call, rules: Any = None, droppath: bool = False) -> Iterator[None]:
+    """The model in eval, and what drops in it, and nothing else, in training."""
+    root, _ = inner_model(model)
+    with HeldInterrupts() as held:
+        flags = [(module, module.training) for module in model.modules()]
+        try:
+            with held.released(), ExitStack() as stack:
+                model.eval()
+                if rules:
+                    report = stack.enter_context(grafted(model, rules, _inputs(root, call)))
+                    chosen = {root.get_submodule(edit.path) for edit in report.grafted}
+                else:
+                    inserted = stack.enter_context(inserted_on(model))
+                    chosen = {module for module in root.modules() if _is_made_stochastic(module)}
+                    if rules is None:
+                        chosen |= set(_found(root, call, droppath, others=bool(chosen) or inserted))
+                for module in root.modules():
+                    # In eval one around them would run a fused kernel instead of them.
+                    fused = isinstance(module, nn.TransformerEncoderLayer)
+                    if module in chosen or (fused and not chosen.isdisjoint(module.modules())):
                         module.training = True
-                    yield
-            finally:
-                for module, training in flags:
-                    module.training = training
-
-    def _sampled(self, stack: ExitStack, root: nn.Module, call: Any) -> list[nn.Module]:
-        """The modules to put into training; what is grafted for the block leaves with the stack."""
-        if self.rules:
-            report = stack.enter_context(grafted(self.model, self.rules, _inputs(root, call)))
-            return [root.get_submodule(edit.path) for edit in report.grafted]
-        inserted = stack.enter_context(inserted_on(self.model))
-        modules = _grafted_modules(root)
-        if self.rules is None:
-            modules = [*modules, *self._found(root, call, bool(modules) or inserted)]
-        return modules
-
-    def _found(self, root: nn.Module, call: Any, others: bool) -> list[nn.Module]:
-        """Modules that drop, or whose forward does."""
-        # Finding them runs a probe, and prediction comes batch after batch.
-        known = _sampled.setdefault(root, {})
-        key = self.droppath, _state(root, call)
-        if key not in known:
-            sites = inspect_sites(root, _inputs(root, call)).sites
-            noise = [site for site in sites if site.family in ("Dropout", "DropPath")]
-            if not noise and not others:
-                raise NoMatchError(
-                    f"{type(root).__name__} has no dropout",
-                    remedy="rules={'before:Linear@head': 'dropout(p=0.1)'} inserts one for the call",
-                )
-            known[key] = [
-                site.module
-                for site in noise
-                if site.kind in ("module", "call")
-                and site.p != 0
-                and site.calls != 0
-                and (self.droppath or not (site.family == "DropPath" or site.op == DROP_BLOCK))
-            ]
-        return known[key]
+                yield
+        finally:
+            for module, training in flags:
+                module.training = training
 
 
-def _grafted_modules(root: nn.Module) -> list[nn.Module]:
-    """Modules that a graft makes stochastic, but for insertions and drop-paths."""
-    return [
-        module
-        for module in root.modules()
+def _is_made_stochastic(module: nn.Module) -> bool:
+    """Whether a graft does so; insertions and drop-paths are sampled otherwise."""
+    return any(
+        graft.variant and graft.slot.kind != "insert" and graft.edit.get("family") != "DropPath"
         for graft in grafts_of(module).values()
-        if graft.variant and graft.slot.kind != "insert" and graft.edit.get("family") != "DropPath"
-    ]
+    )
 
 
-def _with_fast_paths(root: nn.Module, modules: list[nn.Module]) -> list[nn.Module]:
-    """The modules, and those around them that in eval would run a fused kernel instead of them."""
-    chosen = set(modules)
-    around = [
-        module
-        for module in root.modules()
-        if isinstance(module, nn.TransformerEncoderLayer) and not chosen.isdisjoint(module.modules())
-    ]
-    return [*modules, *around]
+def _found(root: nn.Module, call: Call, droppath: bool, *, others: bool) -> list[nn.Module]:
+    """Modules that drop, or whose forward does: a probe, once for a model as it stands."""
+    known = _sampled.setdefault(root, {})
+    key = droppath, _state(root, call)
+    if key not in known:
+        sites = inspect_sites(root, _inputs(root, call)).sites
+        noise = [site for site in sites if site.family in ("Dropout", "DropPath")]
+        if not noise and not others:
+            raise NoMatchError(
+                f"{type(root).__name__} has no dropout",
+                remedy="rules={'before:Linear@head': 'dropout(p=0.1)'} inserts one for the call",
+            )
+        known[key] = [
+            site.module
+            for site in noise
+            if site.kind in ("module", "call")
+            and site.p != 0
+            and site.calls != 0
+            and (droppath or not (site.family == "DropPath" or site.op == DROP_BLOCK))
+        ]
+    return known[key]
 
 
-def _state(root: nn.Module, call: Any) -> Any:
+def _state(root: nn.Module, call: Call) -> Any:
     """What the sites and their rates depend on: all numbers that modules and their configurations hold."""
 
     def numbers(owner: Any) -> tuple[Any, ...]:
@@ -391,58 +362,26 @@ def _state(root: nn.Module, call: Any) -> Any:
     return modules, tuple(configs.values()), inputs
 
 
-def _inputs(root: nn.Module, call: Any) -> Any:
+def _inputs(root: nn.Module, call: Call) -> Any:
     args, kwargs = call
     if not kwargs:
         return args
-    names = list(inspect.signature(root.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(inspect.signature(root.forward).parameters, args, strict=False)), **kwargs}
 
 
-def _calls(batches: Iterable[Any], model: nn.Module, kwargs: dict[str, Any]) -> Iterable[Any]:
-    """The calls of the batches, as many as they say."""
+def _calls(batches: Iterable[Any], model: nn.Module, kwargs: dict[str, Any]) -> Iterator[Call]:
+    """The calls of the batches, on the model's device."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def moved(_: str, leaf: Any) -> Any:
-        return leaf.to(device) if isinstance(leaf, Tensor) else leaf
-
-    class Calls:
-        def __iter__(self) -> Iterator[Any]:
-            for batch in batches:
-                if isinstance(batch, Mapping):
-                    yield (), {**kwargs, **mapped(moved, "", dict(batch))}
-                else:
-                    first = batch[0] if isinstance(batch, (tuple, list)) else batch
-                    yield (moved("", first),), kwargs
-
-        def __len__(self) -> int:
-            return len(batches)  # type: ignore[arg-type]
-
-    return Calls()
+    for batch in batches:
+        if isinstance(batch, Mapping):
+            call: Call = (), {**kwargs, **batch}
+        else:
+            call = (batch[0] if isinstance(batch, (tuple, list)) else batch,), kwargs
+        yield tensors_changed(lambda tensor: tensor.to(device), call)
 
 
-def _to_cpu(_: str, leaf: Any) -> Any:
-    return leaf.cpu() if isinstance(leaf, Tensor) else leaf
-
-
-def _joined(done: list[MCPrediction]) -> MCPrediction:
-    def join(name: str) -> Any:
-        parts = [getattr(each, name) for each in done]
-        return None if parts[0] is None else torch.cat(parts, dim=1 if name == "samples" else 0)
-
-    names = ("mean", "variance", "entropy", "mutual_information", "samples")
-    return MCPrediction(n=done[0].n, **{name: join(name) for name in names})
-
-
-def _warn_if_equal(model: nn.Module, result: MCPrediction) -> None:
-    if result.variance.max() > (_EQUAL * result.mean.abs().max()) ** 2:
-        return
-    name = type(inner_model(model)[0]).__name__
-    warnings.warn(
-        f"all passes of {name} are equal: none of its dropouts at a rate above 0 has run; "
-        "rules={'Dropout': 'mc(p=0.1)'} gives them a rate, droppath=True samples drop-paths too",
-        stacklevel=4,
-    )
+def _joined(name: str, *parts: Any) -> Any:
+    return torch.cat(parts, int(name == "samples")) if isinstance(parts[0], Tensor) else parts[0]
 
 
 def _at_once(n: int, prefix: float, flops: float, on_cpu: bool) -> int:
@@ -457,23 +396,102 @@ def _at_once(n: int, prefix: float, flops: float, on_cpu: bool) -> int:
     return min(n, max(8, busy) if prefix > 0.2 else busy)
 
 
-def _on_cpu(model: nn.Module) -> bool:
-    first = next(model.parameters(), None)
-    return first is None or first.device.type == "cpu"
-
-
-def _sizes(n: int, at_once: int) -> list[int]:
-    return [min(at_once, n - start) for start in range(0, n, at_once)]
-
-
-def _bar(items: Iterable[Any], progress: bool | None) -> Iterable[Any]:
+def _bar(items: Iterable[Any], total: int | None, progress: bool | None) -> Iterable[Any]:
     if progress is None:
-        several = not isinstance(items, list) or len(items) > 1
-        progress = sys.stderr.isatty() and several
+        progress = sys.stderr.isatty() and total != 1
     if not progress:
         return items
     from rich.console import Console
     from rich.progress import track
 
-    total = len(items) if isinstance(items, Sized) else None
     return track(items, description="Monte Carlo", total=total, console=Console(stderr=True), transient=True)
+
+
+def mc_eval(
+    model: nn.Module,
+    n: int,
+    *,
+    task: str = "classification",
+    class_axis: int | None = None,
+    droppath: bool = False,
+    strategy: str = "auto",
+    chunk: int | None = None,
+) -> nn.Module:
+    """Graft a model so that in eval, without gradients, it predicts by n stochastic passes.
+
+    Its logits are then those of the mean prediction: the logarithm of the mean probabilities
+    (classification), the logit of the mean rate ("multilabel", "binary"), or the mean ("regression"). Its
+    loss is the mean of the passes' losses. Training is as before; `regraft.revert(model)` undoes it.
+
+    `model` returns logits, and is returned; the options are those of `regraft.mc_predict`.
+    """
+    check_count("n", n, 2)
+    root, _ = inner_model(model)
+    passes = _MonteCarlo(n, Reading(task, class_axis), droppath, strategy, chunk)
+    set_graft(root, _SLOT, Graft(_SLOT, Layer(mc_layer), options={"passes": passes}))
+    return model
+
+
+def without_mc(model: nn.Module) -> nn.Module:
+    """The model that evaluates by one pass; its other grafts stay."""
+    root, _ = inner_model(model)
+    if _KEY in grafts_of(root):
+        set_graft(root, _SLOT, None)
+    return model
+
+
+def mc_layer(base: type[nn.Module]) -> Namespace:
+    """The layer of Monte Carlo prediction."""
+    own = base.forward
+
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        graft: Graft | None = (self.__dict__.get(RECORD) or {}).get(_KEY)
+        if graft is None or self.training or torch.is_grad_enabled() or is_passing(self):
+            return own(self, *args, **kwargs)
+        passes: _MonteCarlo = graft.options["passes"]
+        return passes.forward(self, functools.partial(own, self), (args, kwargs))
+
+    return {"forward": forward}
+
+
+@dataclass
+class _MonteCarlo:
+    n: int
+    reading: Reading
+    droppath: bool
+    strategy: str
+    chunk: int | None
+    warned: bool = False
+
+    def forward(self, model: nn.Module, forward: Forward, call: Call) -> Any:
+        if call[1].get("past_key_values") is not None or call[1].get("use_cache"):
+            raise LossError(
+                "a cache of keys and values is of one pass: Monte Carlo prediction cannot generate",
+                remedy="regraft.revert(model) before model.generate",
+            )
+        with passing(model), sampling(model, call, None, self.droppath):
+            outputs = run_passes(model, forward, self.n, call, strategy=self.strategy, chunk=self.chunk)
+        logits, axis = self.reading.logits(outputs, type(model).__name__)
+        if not self.warned and torch.equal(logits[0], logits[1]):
+            self.warned = True
+            warnings.warn(
+                f"the passes of {type(model).__name__} are equal: no dropout at a rate above 0 runs",
+                stacklevel=2,
+            )
+        mean = _mean_logits(wide(logits), self.reading.task, axis)
+        if isinstance(outputs, Tensor):
+            return mean
+        loss = loss_in(outputs, "loss", dims=1)
+        key = next(key for key, value in parts_of(outputs).items() if value is logits)
+        result = with_loss(pass_of(outputs, 0), mean, key, labelled=True)
+        return result if loss is None else with_loss(result, loss.mean(), "loss", labelled=True)
+
+
+def _mean_logits(logits: Tensor, task: str, axis: int) -> Tensor:
+    if task == "classification":
+        return logits.log_softmax(axis).logsumexp(0) - math.log(len(logits))
+    if task == "regression":
+        return logits.mean(0)
+    mean: Tensor = torch.special.logit(logits.sigmoid().mean(0), eps=torch.finfo(logits.dtype).eps)
+    return mean

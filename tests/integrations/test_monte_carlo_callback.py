@@ -6,7 +6,7 @@ import torch
 import regraft
 from regraft.errors import LossError
 from regraft.integrations.transformers import MonteCarloCallback, RDropCallback
-from regraft.training.mc_eval import mc_eval, without_mc
+from regraft.training.mc import mc_eval, without_mc
 from tests.training.models import bert, tokens
 from tests.training.test_rdrop import gpt2, trainer_of
 

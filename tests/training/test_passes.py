@@ -312,13 +312,13 @@ class Remembering(nn.Module):
 def test_the_look_leaves_nothing_in_a_functions_memory():
     positions.cache_clear()
     model, x = Remembering(), torch.randn(4, 6)
-    with on_fake_tensors(model, (x,), {}), FakeTensorMode():
+    with on_fake_tensors(model, ((x,), {})), FakeTensorMode():
         positions(6)
     assert positions.cache_info().currsize == 0
     assert regraft.stochastic_passes(model, 2, x).shape == (2, 4, 6)
     kept = positions(6)
     assert positions(6) is kept
-    with on_fake_tensors(model, (x,), {}):
+    with on_fake_tensors(model, ((x,), {})):
         positions(6)
     assert positions(6) is kept  # nothing was made, so nothing is forgotten
 
@@ -735,3 +735,13 @@ def test_equal_passes_in_eval_are_said():
         warnings.simplefilter("error")
         regraft.stochastic_passes(model, 2, torch.rand(5, 4))
         regraft.stochastic_passes(model.train(), 2, torch.rand(5, 4))
+
+
+def test_sparse_inputs_have_no_storage_and_are_shared():
+    class Neighbours(nn.Module):
+        def forward(self, x, adjacency):
+            return F.dropout(torch.sparse.mm(adjacency, x), 0.5)
+
+    inputs = torch.rand(6, 4), torch.eye(6).to_sparse()
+    passes = regraft.stochastic_passes(Neighbours(), 3, *inputs, strategy="shared")
+    assert not torch.equal(passes[0], passes[1])

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 import regraft
 from regraft.errors import ModelError
 from regraft.training.passes.analyze import Inputs, analysis_of
-from regraft.training.passes.per_pass_modules import run_per_pass
+from regraft.training.passes.intercept import Interception
 
 WIDTH = 6
 
@@ -346,15 +346,21 @@ def test_other_threads_and_entries_of_their_own_are_left_alone():
     own = module.forward
     module.forward = own
     x, seen = torch.ones(1, 2), []
-    with run_per_pass({module: lambda *_: "routed"}):
-        assert module(x) == "routed"
+
+    def called():
+        torch.func.vmap(lambda row: seen.append(module(row)) or row)(x)
+        return seen.pop()
+
+    with Interception(None, {module: lambda *_: "routed"}).active():
+        assert called() == "routed"
+        assert torch.equal(module(x), own(x))  # outside vmap
         thread = threading.Thread(target=lambda: seen.append(module(x)))
         thread.start()
         thread.join()
-        with run_per_pass({module: lambda *_: "inner"}):
-            assert module(x) == "inner"
-        assert module(x) == "routed"
-    assert torch.equal(seen[0], own(x))
+        assert torch.equal(seen.pop(), own(x))
+        with Interception(None, {module: lambda *_: "inner"}).active():
+            assert called() == "inner"
+        assert called() == "routed"
     assert module.__dict__["forward"] is own
 
 

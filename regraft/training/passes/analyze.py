@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from traceback import walk_tb
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,34 +18,24 @@ from torch import Tensor, nn
 
 from regraft.errors import InputsError
 from regraft.find.locks import lock_of
+from regraft.find.probe.preserve_state import same_entries, snapshot
 from regraft.find.walk import inner_model
 from regraft.record import grafts_of
-from regraft.training.passes.caches import Call
-from regraft.training.passes.compiled import is_compiled
 from regraft.training.passes.fork import Fork, ForkError
-from regraft.training.passes.independence import UNDECIDED, why_dependent
-from regraft.training.passes.measure import (
-    Forward,
-    Meter,
-    measured,
-    on_fake_tensors,
-    on_real_tensors,
-)
-from regraft.training.passes.nested import emptied, leaves
-from regraft.training.passes.per_pass_modules import PerPass, held_next, keepsakes, modules_of
+from regraft.training.passes.intercept import RecomputeError
+from regraft.training.passes.measure import Forward, Meter, measured, on_fake_tensors, on_real_tensors
+from regraft.training.passes.nested import Call, leaves, tensors_in
 from regraft.training.passes.repeat import Batch, repeated_forward
-from regraft.training.passes.scalar_draws import LAST, Decided
+from regraft.training.passes.rows import UNDECIDED, why_dependent
 from regraft.training.passes.sharded import why_not_shared
-from regraft.training.passes.vmap import SLOWER, shared_forward
+from regraft.training.passes.vmap import LAST, decided, is_compiled, pass_by_pass, shared_forward
 
 log = logging.getLogger("regraft")
 _PROBED = 2
-_OVERHEAD = 1.12
-"""Under vmap an operation costs about this much of what it costs in a batch as long."""
+_OVERHEAD = 1.12  # under vmap an operation costs about this much of what it costs in a batch as long
 _SHARED_DRAW = "it draws once for the whole batch (a mask of weights or layers), so passes would share it"
-_DECIDES = "it draws a number to decide what runs, which each pass has to decide for itself"
 _ELSEWHERE = "it draws from Python's or numpy's generator, which says nothing of passes"
-_COMPILING = "a region that is being compiled cannot be analyzed"
+_UNASKED = "not asked for yet"
 _IN_OTHER_WORDS = {
     "running_mean or running_var": "a BatchNorm in training comes behind the first random operation, and its "
     "running statistics would have to move for each pass",
@@ -60,24 +52,20 @@ _READ = (
 """Attributes of modules that an analysis depends on."""
 _known: WeakKeyDictionary[nn.Module, dict[Any, PassAnalysis]] = WeakKeyDictionary()
 
-Trial = Callable[..., Any]
+PerPass = Mapping[type[nn.Module], bool]
+"""Classes -> whether their modules run once for each pass even where nothing tells their arguments apart."""
+Reason = str | InputsError | None
+Trial = Callable[..., Any]  # `trial(forward, call, meter, fork)` gives the outputs of what is measured
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the passes are of.
-
-    Attributes:
-        call: the arguments of the forward.
-        main: the name of the argument that says how long the batch is.
-        unbatched: names of arguments that are not of the batch.
-        fork: the path of the module where passes part, or None.
-    """
+    """What the passes are of."""
 
     call: Call
-    main: str | None = None
-    unbatched: Collection[str] = ()
-    fork: str | None = None
+    main: str | None = None  # the argument that says how long the batch is
+    unbatched: Collection[str] = ()  # arguments that are not of the batch
+    fork: str | None = None  # the path of the module where passes part
 
     def batch(self) -> Batch:
         """The arguments as a batch."""
@@ -86,69 +74,56 @@ class Inputs:
 
 @dataclass
 class PassAnalysis:
-    """What is known of a model's passes over inputs of one kind.
+    """What is known of a model's passes over inputs of one kind."""
 
-    Attributes:
-        no_sharing: why "shared" cannot be, or None.
-        prefix: the part of one pass that all passes have in common under "shared", in [0, 1].
-        draws: whether "shared" has to take draws over.
-        per_pass: classes of modules that "shared" runs once for each pass, see there.
-        decides: whether such a module draws a number to decide something.
-        no_batch: why "batch" would not be independent passes; empty until it is asked for.
-        plain: one pass as it is, measured for inputs of so many `elements`; None where it could not be.
-        place: on what tensors that was.
-        template: the outputs of one pass, with slots for their tensors.
-    """
-
-    no_sharing: str | None = None
-    prefix: float = 0.0
-    draws: bool = True
-    per_pass: PerPass = field(default_factory=dict)
-    decides: bool = False
-    no_batch: list[str | InputsError | None] = field(default_factory=list)
-    plain: Meter | None = None
+    no_sharing: str | None = None  # why "shared" cannot be
+    prefix: float = 0.0  # the part of one pass that all have in common under "shared", in [0, 1]
+    draws: bool = True  # whether "shared" has to take draws over
+    per_pass: PerPass = field(default_factory=dict)  # classes of modules that it runs once for each pass
+    decides: bool = False  # whether such a module draws a number to decide something
+    template: Any = None  # the outputs of one pass, without the values of their tensors
+    no_batch: Reason = _UNASKED  # why "batch" would not be independent passes
+    dependent: str | None = _UNASKED  # why the rows of the batch may see one another
+    at_once: bool | None = None  # whether one vmap over the rows gives each the same noise
+    plain: Meter | None = None  # one pass as it is, of inputs of so many
     elements: int = 0
-    place: Any = on_fake_tensors
-    template: Any = None
+    place: Any = on_fake_tensors  # on what tensors that was measured
 
     def cost(self, n: int, chunk: int) -> float:
         """Of n shared passes in chunks, in single passes."""
         part = (1 - self.prefix) * _OVERHEAD
         return sum(1 + (min(chunk, n - start) - 1) * part for start in range(0, n, chunk))
 
-    def why_no_batch(self, model: nn.Module, forward: Forward, inputs: Inputs) -> str | InputsError | None:
+    def why_dependent(self, model: nn.Module, forward: Forward, batch: Batch) -> str | None:
+        """Why the rows of the batch may see one another, or None where it was shown that they do not."""
+        if self.dependent in (_UNASKED, UNDECIDED):
+            self.dependent = why_dependent(model, forward, batch)
+        return self.dependent
+
+    def why_no_batch(self, model: nn.Module, forward: Forward, inputs: Inputs) -> Reason:
         """Why the repeated batch would not be independent passes, or None where it was shown that it is."""
-        if not self.no_batch:
+        if self.no_batch in (_UNASKED, UNDECIDED):
             try:
                 batch = inputs.batch()
-                reason: str | InputsError | None = _batch_draws(self, model, inputs) or why_dependent(
-                    model, forward, batch
-                )
+                self.no_batch = _batch_draws(self, model, inputs) or self.why_dependent(model, forward, batch)
             except InputsError as error:
-                reason = copy.copy(error)  # without the frames that it came through
-            if reason == UNDECIDED:
-                return reason
-            self.no_batch.append(reason)
-            if reason is not None:
-                text = reason.what if isinstance(reason, InputsError) else reason
-                log.info("%s: the batch is not repeated: %s", type(model).__name__, text)
-        return self.no_batch[0]
+                self.no_batch = copy.copy(error)  # without the frames that it came through
+            if self.no_batch not in (None, UNDECIDED):
+                reason = self.no_batch.what if isinstance(self.no_batch, InputsError) else self.no_batch
+                log.info("%s: the batch is not repeated: %s", type(model).__name__, reason)
+        return self.no_batch
 
 
 def analysis_of(model: nn.Module, inputs: Inputs) -> PassAnalysis:
-    """What is known of `model`'s passes over inputs like these, in the state it is in.
-
-    Raises:
-        ForkError: passes cannot part at `inputs.fork`.
-    """
+    """What is known of `model`'s passes over inputs like these, in the state it is in."""
     if torch.compiler.is_compiling():
-        return PassAnalysis(no_sharing=_COMPILING, no_batch=[_COMPILING])
+        return _unknown("a region that is being compiled cannot be analyzed")
     with lock_of(model):
         known = _known.setdefault(model, {})
         key = _state(model, inputs)
         if key not in known:
             known[key] = _analyzed(model, inputs)
-            known[key].elements = _elements(inputs.call)
+            known[key].elements = sum(map(Tensor.numel, tensors_in(inputs.call)))
             if known[key].no_sharing is not None:
                 log.info("%s: passes share nothing: %s", type(model).__name__, known[key].no_sharing)
         return known[key]
@@ -161,11 +136,12 @@ def work_of(model: nn.Module, call: Call, fork: str | None = None) -> tuple[floa
     if analysis.plain is None:
         return prefix, math.inf
     # It was measured once, perhaps for a smaller batch.
-    return prefix, analysis.plain.cost * _elements(call) / max(1, analysis.elements)
+    elements = sum(map(Tensor.numel, tensors_in(call)))
+    return prefix, analysis.plain.cost * elements / max(1, analysis.elements)
 
 
-def _elements(call: Call) -> int:
-    return sum(leaf.numel() for _, leaf in leaves("", call) if isinstance(leaf, Tensor))
+def _unknown(reason: str) -> PassAnalysis:
+    return PassAnalysis(no_sharing=reason, no_batch=reason, dependent=reason)
 
 
 def _state(model: nn.Module, inputs: Inputs) -> Any:
@@ -173,7 +149,7 @@ def _state(model: nn.Module, inputs: Inputs) -> Any:
     modules = tuple(
         (
             *(type(module), module.training),
-            *(_number(module.__dict__.get(name)) for name in _READ),
+            *(value for name in _READ if isinstance(value := module.__dict__.get(name), (int, float))),
             *(getattr(graft, "sampling", False) for graft in grafts_of(module).values()),
         )
         for module in model.modules()
@@ -189,10 +165,6 @@ def _state(model: nn.Module, inputs: Inputs) -> Any:
     return modules, kinds, options, torch.is_grad_enabled(), _autocasts(model)
 
 
-def _number(value: Any) -> Any:
-    return value if isinstance(value, (int, float)) else None
-
-
 def main_input(model: nn.Module) -> str | None:
     """The argument that says how long a Transformers model's batch is: of several, the first."""
     name = getattr(model, "main_input_name", None)
@@ -203,37 +175,35 @@ def main_input(model: nn.Module) -> str | None:
 
 def _analyzed(model: nn.Module, inputs: Inputs) -> PassAnalysis:
     inner = inner_model(model)[0]
-    analysis = PassAnalysis(no_sharing=_opaque(model))
-    try:
-        analysis.plain = _tried(on_fake_tensors, inner, inputs, _plain)
-    except ForkError:
-        raise
-    except Exception:
-        analysis.place = on_real_tensors
+    analysis = PassAnalysis(no_sharing=_opaque(model, inner))
+    for place in (on_fake_tensors, on_real_tensors):
         try:
-            analysis.plain = _tried(on_real_tensors, inner, inputs, _plain)
+            plain = _tried(place, inner, inputs, _plain)
+            break
         except ForkError:
             raise
         except Exception as error:
             # The forward that was asked for will say so better.
-            return PassAnalysis(no_sharing=why(error), no_batch=[why(error)])
-    plain = analysis.plain
-    drawn, common = plain.draws + plain.scalars, plain.common.draws + plain.common.scalars
-    if inputs.fork is not None and drawn and drawn == common and not plain.elsewhere:
-        fork = Fork(inner, inputs.fork)
+            reason = why(error)
+    else:
+        return _unknown(reason)
+    analysis.place, analysis.plain = place, plain
+    drawn, common = (counts.draws + counts.scalars for counts in (plain.own, plain.common))
+    if common and not drawn and not plain.elsewhere:
+        fork = Fork(inner, str(inputs.fork))
         raise fork.unfit("has no draw behind it: all passes would be equal", "name a module further in front")
     if plain.elsewhere:
-        analysis.no_sharing = _ELSEWHERE
-        analysis.no_batch.append(_ELSEWHERE)
+        analysis.no_sharing = analysis.no_batch = _ELSEWHERE
     elif analysis.no_sharing is None:
         _try_sharing(analysis, inner, inputs)
-        if is_compiled(model) and analysis.no_sharing is None:
-            analysis.no_sharing = _not_compiled(analysis)
+        if is_compiled(model) and analysis.no_sharing is None and (analysis.per_pass or analysis.draws):
+            analysis.no_sharing = (
+                "a compiler cannot follow how its draws, or modules run once for each pass, are taken over"
+            )
     return analysis
 
 
-def _opaque(model: nn.Module) -> str | None:
-    inner = inner_model(model)[0]
+def _opaque(model: nn.Module, inner: nn.Module) -> str | None:
     if getattr(inner, "_compiled_call_impl", None) is not None:
         return f"{type(inner).__name__} is compiled in place, by compile() and not by torch.compile"
     if inner is not model and not is_compiled(model):
@@ -241,40 +211,32 @@ def _opaque(model: nn.Module) -> str | None:
     return why_not_shared(inner)
 
 
-def _not_compiled(analysis: PassAnalysis) -> str | None:
-    """Why passes that share a forward cannot be compiled with it."""
-    if analysis.per_pass or analysis.draws:
-        return "a compiler cannot follow how its draws, or modules run once for each pass, are taken over"
-    return None
-
-
-def _plain(forward: Trial, call: Call, meter: Meter, fork: Fork | None) -> Any:
-    args, kwargs = call
-    if fork is None:
-        return forward(*args, **kwargs)
-    with fork.watched(meter.forked):
-        return forward(*args, **kwargs)
-
-
 def _try_sharing(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> None:
     assert analysis.plain is not None
     # Without taking draws over it is faster, and fails on what there is to take over; a kernel that vmap
     # runs pass by pass, as fused attention, is better taken over too, and autocast and decisions need it.
-    draws = _autocasts(model) or analysis.plain.scalars > 0
+    draws = _autocasts(model) or analysis.plain.own.scalars > 0
     per_pass: PerPass = {}
     while True:
         more = None
         try:
-            both = _tried(analysis.place, model, inputs, _sharing(analysis, model, draws, per_pass))
-            each = _each(analysis, model, inputs)
+            shared = partial(_shared, modules_of(model, per_pass), draws)
+            both = _tried(analysis.place, model, inputs, shared)
+            each = [analysis.plain] * _PROBED
+            if analysis.plain.own.scalars:  # what they decide is at the ends of what it can be
+                ends = [partial(_plain, number=number) for number in (0.0, LAST)]
+                each = [_tried(analysis.place, model, inputs, end) for end in ends]
             reason = _flaw(both, each)
             if reason is None:
                 analysis.no_sharing, analysis.draws, analysis.per_pass = None, draws, per_pass
-                analysis.prefix, analysis.decides = _prefix(both, each), both.decides
+                analysis.decides, analysis.template = both.decides, both.outputs
+                cost = sum(one.cost for one in each) / _PROBED
+                suffix = (both.cost - cost) / max(cost, 1) / (_PROBED - 1)
+                analysis.prefix = min(max(1 - suffix, 0.0), 1.0)
                 return
         except Exception as error:
             reason = why(error)
-            more = held_next(error, model, per_pass) if draws else None
+            more = _held_next(error, model, per_pass) if draws else None
         if draws and analysis.no_sharing is None:
             # What is wrong with modules that run once for each pass would say nothing to anyone.
             analysis.no_sharing = reason
@@ -283,73 +245,81 @@ def _try_sharing(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> No
         draws, per_pass = True, more or per_pass
 
 
-def _sharing(analysis: PassAnalysis, model: nn.Module, draws: bool, per_pass: PerPass) -> Trial:
-    def trial(forward: Trial, call: Call, meter: Meter, fork: Fork | None) -> Any:
-        modules = modules_of(model, per_pass)
-        kept = keepsakes(modules)
-        with warnings.catch_warnings():
-            if not draws:
-                warnings.filterwarnings("error", message=SLOWER)
-            outputs = shared_forward(
-                forward,
-                _PROBED,
-                call,
-                draws=draws,
-                per_pass=modules,
-                parting=None if fork is None else fork.watched,
-                observer=meter,
-                quiet=draws,
-            )
-        if (name := kept()) is not None:
-            raise RuntimeError(f"{name} keeps a tensor, which would be that of one pass")
-        analysis.template = emptied(outputs)[0]
-        return outputs
-
-    return trial
+def _plain(forward: Trial, call: Call, meter: Meter, fork: Fork | None, number: float | None = None) -> Any:
+    """One pass; what it draws to decide something is `number`."""
+    args, kwargs = call
+    decisions = nullcontext() if number is None else decided(number, meter)
+    with decisions, nullcontext() if fork is None else fork.reached(meter.forked):
+        return forward(*args, **kwargs)
 
 
-def _each(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> list[Meter]:
-    """The same passes one after the other, with decisions at the ends of what they can be."""
-    assert analysis.plain is not None
-    if not analysis.plain.scalars:
-        return [analysis.plain] * _PROBED
+def _shared(modules: Any, draws: bool, forward: Any, call: Call, meter: Meter, fork: Fork | None) -> Any:
+    with _nothing_kept(modules):
+        return shared_forward(
+            forward, _PROBED, call, draws=draws, per_pass=modules, fork=fork, observer=meter
+        )
 
-    def trial_at(number: float) -> Trial:
-        def trial(forward: Trial, call: Call, meter: Meter, fork: Fork | None) -> Any:
-            with Decided(number, meter):
-                return _plain(forward, call, meter, fork)
 
-        return trial
+def modules_of(model: nn.Module, per_pass: PerPass) -> dict[nn.Module, bool]:
+    """The modules of `model` that are of these classes, itself left out."""
+    every = (module for module in model.modules() if module is not model)
+    return {module: per_pass[type(module)] for module in every if type(module) in per_pass}
 
-    return [_tried(analysis.place, model, inputs, trial_at(number)) for number in (0.0, LAST)]
+
+def _held_next(error: Exception, model: nn.Module, per_pass: PerPass) -> PerPass | None:
+    """`per_pass` with the class of the innermost module that `error` came through and that is not in it.
+
+    None where there is none, where the error is of a part that is recomputed in the backward, or where the
+    module has a BatchNorm in training: its running statistics are of one forward, not of one for each pass.
+    """
+    if isinstance(error, RecomputeError):
+        return None
+    inside = {id(module) for module in model.modules() if module is not model}
+    in_a_pass = False
+    for frame, _ in reversed(list(walk_tb(error.__traceback__))):
+        in_a_pass |= frame.f_code is pass_by_pass.__code__
+        module: Any = frame.f_locals.get("self")
+        if id(module) not in inside or (type(module) in per_pass and (in_a_pass or per_pass[type(module)])):
+            continue
+        # One that is among them, and failed outside a pass, had nothing yet that told its arguments apart.
+        held = {type(module): type(module) in per_pass}
+        return None if any(map(_moves_statistics, modules_of(model, held))) else {**per_pass, **held}
+    return None
+
+
+def _moves_statistics(module: nn.Module) -> bool:
+    return any(one.training and one._buffers.get("running_mean") is not None for one in module.modules())
+
+
+@contextmanager
+def _nothing_kept(modules: Collection[nn.Module]) -> Iterator[None]:
+    """Raises if meanwhile an attribute of the modules, or of those inside, was given a tensor."""
+    every = {id(one): one for module in modules for one in module.modules()}.values()
+    before = [(one, snapshot(one)) for one in every]
+    yield
+    for module, attributes in before:
+        for name, value in module.__dict__.items():
+            old, entries = attributes.get(name, (None, None))
+            same = value is old and (entries is None or same_entries(value, entries))
+            if not same and name != "_buffers" and tensors_in(value):
+                kept = f"{type(module).__name__}.{name}"
+                raise RuntimeError(f"{kept} keeps a tensor, which would be that of one pass")
 
 
 def _flaw(both: Meter, each: list[Meter]) -> str | None:
-    if both.scalars > both.common.scalars:
-        return _DECIDES
-    if both.draws != both.common.draws + sum(one.draws - one.common.draws for one in each):
+    if both.own.scalars:
+        return "it draws a number to decide what runs, which each pass has to decide for itself"
+    if both.own.draws != sum(one.own.draws for one in each):
         return "an operation draws once for all passes, behind vmap's back"
     if both.reads_replaced:
         return "a tensor is used after a change in place that would tell the passes apart"
-    if both.outputs != each[0].outputs:
+    if len(tensors_in(both.outputs)) != len(tensors_in(each[0].outputs)):
         return "its outputs are gathered by hooks in modules that run once for each pass"
     return None
 
 
-def _prefix(both: Meter, each: list[Meter]) -> float:
-    cost = sum(one.cost for one in each) / _PROBED
-    suffix = (both.cost - cost) / max(cost, 1)
-    return min(max(1 - suffix / (_PROBED - 1), 0.0), 1.0)
-
-
 def _batch_draws(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> str | None:
-    """Why the draws of a repeated batch would not be those of so many passes.
-
-    Raises:
-        InputsError: the inputs cannot be repeated, or the outputs cannot be taken apart.
-    """
-    if analysis.plain is None:
-        return None
+    """Why the draws of a repeated batch would not be those of so many passes."""
     if analysis.decides:
         return _SHARED_DRAW
 
@@ -366,14 +336,14 @@ def _batch_draws(analysis: PassAnalysis, model: nn.Module, inputs: Inputs) -> st
     except Exception as error:
         return why(error)
     # Draws of a single number that decide nothing (LayerDrop at rate 0) may be common: both ends were tried.
-    decided = analysis.plain.scalars and analysis.no_sharing is not None
-    return _SHARED_DRAW if decided or both.draws != _PROBED * single.draws else None
+    scalars = single.own.scalars and analysis.no_sharing is not None
+    return _SHARED_DRAW if scalars or both.own.draws != _PROBED * single.own.draws else None
 
 
 def _tried(place: Any, model: nn.Module, inputs: Inputs, trial: Trial) -> Meter:
     fork = None if inputs.fork is None else Fork(model, inputs.fork)
-    with place(model, *inputs.call) as (forward, args, kwargs):
-        return measured(lambda meter: trial(forward, (args, kwargs), meter, fork))
+    with place(model, inputs.call) as (forward, call):
+        return measured(lambda meter: trial(forward, call, meter, fork))
 
 
 def _autocasts(model: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -10,8 +10,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from regraft.errors import InputsError
-from regraft.training.passes.caches import Call, is_cache, with_rows, without_caches
-from regraft.training.passes.nested import CONSTANTS, leaves, mapped
+from regraft.training.passes.nested import (
+    CONSTANTS,
+    Call,
+    check_output,
+    copied,
+    is_cache,
+    leaves,
+    mapped,
+    outputs_of,
+    tensors_in,
+)
 
 # What Transformers' forwards take beside the batch, whatever its first axis happens to be.
 _NEVER_BATCHED = frozenset(
@@ -26,104 +35,86 @@ class NoBatchAxisError(InputsError):
 class Batch:
     """The arguments of a forward, and which of their tensors have the batch as their first axis.
 
-    A tensor with another first axis is left alone. Whether that is right, and whether the axis is the batch
-    at all, is for `independence` to show.
-
-    Args:
-        call: positional and keyword arguments of the forward.
-        main: the keyword argument that says how long the batch is, if it is given.
-        unbatched: keyword arguments that are left alone, although their first axis is as long as the batch.
-
-    Attributes:
-        size: the length of the batch.
-        tensors: those that have it.
-        left: names and shapes of tensors with another first axis.
-
-    Raises:
-        InputsError: no tensor to read the length from, or an input of which it cannot be known.
+    Those with another first axis are left alone, and so are keyword arguments that `unbatched` names. Whether
+    that is right, and whether the axis is the batch at all, is for `rows` to show.
     """
 
     def __init__(self, call: Call, main: str | None = None, unbatched: Collection[str] = ()) -> None:
         self.call = call
-        self.unbatched = _NEVER_BATCHED | set(unbatched)
-        self.size = self._length(main)
-        self.tensors: list[Tensor] = []
-        self.left: list[str] = []
-        self._mapped(self._note, None)
+        args, kwargs = call
+        left_alone = _NEVER_BATCHED | set(unbatched)
+        named = {f"argument {i}": value for i, value in enumerate(args)} | kwargs
+        self._batched = {name: value for name, value in named.items() if name not in left_alone}
+        first = {main: named[main]} if main in self._batched else {}
+        axes = [len(x) for x in tensors_in(first | self._batched) if x.dim()]
+        if not axes:
+            raise InputsError(
+                "no input is a tensor with a batch axis",
+                where="inputs: " + (", ".join(named) or "none"),
+                remedy='strategy="loop" runs the passes one after the other',
+            )
+        self.size = axes[0]
+        self._check()
+        every = [leaf for name, value in self._batched.items() for leaf in leaves(name, value)]
+        tensors = [(name, x) for name, x in every if isinstance(x, Tensor) and x.dim()]
+        self.tensors = [x for _, x in tensors if len(x) == self.size]
+        # Names and shapes of those with another first axis.
+        self.left = [f"{name} {tuple(x.shape)}" for name, x in tensors if len(x) not in (1, self.size)]
 
     def repeated(self, n: int) -> Call:
         """The batch n times after itself."""
         rows = torch.arange(self.size).repeat(n)
-        return self._mapped(lambda x: x.repeat(n, *[1] * (x.dim() - 1)), rows)
+        return self._changed(lambda x: x.repeat(n, *[1] * (x.dim() - 1)), rows)
 
     def with_rows(self, rows: list[int]) -> Call:
         """A batch of these of its rows."""
         index = torch.tensor(rows)
-        return self._mapped(lambda x: x[index.to(x.device)], index)
+        return self._changed(lambda x: x[index.to(x.device)], index)
 
-    def _note(self, x: Tensor) -> Tensor:
-        self.tensors.append(x)
-        return x
+    def with_tensors(self, tensors: Iterable[Tensor]) -> Call:
+        """The call with these in the places of its `tensors`."""
+        following = iter(tensors)
+        return self._changed(lambda _: next(following), torch.zeros(1, dtype=torch.long))
 
-    def _length(self, main: str | None) -> int:
-        args, kwargs = self.call
-        named = {f"argument {i}": value for i, value in enumerate(args)} | kwargs
-        first = {main: kwargs[main]} if main in kwargs else {}
-        for name, value in (first | named).items():
-            if name in self.unbatched:
-                continue
-            for _, leaf in leaves(str(name), value):
-                if isinstance(leaf, Tensor) and leaf.dim():
-                    return leaf.shape[0]
-        raise InputsError(
-            "no input is a tensor with a batch axis",
-            where="inputs: " + (", ".join(named) or "none"),
-            remedy='strategy="loop" runs the passes one after the other',
-        )
+    def _check(self) -> None:
+        """Raise for what may hold an entry for each row, or not."""
+        for name, value in self._batched.items():
+            every = list(leaves(name, value))
+            listed = isinstance(value, (list, tuple)) and len(value) == self.size
+            what = ""
+            if listed and not any(isinstance(leaf, Tensor) or leaf is None for _, leaf in every):
+                what = f"{name!r} has {self.size} entries, as many as the batch: one for each sample, or not?"
+            for path, leaf in [(name, value)] if isinstance(value, PackedSequence) else every:
+                if not isinstance(leaf, (Tensor, *CONSTANTS)) and not is_cache(leaf):
+                    what = f"{path!r} is a {type(leaf).__name__}, which cannot be repeated along the batch"
+            if what:
+                remedy = f'unbatched=({name!r},) passes it as it is, strategy="loop" leaves all inputs alone'
+                raise InputsError(what, where=name, remedy=remedy)
 
-    def _mapped(self, take: Callable[[Tensor], Tensor], rows: Tensor | None) -> Call:
-        def change(name: str, leaf: Any) -> Any:
+    def _changed(self, change: Callable[[Tensor], Tensor], rows: Tensor) -> Call:
+        """The call with every tensor of the batch changed, and a copy of each cache for these rows."""
+
+        def new(_: str, leaf: Any) -> Any:
             if is_cache(leaf):
-                return leaf if rows is None else with_rows(leaf, rows)
-            if isinstance(leaf, Tensor):
-                if leaf.dim() and leaf.shape[0] == self.size:
-                    return take(leaf)
-                if rows is None and leaf.dim() and leaf.shape[0] != 1:
-                    self.left.append(f"{name} {tuple(leaf.shape)}")
-                return leaf
-            if isinstance(leaf, CONSTANTS):
-                return leaf
-            raise _unrepeatable(name, leaf)
-
-        args, kwargs = self.call
-        new = tuple(self._value(f"argument {i}", value, change) for i, value in enumerate(args))
-        return new, {
-            name: value if name in self.unbatched else self._value(name, value, change)
-            for name, value in kwargs.items()
-        }
-
-    def _value(self, name: str, value: Any, change: Callable[[str, Any], Any]) -> Any:
-        if isinstance(value, (list, tuple)) and len(value) == self.size and _holds_no_tensor(value):
-            raise InputsError(
-                f"{name!r} has {self.size} entries, as many as the batch: one for each sample, or not?",
-                where=name,
-                remedy=f'unbatched=({name!r},) passes it as it is, strategy="loop" leaves all inputs alone',
+                cache = copied(leaf)
+                if cache.get_seq_length():
+                    cache.reorder_cache(rows)
+                return cache
+            return (
+                change(leaf) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == self.size else leaf
             )
-        if isinstance(value, PackedSequence):
-            raise _unrepeatable(name, value)
-        return mapped(change, name, value)
+
+        changed = {name: mapped(new, name, value) for name, value in self._batched.items()}
+        args, kwargs = self.call
+        return tuple(changed.get(f"argument {i}", value) for i, value in enumerate(args)), {
+            name: changed.get(name, value) for name, value in kwargs.items()
+        }
 
 
 def repeated_forward(forward: Callable[..., Any], n: int, batch: Batch) -> Any:
-    """All passes in one forward of a batch n times as long; outputs with a new first axis of n.
-
-    Raises:
-        InputsError: the forward cannot take such a batch.
-        NoBatchAxisError: an output's first axis is not the batch.
-    """
-    args, kwargs = batch.repeated(n)
+    """All passes in one forward of a batch n times as long; outputs with a new first axis of n."""
     try:
-        outputs = forward(*args, **kwargs)
+        outputs = outputs_of(forward, batch.repeated(n))
     except (RuntimeError, ValueError, IndexError) as error:
         if not batch.left or isinstance(error, torch.OutOfMemoryError):
             raise
@@ -137,18 +128,13 @@ def repeated_forward(forward: Callable[..., Any], n: int, batch: Batch) -> Any:
         check_batched(name, leaf, n * batch.size)
         return leaf.reshape(n, batch.size, *leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf
 
-    return mapped(split, "", without_caches(outputs, kwargs))
+    return mapped(split, "", outputs)
 
 
 def check_batched(name: str, leaf: Any, size: int) -> None:
     """Raise unless an output is a tensor whose first axis is a batch of `size`, or a constant."""
-    if not isinstance(leaf, (Tensor, *CONSTANTS)):
-        raise InputsError(
-            f"the output {name!r} is a {type(leaf).__name__}, which cannot be taken apart into passes",
-            where=name,
-            remedy='use_cache=False, if it is a cache of keys and values; or strategy="loop"',
-        )
-    if not isinstance(leaf, Tensor) or (leaf.dim() and leaf.shape[0] == size):
+    check_output(name, leaf)
+    if not isinstance(leaf, Tensor) or (leaf.dim() and len(leaf) == size):
         return
     what = "is one number for all passes together"
     if leaf.dim():
@@ -158,15 +144,3 @@ def check_batched(name: str, leaf: Any, size: int) -> None:
         where=name or "the output",
         remedy='leave out what makes it (labels), or use strategy="loop", which has one for each pass',
     )
-
-
-def _unrepeatable(name: str, value: Any) -> InputsError:
-    return InputsError(
-        f"{name!r} is a {type(value).__name__}, which cannot be repeated along the batch",
-        where=name,
-        remedy=f'unbatched=({name!r},) passes it as it is, strategy="loop" leaves all inputs alone',
-    )
-
-
-def _holds_no_tensor(value: Any) -> bool:
-    return not any(isinstance(leaf, Tensor) or leaf is None for _, leaf in leaves("", value))

@@ -11,27 +11,23 @@ import torch
 from torch import nn
 
 from regraft.find.probe.preserve_state import buffers_kept, preserving, unchanged
-from regraft.libraries import is_sharded
+from regraft.libraries import is_fsdp, is_sharded, library_class
+
+_GROUP = "torch.distributed.fsdp._fully_shard._fsdp_param_group"
 
 
 def why_not_shared(model: nn.Module) -> str | None:
     """Why vmap cannot run a model whose parameters are sharded as these are, or None."""
-    if any(
-        hasattr(p, "ds_id") for p in model.parameters()
-    ):  # stage 3 empties the parameters and numbers them
+    if any(hasattr(p, "ds_id") for p in model.parameters()):  # stage 3 empties and numbers them
         return "its parameters are sharded by DeepSpeed"
-    sharded = [p for p in model.parameters() if is_sharded(p)]
+    sharded: list[Any] = [p for p in model.parameters() if is_sharded(p)]
     if not sharded:
         return None
-    try:
-        from torch.distributed.fsdp import FSDPModule
-        from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBackwardFunction
-    except ImportError:
-        return "its parameters are sharded, and this torch has no FSDP2"
-    if not getattr(RegisterPostBackwardFunction, "generate_vmap_rule", False):
-        return "its parameters are sharded, and FSDP2 runs under vmap only in newer versions of torch"
-    if not isinstance(model, FSDPModule) or any(p.device_mesh.ndim > 1 for p in sharded):  # type: ignore[attr-defined]
+    if not is_fsdp(model) or any(p.device_mesh.ndim > 1 for p in sharded):
         return "its parameters are sharded otherwise than by fully_shard over one axis, the model included"
+    hook = library_class(_GROUP, "RegisterPostBackwardFunction")
+    if not getattr(hook, "generate_vmap_rule", False):
+        return "its parameters are sharded, and FSDP2 runs under vmap only in newer versions of torch"
     return None
 
 
@@ -44,16 +40,10 @@ def real_forwards(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def remove_hooks(modules: list[nn.Module]) -> None:
-    """Take away the hooks that gather parameters."""
-    for hooks, key, _ in _hooks(modules):
-        del hooks[key]
-
-
 @contextmanager
 def gathered_as_ever(model: nn.Module) -> Iterator[None]:
     """While it runs, no function mode sees what the hooks do: they fill memory of their own."""
-    before = _hooks(list(model.modules()))
+    before = gathering_hooks(list(model.modules()))
     for hooks, key, hook in before:
         hooks[key] = _unseen(hook)
     try:
@@ -63,7 +53,8 @@ def gathered_as_ever(model: nn.Module) -> Iterator[None]:
             hooks[key] = hook
 
 
-def _hooks(modules: list[nn.Module]) -> list[tuple[Any, int, Any]]:
+def gathering_hooks(modules: list[nn.Module]) -> list[tuple[Any, int, Any]]:
+    """The hooks that gather and free parameters: where each is, under which key, and itself."""
     return [
         (hooks, key, hook)
         for module in modules

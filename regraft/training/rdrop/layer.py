@@ -16,8 +16,8 @@ from regraft.graft.classes import Namespace
 from regraft.graft.graph_nodes import all_or_nothing
 from regraft.graft.slots import set_graft
 from regraft.record import RECORD, Graft, Layer, Slot, grafts_of
+from regraft.training.passes.api import is_passing
 from regraft.training.passes.fork import fork_path
-from regraft.training.passes.reentrancy import is_passing
 
 PASSES = Slot("passes")
 _KEY = str(PASSES)
