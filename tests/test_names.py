@@ -36,7 +36,7 @@ ALLOWED = {
     "planning/rules.py: _drop_path_place": "the selector that a message offers",
     "training/passes/sharded.py: _hooks": "whose hook it is, by the package it comes from",
     "training/rdrop/criteria.py: _known": "a loss of timm's own, by the package it comes from",
-    "training/suggest.py: _drop_path": "advice, and no claim",
+    "find/advice.py: _drop_path": "advice, and no claim",
 }
 
 

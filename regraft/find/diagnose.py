@@ -136,7 +136,7 @@ def _every_rate_zero(noise: list[Site]) -> Iterator[Finding]:
             "",
             f"every rate is 0: all {len(noise)} dropout sites do nothing, and R-Drop's KL would be 0",
             None,
-            "give a rate in the rule, 'Dropout': 'dropout(p=0.1)', or build the model with rates above 0",
+            "name a rate in the rule, or build the model with rates above 0",
         )
 
 
@@ -148,8 +148,8 @@ def _vanished_drop_paths(modules: list[Named]) -> Iterator[Finding]:
                 named.paths[0],
                 "a DropPath of rate 0 that became nn.Identity: the site is gone",
                 None,
-                f"'after:Identity@**.{name.rstrip('0123456789')}*': 'droppath(p=0.1)' brings it back, or a "
-                "model built with a rate above 0",
+                f"droppath at 'after:Identity@**.{name.rstrip('0123456789')}*' brings it back, or a model "
+                "built with a rate above 0",
             )
 
 

@@ -16,13 +16,10 @@ from regraft.report.document import (
     kind_cell,
     probe_facts,
     rate_texts,
-    rule_text,
     size,
 )
 
 _LAYERS = ("Linear", "Conv1D", "Embedding", "Bilinear")
-_PLAIN = ("scaled_dot_product_attention", "MultiheadAttention", "LSTM", "GRU", "RNN", "Dropout", "dropout")
-"""Operations that the selector "Dropout" means."""
 
 
 def inspection_page(view: Facts) -> Document:
@@ -31,7 +28,7 @@ def inspection_page(view: Facts) -> Document:
     noise = [site for site in sites if not is_layer(site)]
     layers = [site for site in sites if is_layer(site)]
     facts, notes = probe_facts(view)
-    said = view.get("summary") or summary(sites)
+    said = view.get("summary") or {"answer": answer_of(sites), "paste": ""}
     probed = bool((view.get("probe") or {}).get("ran"))
     return Document(
         view="inspection",
@@ -48,8 +45,8 @@ def inspection_page(view: Facts) -> Document:
     )
 
 
-def summary(sites: Sequence[Facts], draws: int = 0, unknown: int = 0) -> dict[str, str]:
-    """Whether the model regularizes at all, and a line to paste that changes it.
+def answer_of(sites: Sequence[Facts], draws: int = 0, unknown: int = 0) -> str:
+    """Whether the model regularizes at all.
 
     That it does not is said only of a training forward that drew nothing, and of a model without `unknown`
     parts, which are no torch layers and may draw where they are told to.
@@ -58,44 +55,30 @@ def summary(sites: Sequence[Facts], draws: int = 0, unknown: int = 0) -> dict[st
     grafted = sum(bool(site.get("variant")) for site in noise)
     running = [site for site in noise if site.get("calls") != 0]
     active = [site for site in running if site.get("p")]
-    # A line to paste must have an effect: it names an active site, if there is one.
-    choice = active or running or noise
-    op = "Dropout" if any(site["op"] in _PLAIN for site in choice) else choice[0]["op"] if choice else ""
-    variant, paste = "", ""
-    if not noise:
-        answer = "This model does not regularize: it has no dropout."
-        linears = [site for site in sites if site["op"] == "Linear" and site.get("calls") != 0]
-        if linears:
-            op, variant = f"Linear@{linears[-1]['path']}".removesuffix("@"), "dropconnect(p=0.2)"
-    elif grafted:
+    sole = len(noise) == 1
+    if grafted:
         verb = "carries" if grafted == 1 else "carry"
-        answer = f"{grafted} of {counted(len(noise), 'dropout site')} {verb} a regraft variant."
-        paste = "regraft.revert(model)"
-    elif not running:
-        which = "its only dropout site" if len(noise) == 1 else f"none of its {len(noise)} dropout sites"
-        answer = f"This model does not regularize: {which} {'never runs' if len(noise) == 1 else 'runs'}."
-    elif not active:
-        which = "its only dropout site has" if len(noise) == 1 else f"all its {len(noise)} dropout sites have"
-        answer = f"This model does not regularize: {which} rate 0."
-        variant = "droppath(p=0.1)" if op == "DropPath" else "dropout(p=0.1)"
-    else:
+        return f"{grafted} of {counted(len(noise), 'dropout site')} {verb} a regraft variant."
+    if active:
         rates = sorted({site["p"] for site in active})
         span = f"p = {rates[0]:.2g}" if len(rates) == 1 else f"p = {rates[0]:.2g} to {rates[-1]:.2g}"
-        runs = any(site.get("calls") for site in active)
-        answer = (
-            f"This model regularizes: {len(active)} of {counted(len(noise), 'dropout site')} "
-            f"{'runs' if len(active) == 1 else 'run'}, {span}."
-            if runs
-            else f"{counted(len(active), 'dropout site')} ({span}); not probed."
+        if not any(site.get("calls") for site in active):
+            return f"{counted(len(active), 'dropout site')} ({span}); not probed."
+        verb = "runs" if len(active) == 1 else "run"
+        return (
+            f"This model regularizes: {len(active)} of {counted(len(noise), 'dropout site')} {verb}, {span}."
         )
-        variant = "droppath(p='x2')" if op == "DropPath" else "multisample"
-    if draws and answer.startswith("This model does not"):
-        answer = f"A training forward draws {counted(draws, 'time')}, at no dropout that regraft knows."
-    elif unknown and answer.startswith("This model does not"):
-        answer = f"No draw was seen; {counted(unknown, 'part')} of the model may draw and cannot be grafted."
-    if variant:
-        paste = f"regraft.apply(model, {{{rule_text(op, variant)}}})"
-    return {"answer": answer, "paste": paste}
+    if draws:
+        return f"A training forward draws {counted(draws, 'time')}, at no dropout that regraft knows."
+    if unknown:
+        return f"No draw was seen; {counted(unknown, 'part')} of the model may draw and cannot be grafted."
+    if not noise:
+        why = "it has no dropout"
+    elif running:
+        why = f"{'its only dropout site has' if sole else f'all its {len(noise)} dropout sites have'} rate 0"
+    else:
+        why = f"{'its only dropout site never' if sole else f'none of its {len(noise)} dropout sites'} runs"
+    return f"This model does not regularize: {why}."
 
 
 def is_layer(site: Facts) -> bool:
