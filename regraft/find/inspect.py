@@ -12,7 +12,6 @@ from regraft.find.balance import balance, left
 from regraft.find.diagnose import Finding, diagnose
 from regraft.find.graph_nodes import node_sites
 from regraft.find.insertion_points import inserted_sites
-from regraft.find.locks import one_at_a_time
 from regraft.find.merge_probe import probed_sites
 from regraft.find.modules import module_sites
 from regraft.find.probe.dataflow import Dataflow
@@ -23,7 +22,7 @@ from regraft.find.probe.products import ProductRecorder
 from regraft.find.probe.run import Probe, run_probe
 from regraft.find.site import Site
 from regraft.find.ungraftable import foreign, quantized
-from regraft.find.walk import Named, inner_model, named_modules
+from regraft.find.walk import Named, inner_model, named_modules, one_at_a_time
 from regraft.find.weights import Weight, weight_sites, weights_of
 from regraft.report.document import rule_text
 from regraft.report.inspection_page import answer_of

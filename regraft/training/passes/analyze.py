@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import InputsError
-from regraft.find.locks import lock_of
-from regraft.find.walk import inner_model
+from regraft.find.walk import inner_model, lock_of
 from regraft.record import grafts_of
 from regraft.training.passes.caches import Call
 from regraft.training.passes.compiled import is_compiled
