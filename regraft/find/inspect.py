@@ -176,7 +176,7 @@ def _probe_parts(
     every: list[nn.Module],
     sites: set[int],
     products: ProductRecorder,
-    dataflow: Dataflow | None = None,
+    dataflow: Dataflow | None,
 ) -> None:
     """Add to `probe` what the parts do that it has not seen; `every` are the modules, the model first.
 
