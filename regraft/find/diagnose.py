@@ -11,8 +11,8 @@ from torch import nn
 from regraft.find.balance import named_remedy, unrecognized_draws
 from regraft.find.graph_nodes import nodes_fixed_by_tracing
 from regraft.find.probe.run import Probe
+from regraft.find.recognize import foreign
 from regraft.find.site import Site
-from regraft.find.ungraftable import foreign
 from regraft.find.walk import Named
 from regraft.ops import ATTENTION, PLAIN
 

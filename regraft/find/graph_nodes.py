@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from regraft.find.frames import line_of_trace
 from regraft.find.graph_calls import GraphNode, graph_node, graph_nodes
 from regraft.find.probe.run import Probe
+from regraft.find.recognize import owner_obstacle
 from regraft.find.site import Called, Site, site_at
-from regraft.find.ungraftable import owner_obstacle
 from regraft.find.walk import Named
 from regraft.ops import DROP_PATH, FAMILIES, LINEAR
 from regraft.record import Graft, grafts_of

@@ -10,10 +10,9 @@ from torch.nn.modules.container import ModuleDict, ModuleList, ParameterDict, Pa
 from regraft.errors import RuleSyntaxError
 from regraft.find.graph_calls import graph_nodes, standing_in
 from regraft.find.modules import module_sites
-from regraft.find.recognize import op_of
+from regraft.find.recognize import op_of, own_parameter, owner_obstacle
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site, grafted_site, site_at
-from regraft.find.ungraftable import own_parameter, owner_obstacle
 from regraft.find.walk import Named
 from regraft.record import grafts_of, original_class
 from regraft.variants.registry import spec

@@ -20,8 +20,8 @@ from regraft.find.probe.example_inputs_hf import says_what_it_takes
 from regraft.find.probe.ledger import Recorder
 from regraft.find.probe.products import ProductRecorder
 from regraft.find.probe.run import Probe, run_probe
+from regraft.find.recognize import foreign, quantized
 from regraft.find.site import Site
-from regraft.find.ungraftable import foreign, quantized
 from regraft.find.walk import Named, inner_model, named_modules, one_at_a_time
 from regraft.find.weights import Weight, weight_sites, weights_of
 from regraft.report.document import rule_text

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from regraft.find.recognize import family_of, never_runs, op_of, rate_name
+from regraft.find.recognize import family_of, never_runs, obstacle, op_of, quantized, rate_name, weight_of
 from regraft.find.site import Site, site_at
-from regraft.find.ungraftable import obstacle, quantized, weight_of
 from regraft.find.walk import Named
 from regraft.record import grafts_of, original_attribute
 
