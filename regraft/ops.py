@@ -115,6 +115,10 @@ def _called(name: str, *functions: Function, kind: str, by_default: bool = True)
     return Op(name, "Dropout", functions=functions, read=_reader(name, by_default=by_default), kind=kind)
 
 
+def _fused(name: str, module: type[nn.Module] | None = None, **facts: Any) -> Op:
+    return Op(name, "Dropout", module, kind="Dropout", hidden=module is not None, fused=True, **facts)
+
+
 TABLE: tuple[Op, ...] = (
     Op("Dropout", "Dropout", nn.Dropout, kind="Dropout"),
     Op("Dropout1d", "Dropout", nn.Dropout1d),
@@ -145,34 +149,12 @@ TABLE: tuple[Op, ...] = (
         kind="FeatureAlphaDropout",
         by_default=False,
     ),
-    Op(
-        ATTENTION,
-        "Dropout",
-        functions=(F.scaled_dot_product_attention,),
-        read=_attention,
-        kind="Dropout",
-        fused=True,
-    ),
-    Op(
-        MULTI_HEAD,
-        "Dropout",
-        functions=(F.multi_head_attention_forward,),
-        read=_multi_head,
-        kind="Dropout",
-        fused=True,
-    ),
-    Op("MultiheadAttention", "Dropout", nn.MultiheadAttention, kind="Dropout", hidden=True, fused=True),
-    Op("LSTM", "Dropout", nn.LSTM, kind="Dropout", hidden=True, kernels=(torch.lstm,), fused=True),
-    Op("GRU", "Dropout", nn.GRU, kind="Dropout", hidden=True, kernels=(torch.gru,), fused=True),
-    Op(
-        "RNN",
-        "Dropout",
-        nn.RNN,
-        kind="Dropout",
-        hidden=True,
-        kernels=(torch.rnn_tanh, torch.rnn_relu),
-        fused=True,
-    ),
+    _fused(ATTENTION, functions=(F.scaled_dot_product_attention,), read=_attention),
+    _fused(MULTI_HEAD, functions=(F.multi_head_attention_forward,), read=_multi_head),
+    _fused("MultiheadAttention", nn.MultiheadAttention),
+    _fused("LSTM", nn.LSTM, kernels=(torch.lstm,)),
+    _fused("GRU", nn.GRU, kernels=(torch.gru,)),
+    _fused("RNN", nn.RNN, kernels=(torch.rnn_tanh, torch.rnn_relu)),
     Op("Linear", "Linear", nn.Linear),
     Op("Conv1D", "Linear"),
     Op(LINEAR, "Linear", functions=(F.linear,), kind="Linear"),
@@ -200,7 +182,7 @@ OPS = {function: op.name for op in TABLE if op.read is not None for function in 
 FUNCTIONS = {function: op.read for op in TABLE if op.read is not None for function in op.functions}
 """Function that drops -> what reads its arguments."""
 WITH_MASK: frozenset[Function] = frozenset(
-    (torch.native_dropout, aten.native_dropout, aten.native_dropout.default)
+    {torch.native_dropout, aten.native_dropout, aten.native_dropout.default}
 )
 """Functions that return the mask too."""
 IN_PLACE: frozenset[Function] = frozenset(

@@ -25,8 +25,8 @@ ALLOWED = {
     "find/recognize.py: own_name": "what a site is called, so that no class passes for an operation",
     "find/tensor_io.py: _key": "a field of a tuple, given as text",
     "find/trace.py: is_leaf_module": "whose class it is, by the package it comes from",
-    "find/ungraftable.py: quantized": "whose class it is, by the library that it comes from",
-    "find/ungraftable.py: _is_kerass": "whose class it is, by the library that it comes from",
+    "find/recognize.py: quantized": "whose class it is, by the library that it comes from",
+    "find/recognize.py: _is_kerass": "whose class it is, by the library that it comes from",
     "find/walk.py: _no_module": "the article in a message",
     "find/weights.py: _idle": "whose class it is, by the package it comes from",
     "graft/classes.py: _rebuild_foreign": "names a rebuilt class of torch's as the one that it stands for",
@@ -36,7 +36,7 @@ ALLOWED = {
     "planning/rules.py: _drop_path_place": "the selector that a message offers",
     "training/passes/sharded.py: gathering_hooks": "whose hook it is, by the package it comes from",
     "training/rdrop/criteria.py: _known": "a loss of timm's own, by the package it comes from",
-    "training/suggest.py: _drop_path": "advice, and no claim",
+    "find/advice.py: _drop_path": "advice, and no claim",
 }
 
 

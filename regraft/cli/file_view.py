@@ -7,6 +7,7 @@ a test holds the two to the same answers.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from regraft.errors import FileError
 from regraft.files.detect import FileReport, read, read_folder, sha256
 from regraft.files.skeleton import FileModel, FileModule
 from regraft.files.verdicts import DangerousFileError, UnknownNamesError, Verdicts
-from regraft.report.document import summary, visible
+from regraft.report.document import answer_of, visible
 from regraft.report.view import SCHEMA, View
 
 _TORCH = str.split(
@@ -230,10 +231,17 @@ def inspection_of(model: FileModel, files: Files) -> Facts:
     if model.form == "module" and files.verdicts.verdict == "known":
         notes[0] += " (--trust loads and probes it)"
     shown = _inspection(model.path.name if model.form == "weights" else model.root.type, files.facts())
-    shown |= {"notes": [*notes, *files.notes()], "sites": sites, "summary": summary(sites)}
+    grafted = any(site["variant"] for site in sites)
+    said = {"answer": answer_of(sites), "paste": command("revert", str(model.path)) if grafted else ""}
+    shown |= {"notes": [*notes, *files.notes()], "sites": sites, "summary": said}
     if model.form == "weights":
         shown["summary"] = _answer("Weights alone do not tell whether this model regularizes.")
     return Facts(shown, files.closing)
+
+
+def command(name: str, model: str, *options: str) -> str:
+    """A command to paste."""
+    return f"regraft {shlex.join([name, model, *options])} -o OUT"
 
 
 def no_model(files: Files, error: FileError) -> Facts:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.architectures import build, is_architecture, usual_input
-from regraft.cli.file_view import Files, inspection_of, no_model, with_verdicts
+from regraft.cli.file_view import Facts, Files, command, inspection_of, no_model, with_verdicts
 from regraft.cli.loading import load, load_module
 from regraft.cli.output import MODELS
 from regraft.cli.progress import working
@@ -44,12 +44,26 @@ def view_of(
         assert files is not None
         return inspection_of(files.model, files)
     with working(f"probing {arch or name}"):
-        view = regraft.inspect(model, inputs_for(arch or name, shape))
+        inspection = regraft.inspect(model, inputs_for(arch or name, shape))
+    view = _in_commands(inspection, name, arch, trust)
     if files is None:
         return view
     return with_verdicts(
         view, files, _unlike(files.model, model) if arch and not is_architecture(name) else ()
     )
+
+
+def _in_commands(view: View, name: str, arch: str, trust: bool) -> View:
+    """An inspection whose line to paste is a command, not Python, where a command does it."""
+    facts = view.to_dict()
+    said = facts["summary"]
+    options = [f"--rule={selector}={variant}" for selector, variant in said["rules"]]
+    options += [f"--arch={arch}"] * bool(arch) + ["--trust"] * trust
+    if said["rules"] or said["paste"].startswith("regraft.revert"):
+        paste = command("apply" if said["rules"] else "revert", name, *options)
+    else:
+        paste = said["paste"] and f"{said['paste']}  # where you train it"
+    return Facts({**facts, "summary": {**said, "paste": paste}})
 
 
 def _model_for(files: Files | None, name: str, arch: str, *, trust: bool) -> nn.Module | None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from regraft.find.probe.ledger import Draw
 from regraft.find.probe.run import Probe
+from regraft.find.recognize import foreign
 from regraft.find.site import Site
-from regraft.find.ungraftable import foreign
 from regraft.find.walk import Named
 from regraft.ops import FAMILIES, KINDS
 from regraft.record import original_class

@@ -11,8 +11,8 @@ from torch import nn
 from regraft.find.balance import named_remedy, unrecognized_draws
 from regraft.find.graph_nodes import nodes_fixed_by_tracing
 from regraft.find.probe.run import Probe
+from regraft.find.recognize import foreign
 from regraft.find.site import Site
-from regraft.find.ungraftable import foreign
 from regraft.find.walk import Named
 from regraft.ops import ATTENTION, PLAIN
 
@@ -34,15 +34,20 @@ def diagnose(sites: list[Site], modules: list[Named], probe: Probe) -> list[Find
     return [
         *_draws_in_eval(modules, probe),
         *_baked_in(noise),
-        *_fixed_nodes(sites, modules),
+        *(
+            Finding(path, what, source, "trace with regraft.trace, which keeps more modules whole")
+            for path, what, source in nodes_fixed_by_tracing(modules, {site.path for site in sites})
+        ),
         *other_rates,
-        *_never_used(noise, {finding.path for finding in other_rates}),
-        *_frozen(noise, modules),
-        *_every_rate_zero(noise),
+        *_unused(noise, modules, {finding.path for finding in other_rates}),
         *_vanished_drop_paths(modules),
         *_foreign(modules),
         *_out_of_reach(modules, probe),
-        *_unrecognized(sites, modules, probe),
+        *(
+            Finding(path, row["finding"], row["source"], row["remedy"])
+            for row in unrecognized_draws(sites, modules, probe)
+            for path in row["paths"]
+        ),
     ]
 
 
@@ -76,12 +81,6 @@ def _baked_in(noise: list[Site]) -> Iterator[Finding]:
             )
 
 
-def _fixed_nodes(sites: list[Site], modules: list[Named]) -> Iterator[Finding]:
-    """Nodes that no rule can mend."""
-    for path, what, source in nodes_fixed_by_tracing(modules, {site.path for site in sites}):
-        yield Finding(path, what, source, "trace with regraft.trace, which keeps more modules whole")
-
-
 def _other_rate(noise: list[Site]) -> Iterator[Finding]:
     """A dropout that is made and never called, beside a call with a number of its own."""
     calls = [site for site in noise if site.kind == "call" and site.p]
@@ -100,44 +99,22 @@ def _other_rate(noise: list[Site]) -> Iterator[Finding]:
                 )
 
 
-def _never_used(noise: list[Site], told: set[str]) -> Iterator[Finding]:
+def _unused(noise: list[Site], modules: list[Named], told: set[str]) -> Iterator[Finding]:
+    """Dropouts that are never called, that are in eval while the model trains, and those at rate 0."""
     for site in noise:
-        if (
-            site.calls == 0
-            and site.kind == "module"
-            and site.p
-            and site.obstacle is None
-            and site.path not in told
-        ):
-            yield Finding(
-                site.path,
-                f"{site.written} is made but never used by this forward",
-                None,
-                "nothing drops there; delete it, or call it",
-            )
-
-
-def _frozen(noise: list[Site], modules: list[Named]) -> Iterator[Finding]:
-    if not modules[0].module.training:
-        return
-    for site in noise:
+        dead = site.calls == 0 and site.kind == "module" and site.obstacle is None
+        if dead and site.p and site.path not in told:
+            what = f"{site.written} is made but never used by this forward"
+            yield Finding(site.path, what, None, "nothing drops there; delete it, or call it")
+    for site in noise if modules[0].module.training else ():
         if site.p and not site.training:
+            what = f"{site.written} is in eval while the model trains, so it drops nothing"
             yield Finding(
-                site.path,
-                f"{site.written} is in eval while the model trains, so it drops nothing",
-                site.source,
-                "model.train() switches it on again, if that is not meant",
+                site.path, what, site.source, "model.train() switches it on again, if that is not meant"
             )
-
-
-def _every_rate_zero(noise: list[Site]) -> Iterator[Finding]:
     if noise and all(site.p == 0 for site in noise):
-        yield Finding(
-            "",
-            f"every rate is 0: all {len(noise)} dropout sites do nothing, and R-Drop's KL would be 0",
-            None,
-            "give a rate in the rule, 'Dropout': 'dropout(p=0.1)', or build the model with rates above 0",
-        )
+        what = f"every rate is 0: all {len(noise)} dropout sites do nothing, and R-Drop's KL would be 0"
+        yield Finding("", what, None, "name a rate in the rule, or build the model with rates above 0")
 
 
 def _vanished_drop_paths(modules: list[Named]) -> Iterator[Finding]:
@@ -148,8 +125,8 @@ def _vanished_drop_paths(modules: list[Named]) -> Iterator[Finding]:
                 named.paths[0],
                 "a DropPath of rate 0 that became nn.Identity: the site is gone",
                 None,
-                f"'after:Identity@**.{name.rstrip('0123456789')}*': 'droppath(p=0.1)' brings it back, or a "
-                "model built with a rate above 0",
+                f"droppath at 'after:Identity@**.{name.rstrip('0123456789')}*' brings it back, or a model "
+                "built with a rate above 0",
             )
 
 
@@ -183,13 +160,6 @@ def _out_of_reach(modules: list[Named], probe: Probe) -> Iterator[Finding]:
     ):
         what = f"SpecAugment masks spans at {max(rates):g}, drawn from numpy: out of reach"
         yield Finding("", what, None, named_remedy("SpecAugment"))
-
-
-def _unrecognized(sites: list[Site], modules: list[Named], probe: Probe) -> Iterator[Finding]:
-    """Draws that are at no site, and no randomness that has a name."""
-    for row in unrecognized_draws(sites, modules, probe):
-        for path in row["paths"]:
-            yield Finding(path, row["finding"], row["source"], row["remedy"])
 
 
 _KINDS = {

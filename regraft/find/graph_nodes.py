@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from regraft.find.calls import Called
 from regraft.find.frames import line_of_trace
 from regraft.find.graph_calls import GraphNode, graph_node, graph_nodes
 from regraft.find.probe.run import Probe
-from regraft.find.site import Site
-from regraft.find.ungraftable import owner_obstacle
+from regraft.find.recognize import owner_obstacle
+from regraft.find.site import Called, Site, site_at
 from regraft.find.walk import Named
 from regraft.ops import DROP_PATH, FAMILIES, LINEAR
-from regraft.record import Graft, grafts_of, original_class
+from regraft.record import Graft, grafts_of
 
 
 def node_sites(modules: list[Named]) -> list[Site]:
@@ -69,22 +68,16 @@ def _site(owner: Named, found: GraphNode, op: str) -> Site:
     module = owner.module
     weight = _weight(module, found) if op == LINEAR else None
     graft = node_graft_of(found, op)
-    return Site(
-        path=node_path(owner.paths[0], found.called.name),
-        paths=tuple(node_path(path, found.called.name) for path in owner.paths),
-        kind="node",
-        op=op,
-        type=original_class(module).__name__,
+    return site_at(
+        owner,
+        "node",
+        op,
+        node=found.called.name,
+        weight=weight,
         p=found.called.p,
-        calls=None,
         source=line_of_trace(found.node.stack_trace),
         family=FAMILIES[op],
-        module=module,
         shape=None if weight is None else tuple(reversed(weight.shape)),
-        device=None if weight is None else str(weight.device),
-        dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
-        training=module.training,
-        node=found.called.name,
         variant=None if graft is None else graft.edit["after"],
         draws_in_eval=bool(found.baked) and found.called.p != 0,
         baked=found.baked,

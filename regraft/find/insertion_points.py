@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +9,10 @@ from torch.nn.modules.container import ModuleDict, ModuleList, ParameterDict, Pa
 
 from regraft.errors import RuleSyntaxError
 from regraft.find.graph_calls import graph_nodes, standing_in
-from regraft.find.graph_nodes import node_path
 from regraft.find.modules import module_sites
-from regraft.find.recognize import op_of
+from regraft.find.recognize import op_of, own_parameter, owner_obstacle
 from regraft.find.selectors import Selector, read_selector
-from regraft.find.site import Site, grafted_site
-from regraft.find.ungraftable import own_parameter, owner_obstacle
+from regraft.find.site import Site, grafted_site, site_at
 from regraft.find.walk import Named
 from regraft.record import grafts_of, original_class
 from regraft.variants.registry import spec
@@ -80,31 +77,19 @@ def _placed(position: str, selector: Any, field: str | None) -> Selector:
 
 def places(modules: list[Named]) -> list[Site]:
     """A site for each module, named by its operation or else by its class; not probed."""
-    return [_place(named) for named in modules]
-
-
-def _place(named: Named) -> Site:
-    module, name = named.module, original_class(named.module).__name__
-    weight = own_parameter(module, "weight")
-    return Site(
-        path=named.paths[0],
-        paths=tuple(named.paths),
-        kind="module",
-        op=op_of(module) or name,
-        type=name,
-        p=None,
-        calls=None,
-        source=None,
-        family=None,
-        module=module,
-        device=None if weight is None else str(weight.device),
-        dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
-        training=module.training,
-    )
+    return [
+        site_at(
+            named,
+            "module",
+            op_of(named.module) or original_class(named.module).__name__,
+            weight=own_parameter(named.module, "weight"),
+        )
+        for named in modules
+    ]
 
 
 def insertable(modules: list[Named]) -> list[Site]:
-    """Every module whose forward can be called, as a site to insert at."""
+    """Every module whose forward can be called, and every node that calls a function, as a site."""
     shapes = {id(site.module): site for site in module_sites(modules)}
     found = []
     for place in places(modules):
@@ -113,27 +98,12 @@ def insertable(modules: list[Named]) -> list[Site]:
         known = shapes.get(id(place.module))
         shape, calls = (known.shape, known.calls) if known else (None, None)
         found.append(replace(place, shape=shape, calls=calls, obstacle=owner_obstacle(place.module)))
-    return [*found, *_functions(modules)]
-
-
-def _functions(modules: list[Named]) -> Iterator[Site]:
-    """The nodes of graphs that call functions."""
     for named in modules:
         for one in graph_nodes(named.module):
-            yield Site(
-                path=node_path(named.paths[0], one.called.name),
-                paths=tuple(node_path(path, one.called.name) for path in named.paths),
-                kind="node",
-                op=getattr(one.called.function, "__name__", "function"),
-                type=original_class(named.module).__name__,
-                p=None,
-                calls=None if one.node.users else 0,
-                source=None,
-                family=None,
-                module=named.module,
-                training=named.module.training,
-                node=one.called.name,
-            )
+            op = getattr(one.called.function, "__name__", "function")
+            calls = None if one.node.users else 0
+            found.append(site_at(named, "node", op, node=one.called.name, calls=calls))
+    return found
 
 
 def means(selector: Selector, place: Site) -> bool:

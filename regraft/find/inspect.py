@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from regraft.find.advice import first_advice
 from regraft.find.balance import balance, left
 from regraft.find.diagnose import Finding, diagnose
 from regraft.find.graph_nodes import node_sites
 from regraft.find.insertion_points import inserted_sites
-from regraft.find.locks import one_at_a_time
 from regraft.find.merge_probe import probed_sites
 from regraft.find.modules import module_sites
 from regraft.find.probe.dataflow import Dataflow
@@ -20,11 +20,11 @@ from regraft.find.probe.example_inputs_hf import says_what_it_takes
 from regraft.find.probe.ledger import Recorder
 from regraft.find.probe.products import ProductRecorder
 from regraft.find.probe.run import Probe, run_probe
+from regraft.find.recognize import foreign, quantized
 from regraft.find.site import Site
-from regraft.find.ungraftable import foreign, quantized
-from regraft.find.walk import Named, inner_model, named_modules
+from regraft.find.walk import Named, inner_model, named_modules, one_at_a_time
 from regraft.find.weights import Weight, weight_sites, weights_of
-from regraft.report.document import summary
+from regraft.report.document import answer_of, rule_text
 from regraft.report.view import SCHEMA, View
 
 
@@ -66,6 +66,16 @@ class Inspection(View):
         modules = [named.module for named in self.modules]
         return sum(quantized(module) is None and foreign(module) is not None for module in modules)
 
+    def _summary(self, sites: list[dict[str, Any]]) -> dict[str, Any]:
+        """Whether the model regularizes, and a line to paste that changes it."""
+        answer = answer_of(sites, len(self.probe.draws), self._unknown_parts())
+        if any(site["variant"] for site in sites):
+            return {"answer": answer, "paste": "regraft.revert(model)", "rules": []}
+        rules, paste = first_advice(self.modules, self.sites, self.probe)
+        if rules:
+            paste = f"regraft.apply(model, {{{', '.join(rule_text(*rule) for rule in rules)}}})"
+        return {"answer": answer, "paste": paste, "rules": rules}
+
     def to_dict(self) -> dict[str, Any]:
         """The inspection as plain JSON values."""
         sites = [site.to_dict() for site in self.sites]
@@ -75,7 +85,7 @@ class Inspection(View):
             "model": type(self.root).__name__,
             "notes": list(self.notes),
             "probe": self.probe.to_dict(),
-            "summary": summary(sites, len(self.probe.draws), self._unknown_parts()),
+            "summary": self._summary(sites),
             "sites": sites,
             "balance": self.balance,
             "left": self.left,
@@ -165,7 +175,7 @@ def _probe_parts(
     every: list[nn.Module],
     sites: set[int],
     products: ProductRecorder,
-    dataflow: Dataflow | None = None,
+    dataflow: Dataflow | None,
 ) -> None:
     """Add to `probe` what the parts do that it has not seen; `every` are the modules, the model first.
 

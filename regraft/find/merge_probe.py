@@ -9,12 +9,10 @@ from torch import nn
 
 from regraft.find.balance import with_draws
 from regraft.find.bytecode_scan import written_calls
-from regraft.find.calls import Called
 from regraft.find.graph_nodes import probed_nodes
 from regraft.find.probe.run import Probe
-from regraft.find.recognize import op_of, own_name
-from regraft.find.site import Site
-from regraft.find.ungraftable import owner_obstacle
+from regraft.find.recognize import op_of, own_name, owner_obstacle
+from regraft.find.site import Called, Site
 from regraft.find.walk import Named
 from regraft.ops import FAMILIES
 from regraft.record import grafts_of, original_class

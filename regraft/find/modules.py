@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from regraft.find.recognize import family_of, never_runs, op_of, rate_name
-from regraft.find.site import Site
-from regraft.find.ungraftable import obstacle, quantized, weight_of
+from regraft.find.recognize import family_of, never_runs, obstacle, op_of, quantized, rate_name, weight_of
+from regraft.find.site import Site, site_at
 from regraft.find.walk import Named
-from regraft.record import grafts_of, original_attribute, original_class
+from regraft.record import grafts_of, original_attribute
 
 _SLOTS = (
     "variant",
@@ -40,22 +39,16 @@ def _site(named: Named, op: str) -> Site:
     rate = rate_name(module) if family in ("Dropout", "DropPath") else None
     weight = weight_of(module) if family in ("Linear", "Embedding") else None
     grafts = grafts_of(module)
-    return Site(
-        path=named.paths[0],
-        paths=tuple(named.paths),
-        kind="module",
-        op=op,
-        type=original_class(module).__name__,
+    return site_at(
+        named,
+        "module",
+        op,
+        weight=weight,
         p=float(original_attribute(module, rate)) if rate else None,
         calls=0 if never_runs(module) else None,
-        source=None,
         family=family,
-        module=module,
         shape=_shape(module, op),
         parameters=sum(p.numel() for p in module.parameters(recurse=False) if not is_lazy(p)),
-        device=None if weight is None else str(weight.device),
-        dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
-        training=module.training,
         variant=next((grafts[slot].edit["after"] for slot in _SLOTS if slot in grafts), None),
         obstacle=obstacle(module, op),
     )

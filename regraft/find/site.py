@@ -7,10 +7,35 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from regraft.find.calls import Called
+from regraft.find.walk import Named
 from regraft.ops import ATTENTION, CONVOLUTION
+from regraft.record import original_class
+
+
+@dataclass
+class Called:
+    """The calls of one operation inside one module's own forward."""
+
+    owner: nn.Module
+    op: str
+    rates: list[float | None] = dataclasses.field(default_factory=list)
+    """The rate of each call, 0 for one that says it is not training, None where it cannot be read."""
+    sources: list[str] = dataclasses.field(default_factory=list)
+    methods: set[str] = dataclasses.field(default_factory=set)
+    """Methods of the owner that were running."""
+    score_bytes: int = 0
+    """Of attention: the size of the largest score matrix of one call."""
+    node: str = ""
+    """Of a call in a graph: the name of the node that ran."""
+
+    @property
+    def p(self) -> float | None:
+        """The rate of the calls; the first that is not 0 where they differ."""
+        known = [rate for rate in self.rates if rate is not None]
+        above = next((rate for rate in known if rate > 0), None)
+        return above if above is not None else 0.0 if len(known) == len(self.rates) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +71,11 @@ class Site:
     kind: str
     op: str
     type: str
-    p: float | None
-    calls: int | None
-    source: str | None
-    family: str | None
     module: nn.Module = dataclasses.field(repr=False)
+    p: float | None = None
+    calls: int | None = None
+    source: str | None = None
+    family: str | None = None
     shape: tuple[int, ...] | None = None
     parameters: int = 0
     device: str | None = None
@@ -100,6 +125,27 @@ class Site:
         plain["paths"] = list(self.paths)
         plain["shape"] = None if self.shape is None else list(self.shape)
         return plain | {"training": self.training, "variant": self.variant}
+
+
+def site_at(
+    named: Named, kind: str, op: str, *, node: str = "", weight: Tensor | None = None, **facts: Any
+) -> Site:
+    """A site at a module, or at the `node` of its graph; `weight` tells its device and dtype."""
+    module = named.module
+    paths = tuple(".".join(filter(None, (path, node))) for path in named.paths)
+    return Site(
+        path=paths[0],
+        paths=paths,
+        kind=kind,
+        op=op,
+        type=original_class(module).__name__,
+        module=module,
+        device=None if weight is None else str(weight.device),
+        dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
+        training=module.training,
+        node=node,
+        **facts,
+    )
 
 
 def grafted_site(module: nn.Module, paths: Iterable[str], edit: Mapping[str, Any]) -> Site:

@@ -1,9 +1,14 @@
-"""Every module of a model once, with all of its names."""
+"""Every module of a model once, with all of its names; the model inside its wrappers, and its lock."""
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -18,6 +23,10 @@ _WRAPPERS = (
 )
 _FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _MOST_NAMES = 1_000_000
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""One lock for each model: whatever changes it, or must see it unchanged, happens one at a time."""
+_new = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -102,3 +111,24 @@ def _no_module(model: object) -> ModelError:
             f"regraft inspect timm:{model}, or hf:{model}"
         )
     return ModelError(what, where=repr(model)[:60], remedy=remedy)
+
+
+def lock_of(model: nn.Module) -> Any:
+    """The lock of the model inside any wrappers; a thread that holds it may take it again."""
+    root, _ = inner_model(model)
+    with _new:
+        return _locks.setdefault(root, threading.RLock())
+
+
+def one_at_a_time(function: _Function) -> _Function:
+    """A function whose first argument is a model, which it has for itself until it returns."""
+
+    @functools.wraps(function)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        model = args[0] if args else kwargs.get("model")
+        if not isinstance(model, nn.Module):
+            return function(*args, **kwargs)  # which says what is wrong with it
+        with lock_of(model):
+            return function(*args, **kwargs)
+
+    return alone  # type: ignore[return-value]

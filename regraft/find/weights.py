@@ -18,9 +18,8 @@ from torch import Tensor, fx, nn
 
 from regraft.find.graph_calls import graph_nodes
 from regraft.find.probe.products import Product, ProductRecorder
-from regraft.find.recognize import op_of
+from regraft.find.recognize import op_of, owner_obstacle, quantized
 from regraft.find.site import Site
-from regraft.find.ungraftable import owner_obstacle, quantized
 from regraft.find.walk import Named
 from regraft.ops import CONVOLUTION, LINEAR
 from regraft.record import Slot, grafts_of, original_class

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from regraft.errors import MisfitError, UnprovenError
 from regraft.find.insertion_points import INSERTED
 from regraft.find.inspect import Inspection, inspect_flow, look
-from regraft.find.locks import lock_of, one_at_a_time
 from regraft.find.probe.example_inputs import given_inputs, made_inputs
+from regraft.find.walk import lock_of, one_at_a_time
 from regraft.graft.calls import BOUNDARY, boundary_graft, call_graft
 from regraft.graft.graph_nodes import (
     Changes,

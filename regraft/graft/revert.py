@@ -8,10 +8,9 @@ from typing import Any
 from torch import nn
 
 from regraft.errors import NoMatchError
-from regraft.find.locks import one_at_a_time
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site, grafted_site
-from regraft.find.walk import Named, inner_model, named_modules
+from regraft.find.walk import Named, inner_model, named_modules, one_at_a_time
 from regraft.graft.calls import BOUNDARY
 from regraft.graft.graph_nodes import all_or_nothing, compiled_once, placed_grafts
 from regraft.planning.resolve import acts_in_eval

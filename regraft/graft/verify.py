@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_flatten
 from regraft.errors import RegraftError
 from regraft.find.inspect import Inspection
 from regraft.find.inspect import inspect as inspect_model
-from regraft.find.locks import one_at_a_time
 from regraft.find.probe.example_inputs import Inputs, given_inputs, made_inputs
 from regraft.find.probe.preserve_state import random_state_kept
+from regraft.find.walk import one_at_a_time
 from regraft.graft.apply import Report, apply
 from regraft.graft.proof import prove
 from regraft.graft.revert import revert

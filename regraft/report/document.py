@@ -21,8 +21,6 @@ BRACES = re.compile(r"(\{[^{}]*\})")
 """What the renderers set apart in a folded path."""
 _NUMBER = re.compile(r"x?[0-9.,]+[kMB]?")
 _LAYERS = ("Linear", "Conv1D", "Embedding", "Bilinear")
-_PLAIN = ("scaled_dot_product_attention", "MultiheadAttention", "LSTM", "GRU", "RNN", "Dropout", "dropout")
-"""Operations that the selector "Dropout" means."""
 _EACH = "a rule for each site"
 """In place of the rules of a saved plan, which names each of its sites."""
 _VERDICTS = {True: "pass", False: "FAIL", None: "not checked"}
@@ -218,7 +216,7 @@ def _inspection(view: Facts) -> Document:
         headline.append(counted(count, op) + (f" ({size(parameters)} parameters)" if parameters else ""))
     places = {(site["dtype"], site.get("device")) for site in sites if site.get("dtype")}
     facts = [f"{dtype} on {device}" if device else str(dtype) for dtype, device in places]
-    said = view.get("summary") or summary(sites)
+    said = view.get("summary") or {"answer": answer_of(sites), "paste": ""}
     by_op = grouped([*noise, *layers], lambda site: str(site["op"]))
     return Document(
         ", ".join(headline),
@@ -257,53 +255,40 @@ def _sites_of_one_kind(op: str, rows: Sequence[Facts], probed: bool) -> Section:
     return Section("sites", f"{op}: {', '.join(title)}", folded(rows, cells))
 
 
-def summary(sites: Sequence[Facts], draws: int = 0, unknown: int = 0) -> dict[str, str]:
-    """Whether the model regularizes at all, and a line to paste that changes it.
+def answer_of(sites: Sequence[Facts], draws: int = 0, unknown: int = 0) -> str:
+    """Whether the model regularizes at all.
 
     That it does not is said only of a training forward that drew nothing, and of a model without `unknown`
     parts, which are no torch layers and may draw where they are told to.
     """
     noise = [site for site in sites if not is_layer(site)]
-    count = counted(len(noise), "dropout site")
     grafted = sum(bool(site.get("variant")) for site in noise)
     running = [site for site in noise if site.get("calls") != 0]
     active = [site for site in running if site.get("p")]
-    # A line to paste must have an effect: it names an active site, if there is one.
-    choice = active or running or noise
-    op = "Dropout" if any(site["op"] in _PLAIN for site in choice) else choice[0]["op"] if choice else ""
-    silent, answer, variant, paste = "", "", "", ""
-    if not noise:
-        silent = "it has no dropout"
-        linears = [site for site in sites if site["op"] == "Linear" and site.get("calls") != 0]
-        if linears:
-            op, variant = f"Linear@{linears[-1]['path']}".removesuffix("@"), "dropconnect(p=0.2)"
-    elif grafted:
-        answer = f"{grafted} of {count} {'carries' if grafted == 1 else 'carry'} a regraft variant."
-        paste = "regraft.revert(model)"
-    elif not running:
-        silent = "its only dropout site never runs" if len(noise) == 1 else f"none of its {count} runs"
-    elif not active:
-        silent = "its only dropout site has" if len(noise) == 1 else f"all its {count} have"
-        silent += " rate 0"
-        variant = "droppath(p=0.1)" if op == "DropPath" else "dropout(p=0.1)"
-    else:
+    sole = len(noise) == 1
+    if grafted:
+        verb = "carries" if grafted == 1 else "carry"
+        return f"{grafted} of {counted(len(noise), 'dropout site')} {verb} a regraft variant."
+    if active:
         rates = sorted({site["p"] for site in active})
-        span = f"p = {rates[0]:.2g}" + (f" to {rates[-1]:.2g}" if len(rates) > 1 else "")
-        if any(site.get("calls") for site in active):
-            verb = "runs" if len(active) == 1 else "run"
-            answer = f"This model regularizes: {len(active)} of {count} {verb}, {span}."
-        else:
-            answer = f"{counted(len(active), 'dropout site')} ({span}); not probed."
-        variant = "droppath(p='x2')" if op == "DropPath" else "multisample"
-    if silent and draws:
-        answer = f"A training forward draws {counted(draws, 'time')}, at no dropout that regraft knows."
-    elif silent and unknown:
-        answer = f"No draw was seen; {counted(unknown, 'part')} of the model may draw and cannot be grafted."
-    elif silent:
-        answer = f"This model does not regularize: {silent}."
-    if variant:
-        paste = f"regraft.apply(model, {{{rule_text(op, variant)}}})"
-    return {"answer": answer, "paste": paste}
+        span = f"p = {rates[0]:.2g}" if len(rates) == 1 else f"p = {rates[0]:.2g} to {rates[-1]:.2g}"
+        if not any(site.get("calls") for site in active):
+            return f"{counted(len(active), 'dropout site')} ({span}); not probed."
+        verb = "runs" if len(active) == 1 else "run"
+        return (
+            f"This model regularizes: {len(active)} of {counted(len(noise), 'dropout site')} {verb}, {span}."
+        )
+    if draws:
+        return f"A training forward draws {counted(draws, 'time')}, at no dropout that regraft knows."
+    if unknown:
+        return f"No draw was seen; {counted(unknown, 'part')} of the model may draw and cannot be grafted."
+    if not noise:
+        why = "it has no dropout"
+    elif running:
+        why = f"{'its only dropout site has' if sole else f'all its {len(noise)} dropout sites have'} rate 0"
+    else:
+        why = f"{'its only dropout site never' if sole else f'none of its {len(noise)} dropout sites'} runs"
+    return f"This model does not regularize: {why}."
 
 
 def _changes(view: Facts) -> Document:

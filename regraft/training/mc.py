@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from regraft.errors import LossError, NoMatchError, nearest
 from regraft.find.inspect import inspect as inspect_sites
-from regraft.find.locks import one_at_a_time
-from regraft.find.walk import inner_model
+from regraft.find.walk import inner_model, one_at_a_time
 from regraft.graft.apply import grafted
 from regraft.graft.classes import Namespace
 from regraft.graft.insertions import inserted_on

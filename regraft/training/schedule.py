@@ -9,10 +9,9 @@ from torch import nn
 
 from regraft.errors import MisfitError, NoMatchError, RateError, WrongKindError
 from regraft.find.inspect import Inspection, inspect
-from regraft.find.locks import lock_of, one_at_a_time
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
-from regraft.find.walk import named_modules
+from regraft.find.walk import lock_of, named_modules, one_at_a_time
 from regraft.graft.apply import Step, graft_rules, take_out
 from regraft.graft.graph_nodes import placed_grafts
 from regraft.graft.rates import Key, Rate, all_or_no_rates, claim, key_of, rates_of

@@ -62,6 +62,32 @@ def test_inspect_prints_to_stdout():
     assert "\x1b[" not in result.stdout
 
 
+def tiny_plain():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+
+
+def tiny_bert():
+    import tiny
+
+    return tiny.bert()
+
+
+PASTED = [
+    (
+        "tiny_plain",
+        "apply {} '--rule=after:ReLU=dropout(p=0.5)' '--rule=before:Sequential=dropout(p=0.2)' -o",
+    ),
+    ("tiny_bert", "regraft.rdrop(model, alpha=1)  # where you train it"),
+]
+
+
+@pytest.mark.parametrize(("factory", "line"), PASTED, ids=["command", "python"])
+def test_inspect_says_how_to_go_on_in_a_command(factory, line):
+    name = f"{__name__}:{factory}"
+    result = invoke("inspect", name, "--format", "json")
+    assert line.format(name) in json.loads(result.stdout)["summary"]["paste"]
+
+
 def test_inspect_as_json():
     made = json.loads(invoke("inspect", FACTORY, "--format", "json").stdout)
     assert made["schema"] == 1
@@ -236,7 +262,7 @@ def test_colours_and_width_are_the_terminals(no_color, tmp_path):
         pass
     assert os.waitpid(pid, 0)[1] == 0
     coloured = said.decode()
-    assert ("\x1b[32m" in coloured) is not no_color
+    assert bool(re.search(r"\x1b\[3\dm", coloured)) is not no_color
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", coloured)
     assert "Dropout: 1 site" in text
     *lines, closing = text.splitlines()

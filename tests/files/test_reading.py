@@ -232,4 +232,5 @@ def test_the_answer_is_in_every_view(tmp_path):
     for shape in ("table", "json", "markdown", "html"):
         said = invoke("inspect", tmp_path / "zero.pt", "-f", shape).stdout
         assert "This model does not regularize" in said, shape
-        assert "regraft.apply(model, " in said, shape
+        assert "regraft.apply(model, " not in said, "what to do is said of a model that was probed"
+        assert "trust loads and probes it" in said, shape

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regraft.errors import RuleSyntaxError
-from regraft.find.paths import compile_path
+from regraft.find.selectors import compile_path
 
 MATCHES = [
     # a plain path is anchored at both ends

@@ -74,7 +74,7 @@ def test_what_a_fold_stands_for_is_what_was_folded(paths: list[str]) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.lists(paths_of_models, min_size=1, max_size=20), st.lists(paths_of_models, max_size=20))
 def test_a_selector_reads_a_fold_as_the_paths_it_stands_for(paths: list[str], others: list[str]) -> None:
-    from regraft.find.paths import compile_path
+    from regraft.find.selectors import compile_path
 
     patterns = [compile_path(pattern) for pattern in fold(paths)]
     for path in {*paths, *others}:

@@ -92,6 +92,36 @@ def test_what_is_suggested_can_be_done(build, examples, kind, rules, code):
         assert {edit.rule for edit in report.grafted} == set(range(len(rules)))
 
 
+FIRST = {
+    "bert": (tiny.bert, "regraft.rdrop(model, alpha=1)"),
+    "bert at rate 0": (lambda: tiny.bert(p=0.0), 'regraft.apply(model, {"Dropout": "dropout(p=0.1)"})'),
+    "llama at rate 0": (
+        lambda: tiny.llama(0.0),
+        'regraft.apply(model, {"Embedding@model.embed_tokens": "neftune(alpha=5.0)"})',
+    ),
+    "vit": (tiny.vit, 'regraft.apply(model, {"after:Identity@**.drop_path*": "droppath(p=0.05)"})'),
+    "mlp at rate 0": (lambda: tiny.mlp(0.0), 'regraft.apply(model, {"Dropout": "dropout(p=0.5)"})'),
+    "mlp": (tiny.mlp, ""),
+    "frozen": (lambda: network().requires_grad_(False), ""),
+    "network": (
+        network,
+        'regraft.apply(model, {"after:ReLU": "dropout(p=0.5)", "before:Sequential": "dropout(p=0.2)"})',
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "line"), FIRST.values(), ids=FIRST)
+def test_an_inspection_says_first_what_would_be_suggested_first(build, line):
+    torch.manual_seed(0)
+    model = build()
+    summary = regraft.inspect(model).to_dict()["summary"]
+    assert summary["paste"] == line
+    for selector, variant in summary["rules"]:
+        assert regraft.apply(model, {selector: variant}).grafted
+    if summary["rules"]:
+        assert regraft.inspect(model).to_dict()["summary"]["paste"] == "regraft.revert(model)"
+
+
 def test_with_few_labels_the_frozen_layers_of_a_text_encoder_do_not_drop():
     model = tiny.bert()
     model.bert.embeddings.requires_grad_(False)
@@ -131,9 +161,9 @@ def test_rates_out_of_the_range_and_rates_of_0_are_said():
 
 
 def test_mixout_is_for_large_models_with_few_examples(monkeypatch):
-    from regraft.training import suggest
+    from regraft.find import advice as texts
 
-    monkeypatch.setattr(suggest, "_LARGE_MODEL", 1000)
+    monkeypatch.setattr(texts, "_LARGE_MODEL", 1000)
     advice = regraft.suggest(tiny.bert(), 1_001)
     assert advice.rules == {"Linear": "mixout(p=0.9)"}
     assert regraft.suggest(tiny.bert(), 20_000).rules == {}

@@ -26,13 +26,13 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from regraft.find.calls import Called
 from regraft.find.frames import caller_line, calling_frames, in_a_variant, is_users, line_of
 from regraft.find.graph_calls import running_node
 from regraft.find.probe.copied import NotCopiedError, original
 from regraft.find.probe.dataflow import Dataflow
 from regraft.find.probe.masks import ROWS, Masks
 from regraft.find.recognize import op_of
+from regraft.find.site import Called
 from regraft.find.tensor_io import Flow, flow
 from regraft.ops import ATTENTION, DROP_PATH, FAMILIES, FUNCTIONS, RECURRENT, Parsed
 from regraft.record import grafts_of

@@ -17,7 +17,6 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from regraft.errors import InputsError
-from regraft.find.calls import Called
 from regraft.find.frames import own_line
 from regraft.find.probe.copied import NotCopiedError, copied
 from regraft.find.probe.example_inputs import Inputs, describe
@@ -35,6 +34,7 @@ from regraft.find.probe.preserve_state import (
     silent,
 )
 from regraft.find.probe.products import ProductRecorder
+from regraft.find.site import Called
 from regraft.libraries import is_fsdp
 
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from regraft.errors import InputsError
-from regraft.find.locks import lock_of
 from regraft.find.probe.preserve_state import same_entries, snapshot
-from regraft.find.walk import inner_model
+from regraft.find.walk import inner_model, lock_of
 from regraft.record import grafts_of
 from regraft.training.passes.fork import Fork, ForkError
 from regraft.training.passes.intercept import RecomputeError

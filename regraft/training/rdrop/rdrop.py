@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from regraft.errors import ModelError
 from regraft.find.inspect import inspect as inspect_sites
-from regraft.find.locks import one_at_a_time
-from regraft.find.walk import inner_model
+from regraft.find.walk import inner_model, one_at_a_time
 from regraft.training.rdrop.fields import argument_name
 from regraft.training.rdrop.layer import arm
 from regraft.training.rdrop.options import Key, RDropOptions
