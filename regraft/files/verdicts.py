@@ -202,11 +202,16 @@ class Verdicts:
         self.unknown += self._odd
         self._odd.clear()
 
-    def call(self, callee: Any, arguments: tuple[Any, ...], *, new: bool = False) -> Any:
+    def call(self, callee: Any, arguments: Any, *, new: bool = False) -> Any:
         """What a call would make, uncalled; the callee is judged with its arguments.
 
         If `new`, an object is made by `callee.__new__`.
         """
+        if type(arguments) is list:
+            arguments = tuple(arguments)
+        elif type(arguments) is not tuple:
+            self.danger(f"{shown(callee)} is called with arguments that are made by another call")
+            arguments = ()
         if type(callee) is not Name:
             self.danger(f"what {shown(callee)} returns is called")
             return Call(callee, arguments)
