@@ -70,11 +70,7 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         self.names: dict[tuple[str, str], Name] = {}
 
     def load(self) -> Any:
-        """The value that the pickle describes.
-
-        Raises:
-            FileError: the stream is cut short, is no pickle, or asks too much.
-        """
+        """The value that the pickle describes; or FileError: it is cut short, no pickle, or asks too much."""
         self.read, self.readline = self.file.read, self._line
         self.frame_end = 0
         self.metastack: list[Any] = []
