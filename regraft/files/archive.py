@@ -84,7 +84,7 @@ class Archive:
         return [member for member in self.members if member.orig_filename.lower().endswith(ending)]
 
     def read(self, member: zipfile.ZipInfo, most: int) -> bytes:
-        """What a member of at most `most` bytes holds, unpacked; like torch, without a look at its checksum."""
+        """What a member of at most `most` bytes holds, unpacked; as torch, without a look at its checksum."""
         name = member.orig_filename[:80]
         if member.flag_bits & _ENCRYPTED:
             raise FileError("the archive is encrypted", remedy="unpack it with its password first")

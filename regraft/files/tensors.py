@@ -110,8 +110,9 @@ def _dtype(value: Any) -> str | None:
 
 def array_bytes(state: Any) -> int | None:
     """How many bytes of an array follow its description by joblib, None if a pickle does; else ValueError."""
-    facts: dict[str, Any] = state if isinstance(state, dict) else {}
-    shape, dtype = facts.get("shape"), facts.get("dtype")
+    facts = state if isinstance(state, dict) else {}
+    shape: Any = facts.get("shape")
+    dtype: Any = facts.get("dtype")
     made = type(dtype) is Call and type(dtype.callee) is Name and dtype.callee.full == "numpy.dtype"
     code = dtype.arguments[0] if made and dtype.arguments else None
     if not is_shape(shape) or not isinstance(code, str):

@@ -51,29 +51,30 @@ def shortened(module: str) -> str:
     return module
 
 
-def _lines(name: str) -> list[tuple[str, str]]:
-    text = (files("regraft.files") / name).read_text(encoding="utf-8")
-    return [line.split(":", 1) for line in text.splitlines() if not line.startswith("#")]  # type: ignore[misc]
+def _table(name: str) -> list[tuple[str, str]]:
+    lines = (files("regraft.files") / name).read_text(encoding="utf-8").splitlines()
+    parts = (line.partition(":") for line in lines if not line.startswith("#"))
+    return [(key, names) for key, _, names in parts]
 
 
 @cache
-def _known() -> dict[str, str]:
-    """Per module, a line `Bert=~Layer ~Model Other; name; name`: of role object, value and reference."""
-    return dict(_lines("known_names.txt"))
+def _tables() -> tuple[dict[str, str], dict[str, set[str]]]:
+    """The known names of each module, and the dangerous ones by the words that their list has for them.
+
+    A line `Bert=~Layer ~Model Other; name; name` has the roles object, value and reference.
+    """
+    dangerous: dict[str, set[str]] = {}
+    for kind, names in _table("dangerous_names.txt"):
+        dangerous.setdefault(kind, set()).update(names.split())
+    return dict(_table("known_names.txt")), dangerous
 
 
 @cache
 def _listed(module: str) -> dict[str, str]:
     roles = ("object", "value", "reference")
-    prefix, equals, rest = _known().get(shortened(module), "").rpartition("=")
+    prefix, equals, rest = _tables()[0].get(shortened(module), "").rpartition("=")
     columns = rest.replace("~", prefix if equals else "").split(";")
     return {name: role for role, column in zip(roles, columns, strict=False) for name in column.split()}
-
-
-@cache
-def _dangerous(kind: str) -> frozenset[str]:
-    lines = _lines("dangerous_names.txt")
-    return frozenset(name for key, names in lines if key == kind for name in names.split())
 
 
 def role_of(module: str, name: str) -> str:
@@ -83,7 +84,8 @@ def role_of(module: str, name: str) -> str:
     if module in _STORAGES and name.endswith("Storage") and name.isidentifier():
         return "reference"
     root, *inside = [*module.split("."), *name.split(".")]
-    if _dangerous("inside").intersection(inside) or not all(inside):
+    dangerous = _tables()[1]
+    if dangerous["inside"].intersection(inside) or not all(inside):
         return "dangerous"
     full = f"{module}.{name}"
     if root == "regraft" and "." not in name:
@@ -91,15 +93,12 @@ def role_of(module: str, name: str) -> str:
         # that is called later, and a pickle of ours has it by `read_layer`.
         known = full in _RULES or (name[:1].isupper() and full != "regraft.record.Layer")
         return "unknown" if not known else "object" if name[:1].isupper() else "value"
-    if root in sys.stdlib_module_names and (module == root or root not in _dangerous("one_file")):
+    if root in sys.stdlib_module_names and (module == root or root not in dangerous["one_file"]):
         return "dangerous"
     if root.startswith("_") and root != "__main__":  # Python's own too, if not of this version
         return "dangerous"
-    return (
-        "dangerous"
-        if any(f"{full}.".startswith(f"{loader}.") for loader in _dangerous("loaders"))
-        else "unknown"
-    )
+    loads = any(f"{full}.".startswith(f"{loader}.") for loader in dangerous["loaders"])
+    return "dangerous" if loads else "unknown"
 
 
 class Verdicts:
