@@ -32,6 +32,7 @@ _INTEGER_BYTES = 512
 _HASHES_ALIKE = 2**60
 """Integers above can be chosen so that all of them hash to the same number."""
 _LITERALS = (dict, list, tuple, str, bytes, int, float, bool, type(None), Long)
+_FOUR_BYTES = struct.Struct("<I").unpack
 _DICT_KEYS = (str, bool, bytes, type(None))
 
 
@@ -73,6 +74,8 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         """The value that the pickle describes; or FileError: it is cut short, no pickle, or asks too much."""
         self.read, self.readline = self.file.read, self._line
         self.frame_end = 0
+        self.near: list[Any] = []  # the memo: a list of what stands in order, as nearly all does,
+        self.far: dict[int, Any] = {}  # and the rest
         self.metastack: list[Any] = []
         self.stack: list[Any] = []
         self.append = self.stack.append
@@ -169,11 +172,12 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         return Storage(pid)
 
     def load_reduce(self) -> None:
-        arguments, callee = self.stack.pop(), self.stack.pop()
-        if arguments == () and type(callee) is Name and callee.full == "collections.OrderedDict":
-            self.append(Ordered())  # a dozen in every module
+        stack = self.stack
+        arguments, callee = stack.pop(), stack[-1]
+        if type(callee) is Name and callee.full == "collections.OrderedDict" and arguments == ():
+            stack[-1] = Ordered()  # a dozen in every module
         else:
-            self.append(self.verdicts.call(callee, arguments))
+            stack[-1] = self.verdicts.call(callee, arguments)
 
     def load_newobj(self) -> None:
         arguments, callee = self.stack.pop(), self.stack.pop()
@@ -277,11 +281,42 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         """A line as the C unpickler takes numbers from it: up to the first NUL."""
         return self._line()[:-1].split(b"\0")[0]
 
+    def _put(self, index: int) -> None:
+        if index == len(self.near):
+            self.near.append(self.stack[-1])
+            self.far.pop(index, None)
+        else:
+            memo: Any = self.near if 0 <= index < len(self.near) else self.far
+            memo[index] = self.stack[-1]
+
+    def _get(self, index: int) -> None:
+        self.append(self.near[index] if 0 <= index < len(self.near) else self.far[index])
+
     def load_put(self) -> None:
-        self.memo[int(self._digits())] = self.stack[-1]
+        self._put(int(self._digits()))
+
+    def load_binput(self) -> None:
+        self._put(self.read(1)[0])
+
+    def load_long_binput(self) -> None:
+        (index,) = _FOUR_BYTES(self.read(4))
+        if index == len(self.near) and not self.far:  # as nearly always: 2.5 million in a large file
+            self.near.append(self.stack[-1])
+        else:
+            self._put(index)
+
+    def load_memoize(self) -> None:
+        self._put(len(self.near) + len(self.far))
 
     def load_get(self) -> None:
-        self.append(self.memo[int(self._digits())])
+        self._get(int(self._digits()))
+
+    def load_binget(self) -> None:
+        index, near = self.read(1)[0], self.near
+        self.append(near[index] if index < len(near) else self.far[index])
+
+    def load_long_binget(self) -> None:
+        self._get(_FOUR_BYTES(self.read(4))[0])
 
     def load_int(self) -> None:
         line = self._digits()
