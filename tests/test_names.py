@@ -12,8 +12,7 @@ PACKAGE = Path(regraft.__file__).parent
 NAMES = {"__name__", "__qualname__", "__module__"}
 TESTS = {"startswith", "endswith", "search", "match", "fullmatch", "get", "split", "removesuffix", "isdigit"}
 ALLOWED = {
-    "cli/architectures.py: usual_input": "chooses an input to try; the forward shows whether it is one",
-    "cli/opening.py: inputs_for": "chooses an input to try; the forward shows whether it is one",
+    "cli/architectures.py: inputs_for": "chooses an input to try; the forward shows whether it is one",
     "find/bytecode_scan.py: is_torchs": "whose function it is, by the package it comes from",
     "find/bytecode_scan.py: written_calls": "whose class it is, by the package it comes from",
     "find/merge_probe.py: _unnamed_sites": "whose class it is, by the package it comes from",

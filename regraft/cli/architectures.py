@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.errors import FileError, ModelError, NoMatchError, nearest
+from regraft.cli.output import reason
+from regraft.errors import FileError, ModelError, NoMatchError, OptionError, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,16 +37,7 @@ def is_architecture(name: str) -> bool:
 
 
 def build(name: str, *, real: bool = False) -> nn.Module:
-    """The architecture that a name stands for.
-
-    Args:
-        name: timm:NAME, torchvision:NAME, hf:NAME, a folder with a config.json, package.module:factory.
-        real: on the CPU with fresh weights, instead of on the meta device without any.
-
-    Raises:
-        NoMatchError: no such architecture.
-        FileError: a package, a config or a factory that is missing or cannot be read.
-    """
+    """The architecture of a name: on the meta device, or `real`, with fresh weights on the CPU."""
     source, colon, rest = name.partition(":")
     if colon and source in SOURCES:
         return SOURCES[source](rest, real)
@@ -61,8 +52,13 @@ def build(name: str, *, real: bool = False) -> nn.Module:
     )
 
 
-def usual_input(name: str) -> Any:
-    """An input for an architecture of torchvision's, for which `regraft.inspect` makes none; else None."""
+def inputs_for(name: str, shape: str) -> Any:
+    """The input of this shape; without one, that of torchvision, for which `inspect` makes none."""
+    if shape:
+        sizes = shape.replace(",", "x").split("x")
+        if not all(size.strip().isdigit() for size in sizes):
+            raise OptionError(f"{shape!r} is no shape", remedy="for example --shape 2x3x224x224")
+        return need("torch").zeros([int(size) for size in sizes])
     source, _, rest = name.partition(":")
     if source != "torchvision":
         return None
@@ -104,24 +100,26 @@ def _torchvision(name: str, real: bool) -> nn.Module:
     return _build(lambda: models.get_model(name, weights=None, **backbone), real)
 
 
-def _hugging_face(folder: str, real: bool) -> nn.Module:
+def config_of(folder: str | Path) -> tuple[Any, Any]:
+    """The config of a Hugging Face folder, and the class that it names, else AutoModel."""
     transformers = need("transformers")
-    file = Path(folder) / "config.json"
-    if Path(folder).is_dir() and not file.is_file():
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    names = [name for name in config.architectures or [] if hasattr(transformers, str(name))]
+    return config, getattr(transformers, names[0] if names else "AutoModel")
+
+
+def _hugging_face(folder: str, real: bool) -> nn.Module:
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise FileError(
             "the folder has no config.json", where=folder, remedy="give a Hugging Face model folder"
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        names = [name for name in config.architectures or [] if hasattr(transformers, str(name))]
-        if names:
-            model = _build(lambda: getattr(transformers, names[0])(config), real)
-        else:
-            model = _build(lambda: transformers.AutoModel.from_config(config, trust_remote_code=False), real)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise FileError(f"the config cannot be read: {why}", where=folder) from None
-    return model
+        config, cls = config_of(folder)
+        if hasattr(cls, "from_config"):
+            return _build(lambda: cls.from_config(config, trust_remote_code=False), real)
+        return _build(lambda: cls(config), real)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FileError(f"the config cannot be read: {reason(error)}", where=folder) from None
 
 
 def _from_factory(module: str, factory: str) -> nn.Module:

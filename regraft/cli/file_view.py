@@ -15,7 +15,7 @@ from typing import Any
 from regraft.errors import FileError
 from regraft.files.detect import FileReport, read, read_folder, sha256
 from regraft.files.skeleton import FileModel, FileModule
-from regraft.files.verdicts import DangerousFileError, UnknownNamesError, Verdicts
+from regraft.files.verdicts import RefusedError, Verdicts
 from regraft.report.document import answer_of, visible
 from regraft.report.view import SCHEMA, View
 
@@ -140,17 +140,14 @@ class Files:
             model: so does a folder or a file without any model.
 
         Raises:
-            DangerousFileError: loading would run what no model needs.
-            UnknownNamesError: loading would import and call what is not known to be harmless.
+            RefusedError: loading would run what no model needs, or call what is not known to be harmless.
             FileError: there is no model.
         """
         empty = not any(report.model for report in self.reports)
         reports = [report for report in self.reports if not (self.folder and report.other)]
         error = next((report.error for report in reports if report.error), None)
-        if self.verdicts.dangerous:
-            raise DangerousFileError(self.verdicts, str(self.path))
-        if self.verdicts.unknown and (names or (empty and model)):
-            raise UnknownNamesError(self.verdicts, str(self.path), error if empty else None)
+        if self.verdicts.dangerous or (self.verdicts.unknown and (names or (empty and model))):
+            raise RefusedError(self.verdicts, str(self.path), error if empty else None)
         if empty and model:
             raise error or FileError(
                 "the folder holds no model",

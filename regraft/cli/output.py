@@ -1,19 +1,31 @@
-"""How results are printed, how errors end, and how a rule is read from the command line."""
+"""How results are printed, how errors end, what is said meanwhile, and how options are read."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from regraft.errors import FileError, OptionError, RegraftError, RulesError, RuleSyntaxError
+from regraft.errors import (
+    FileError,
+    OptionError,
+    RateError,
+    RegraftError,
+    RulesError,
+    RuleSyntaxError,
+    UnknownVariantError,
+    WrongKindError,
+)
 from regraft.report.document import visible
 from regraft.report.view import View
 
@@ -21,6 +33,18 @@ MODELS = (
     "timm:NAME, torchvision:NAME, hf:NAME, a Hugging Face folder, package.module:factory, or a file: "
     ".pt, .pth, .bin, .safetensors"
 )
+
+
+_QUIET_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a MODEL is opened: `--arch`, `--trust`, and the patterns of names that are the user's own."""
+
+    arch: str = ""
+    trust: bool = False
+    allow: tuple[str, ...] = ()
 
 
 class Format(str, Enum):
@@ -106,10 +130,15 @@ def guarded(run: Callable[[], Any], debug: bool) -> Any:
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except Exception as error:
-        why = next(iter(str(error).strip().splitlines()), "")
         help = "" if debug else "\n  help: --debug shows where this comes from"
-        _say(f"{type(error).__name__}: {visible(why[:300])}{help}", debug)
+        _say(f"{visible(reason(error))}{help}", debug)
         raise typer.Exit(1) from None
+
+
+def reason(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def _told(error: RegraftError) -> str:
@@ -131,19 +160,13 @@ def _say(message: str, debug: bool) -> None:
 
 
 def _bad_usage(error: RegraftError) -> bool:
-    from regraft.errors import RateError, UnknownVariantError, WrongKindError
-
     if isinstance(error, RulesError):
         return all(map(_bad_usage, error.problems))
     return isinstance(error, (OptionError, RateError, RuleSyntaxError, UnknownVariantError, WrongKindError))
 
 
 def pair(text: str) -> tuple[str, str | None]:
-    """A rule as it is written on the command line: `SELECTOR=VARIANT`; the variant may be `None`.
-
-    Raises:
-        RuleSyntaxError: there is no selector, or no variant.
-    """
+    """A rule as it is written on the command line: `SELECTOR=VARIANT`; the variant may be `None`."""
     selector, equals, variant = text.partition("=")
     if not equals or not selector.strip() or not variant.strip():
         raise RuleSyntaxError(
@@ -154,13 +177,7 @@ def pair(text: str) -> tuple[str, str | None]:
 
 
 def allowed(patterns: list[str] | None) -> list[str]:
-    """The patterns of names that are the user's own: those of `--allow`, and the lines of a file.
-
-    That file is `regraft/allow` in the user's `~/.config`, never one beside the model.
-
-    Raises:
-        OptionError: a pattern does not begin with the name of a package.
-    """
+    """The patterns of `--allow`, and the lines of `regraft/allow` in `~/.config`, never beside the model."""
     home = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
     file = Path(home) / "regraft" / "allow"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
@@ -174,3 +191,36 @@ def allowed(patterns: list[str] | None) -> list[str]:
                 remedy="for example --allow 'coolnets.*'",
             )
     return given
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """While the block runs for longer than a second, say so, if stderr is a terminal."""
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield
+        return
+    ended = threading.Event()
+    watcher = threading.Thread(target=_show, args=(what, ended), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _show(what: str, ended: threading.Event) -> None:
+    if ended.wait(_QUIET_SECONDS):
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    status: Any = None
+    with suppress(Exception):  # a broken terminal must not end the work
+        status = console.status(Text(visible(what)))
+        status.start()
+    ended.wait()
+    if status is not None:
+        with suppress(Exception):
+            status.stop()

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.architectures import need
-from regraft.cli.loading import PLAN, Loaded, plan_beside
-from regraft.cli.progress import working
+from regraft.cli.opening import PLAN, Loaded, plan_beside
+from regraft.cli.output import working
 from regraft.errors import FileError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from regraft.report.view import View
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot")
@@ -33,18 +31,14 @@ def applied(loaded: Loaded, rules: list[tuple[str, str | None]], inputs: Any, ou
 def reverted(loaded: Loaded, selector: str, out: Path, safe: bool) -> View:
     """Undo the grafts of a model and write it; returns what has changed."""
     import regraft
-
-    before = regraft.inspect(loaded.model) if loaded.form == "fresh" else _side_of(loaded.model)
-    regraft.revert(loaded.model, selector or None)
-    difference = regraft.diff(before, _side_of(loaded.model))
-    difference.notes.extend([*loaded.notes, *write(loaded, out, safe, grafted=bool(selector))])
-    return difference
-
-
-def _side_of(model: nn.Module) -> Any:
     from regraft.find.diff import side_of
 
-    return side_of(model)
+    before: Any = regraft.inspect(loaded.model) if loaded.form == "fresh" else side_of(loaded.model)
+    regraft.revert(loaded.model, selector or None)
+    after: Any = side_of(loaded.model)
+    difference = regraft.diff(before, after)
+    difference.notes.extend([*loaded.notes, *write(loaded, out, safe, grafted=bool(selector))])
+    return difference
 
 
 def check_free(output: Path, force: bool) -> None:
@@ -63,16 +57,18 @@ def check_free(output: Path, force: bool) -> None:
 def write(loaded: Loaded, output: Path, safe: bool, *, grafted: bool = True) -> list[str]:
     """Write the model as it came, and its plan beside it; returns notes on what was written.
 
-    All of it is written beside `output` first, then moved there.
-
-    Raises:
-        FileError: it cannot be written; nothing is left behind.
+    All of it is written beside `output` first, then moved there: after an error nothing is left behind.
     """
     import regraft
 
     folder = loaded.form == "folder"
-    if not folder:
-        _check_file(loaded, output, safe)
+    safe = safe or loaded.form == "safetensors"
+    if output.is_dir() and not folder:
+        raise FileError("this is a folder; the model came as a file", where=str(output), remedy="-o FILE.pt")
+    if safe and output.suffix != ".safetensors" and not folder:
+        raise FileError(
+            "weights written as safetensors end so", where=str(output), remedy="-o NAME.safetensors"
+        )
     notes = []
     try:
         with (
@@ -83,8 +79,10 @@ def write(loaded: Loaded, output: Path, safe: bool, *, grafted: bool = True) -> 
             if folder:
                 loaded.model.save_pretrained(draft)  # type: ignore[operator]
                 notes += _take_along(loaded.folder, draft)
+            elif safe:
+                need("safetensors.torch").save_model(loaded.model, str(draft))
             else:
-                _write_file(loaded, draft, safe)
+                need("torch").save(_content(loaded), draft)
             if grafted:
                 regraft.save_plan(loaded.model, plan_beside(draft))
             plan = plan_beside(output) if not folder else output / PLAN
@@ -144,27 +142,10 @@ def _take_along(source: Path | None, output: Path) -> list[str]:
     return [f"not taken along, since links lead out of the folder: {', '.join(sorted(left))}"] if left else []
 
 
-def _check_file(loaded: Loaded, output: Path, safe: bool) -> None:
-    if output.is_dir():
-        raise FileError("this is a folder; the model came as a file", where=str(output), remedy="-o FILE.pt")
-    if (safe or loaded.form == "safetensors") and output.suffix != ".safetensors":
-        raise FileError(
-            "weights written as safetensors end so", where=str(output), remedy="-o NAME.safetensors"
-        )
-
-
-def _write_file(loaded: Loaded, output: Path, safe: bool) -> None:
-    torch: Any = need("torch")
-    if safe or loaded.form == "safetensors":
-        need("safetensors.torch").save_model(loaded.model, str(output))
-    elif loaded.form == "weights":
-        torch.save(_with_weights(loaded), output)
-    else:
-        torch.save(loaded.model, output)
-
-
-def _with_weights(loaded: Loaded) -> Any:
-    """The checkpoint as it was, with the model's weights in it."""
+def _content(loaded: Loaded) -> Any:
+    """The module; or the checkpoint as it was, with the model's weights in it."""
+    if loaded.form != "weights":
+        return loaded.model
     state = loaded.model.state_dict()
     if not loaded.key:
         return state

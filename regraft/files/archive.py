@@ -9,20 +9,9 @@ from typing import Any
 
 from regraft.errors import FileError
 
-MALFORMED = (
-    *(
-        zipfile.BadZipFile,
-        NotImplementedError,
-        RuntimeError,
-        struct.error,
-        ValueError,
-        OSError,
-        OverflowError,
-    ),
-    *(zlib.error, EOFError, IndexError, AttributeError),
-)
 _LOCAL = struct.Struct("<4s5H3L2H")
 _END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
 _TAIL = 2**16 + 22
 _ENCRYPTED, _SIZES_FOLLOW = 1, 8
 _MEMBERS = 2_000_000
@@ -37,23 +26,26 @@ class AmbiguousError(FileError):
 
 
 class Archive:
-    """The table of contents of a zip file, and its pickles.
-
-    Raises:
-        FileError: it is damaged.
-        AmbiguousError: see there.
-    """
+    """The table of contents of a zip file, and its pickles."""
 
     def __init__(self, file: Any, size: int) -> None:
         self.file, self.size = file, size
-        try:
-            self.end = self._check_end()
-            self.members = zipfile.ZipFile(file).infolist()
-        except MALFORMED as error:
-            if isinstance(error, FileError):
-                raise
-            raise FileError("the archive is damaged: it has no whole table of contents") from error
-        self._check_members()
+        end = self._check_end()
+        self.members = _members(file)
+        if len(self.members) > _MEMBERS:
+            raise FileError(f"the archive holds more than {_MEMBERS:,} files")
+        names: set[str] = set()
+        free = 0
+        for member in sorted(self.members, key=lambda member: member.header_offset):
+            name = member.orig_filename
+            if "\0" in name or name.casefold() in names:
+                raise AmbiguousError(f"{name[:80]!r} stands in it twice, or with a NUL")
+            names.add(name.casefold())
+            if member.header_offset < free:
+                raise AmbiguousError(f"{name[:80]!r} overlaps another file in it")
+            free = member.header_offset + _LOCAL.size + len(name) + member.compress_size
+        if free > end:
+            raise AmbiguousError("a file in it overlaps its table of contents")
 
     def _check_end(self) -> int:
         """Where the table of contents begins, for a reader that trusts what stands at the end."""
@@ -61,61 +53,38 @@ class Archive:
         tail = self.file.read(_TAIL)
         at = tail.rfind(b"PK\5\6", 0, len(tail) - _END.size + 4)
         if at < 0:
-            raise ValueError
+            raise _damaged()
         *_, entries, length, start, comment = _END.unpack_from(tail, at)
         if at + _END.size + comment != len(tail):
             raise AmbiguousError("its end is not at the end of the file")
         end = self.size - len(tail) + at
         if tail[at - 20 : at - 16] == b"PK\6\7" and at >= 20:
-            (place,) = struct.unpack_from("<Q", tail, at - 12)
-            self.file.seek(place)
-            magic, *_, entries64, length64, start64 = struct.unpack("<4sQ2H2L4Q", self.file.read(56))
-            if magic != b"PK\6\6":
-                raise ValueError
-            for short, long, full in (
-                (entries, entries64, 0xFFFF),
-                (length, length64, 0xFFFFFFFF),
-                (start, start64, 0xFFFFFFFF),
-            ):
-                if short not in (full, long):
+            (end,) = struct.unpack_from("<Q", tail, at - 12)
+            self.file.seek(min(end, self.size))
+            record = self.file.read(_END64.size)
+            if len(record) != _END64.size or not record.startswith(b"PK\6\6"):
+                raise _damaged()
+            long = _END64.unpack(record)[-3:]
+            fulls = (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
+            for short, full, wide in zip((entries, length, start), fulls, long, strict=True):
+                if short not in (full, wide):
                     raise AmbiguousError("it has two ends that differ")
-            length, start, end = length64, start64, place
+            _, length, start = long
         if length > _TABLE_BYTES:
             raise FileError("the archive is damaged: its table of contents is larger than any model's")
-        self.file.seek(start)
+        self.file.seek(min(start, self.size))
         if length and self.file.read(4) != b"PK\1\2":
-            raise ValueError
+            raise _damaged()
         if start + length != end:
             raise AmbiguousError("something stands before it, or behind its table of contents")
         return int(start)
-
-    def _check_members(self) -> None:
-        if len(self.members) > _MEMBERS:
-            raise FileError(f"the archive holds more than {_MEMBERS:,} files")
-        names: set[str] = set()
-        end = 0
-        for member in sorted(self.members, key=lambda member: member.header_offset):
-            name = member.orig_filename.casefold()
-            if "\0" in name or name in names:
-                raise AmbiguousError(f"{member.orig_filename[:80]!r} stands in it twice, or with a NUL")
-            names.add(name)
-            if member.header_offset < end:
-                raise AmbiguousError(f"{member.orig_filename[:80]!r} overlaps another file in it")
-            end = member.header_offset + _LOCAL.size + len(member.orig_filename) + member.compress_size
-        if end > self.end:
-            raise AmbiguousError("a file in it overlaps its table of contents")
 
     def named(self, ending: str) -> list[zipfile.ZipInfo]:
         """The members whose names end so, in upper or lower case: torch takes `DATA.PKL` for `data.pkl`."""
         return [member for member in self.members if member.orig_filename.lower().endswith(ending)]
 
     def read(self, member: zipfile.ZipInfo, most: int) -> bytes:
-        """What a member holds, unpacked; like torch, without a look at its checksum.
-
-        Raises:
-            FileError: it is encrypted, damaged, or larger than `most`.
-            AmbiguousError: its own header says something else than the table of contents.
-        """
+        """What a member of at most `most` bytes holds, unpacked; as torch, without a look at its checksum."""
         name = member.orig_filename[:80]
         if member.flag_bits & _ENCRYPTED:
             raise FileError("the archive is encrypted", remedy="unpack it with its password first")
@@ -132,9 +101,8 @@ class Archive:
 
     def _read(self, member: zipfile.ZipInfo, name: str) -> bytes:
         self.file.seek(member.header_offset)
-        magic, _, flags, method, _, _, _, packed_size, size, name_length, extra = _LOCAL.unpack(
-            self.file.read(_LOCAL.size)
-        )
+        header = _LOCAL.unpack(self.file.read(_LOCAL.size))
+        magic, _, flags, method, _, _, _, packed_size, size, name_length, extra = header
         encoding = "utf-8" if member.flag_bits & 0x800 else "cp437"
         own_name = self.file.read(name_length).decode(encoding, "replace")
         if magic != b"PK\3\4":
@@ -148,14 +116,12 @@ class Archive:
         ):
             raise AmbiguousError(f"the header of {name!r} and the table of contents differ")
         self.file.seek(extra, 1)
-        packed: bytes = self.file.read(member.compress_size)
-        if len(packed) != member.compress_size:
+        data: bytes = self.file.read(member.compress_size)
+        if len(data) != member.compress_size:
             raise ValueError
-        if method == zipfile.ZIP_STORED:
-            data = packed
-        else:
+        if method == zipfile.ZIP_DEFLATED:
             unpacker = zlib.decompressobj(-15)
-            data = unpacker.decompress(packed, member.file_size + 1)
+            data = unpacker.decompress(data, member.file_size + 1)
             if not unpacker.eof and len(data) <= member.file_size:
                 raise ValueError
         if len(data) != member.file_size:
@@ -163,11 +129,22 @@ class Archive:
         return data
 
 
+def _damaged() -> FileError:
+    return FileError("the archive is damaged: it has no whole table of contents")
+
+
+def _members(file: Any) -> list[zipfile.ZipInfo]:
+    try:
+        return zipfile.ZipFile(file).infolist()
+    except MemoryError:
+        raise
+    except Exception as error:  # there are many: of `struct`, of seeking, of `zipfile` itself
+        raise _damaged() from error
+
+
 def is_archive_too(file: Any) -> bool:
     """Does a file that begins as something else end as an archive that holds pickles?"""
     try:
-        return zipfile.is_zipfile(file) and any(
-            name.lower().endswith(".pkl") for name in zipfile.ZipFile(file).namelist()
-        )
-    except MALFORMED:
+        return any(member.filename.lower().endswith(".pkl") for member in _members(file))
+    except FileError:
         return False

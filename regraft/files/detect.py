@@ -25,10 +25,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 """What `torch.save` wrote first before its files were archives: three short pickles, then the model's."""
 _UNPACK, _EXPORT = "unpack it first", "graft the PyTorch model, then export it"
 _OTHERS = {
-    b"version https://git-lfs": (
-        "a Git LFS pointer, not the file it stands for",
-        "fetch it with git lfs pull",
-    ),
+    b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "fetch it with git lfs pull"),
     b"GGUF": ("a GGUF file of llama.cpp", "graft the model that it came from, then convert it again"),
     b"\x89HDF\r\n": ("an HDF5 file, as Keras writes them", "graft the PyTorch model, if there is one"),
     b"\x1f\x8b": ("compressed by gzip", _UNPACK),
@@ -51,10 +48,7 @@ _ARCHIVES = {
 }
 _GIVE = "give a .pt, .pth, .bin or .safetensors file, or a folder with a config.json"
 _INDEX = ".safetensors.index.json"
-_MODEL_ENDINGS = (
-    *str.split(".pt .pth .bin .ckpt .th .pkl .pickle .joblib .npy .npz .safetensors"),
-    _INDEX,
-)
+_MODEL_ENDINGS = (_INDEX, *str.split(".pt .pth .bin .ckpt .th .pkl .pickle .joblib .npy .npz .safetensors"))
 _PICKLES = 16
 _NESTED = 4
 _FILES = 10_000
@@ -64,13 +58,7 @@ _BEST = (_INDEX, ".safetensors", "pytorch_model.bin", ".bin", ".pt", ".pth")
 
 @dataclass(eq=False)
 class FileReport:
-    """What is known of a file that was read.
-
-    Attributes:
-        verdicts: on the names in it.
-        model: the model in it, None if there is none to be found.
-        error: why there is none.
-    """
+    """What is known of a file: the verdicts on its names, the model in it, or why there is none."""
 
     path: Path
     verdicts: Verdicts
@@ -115,24 +103,17 @@ def read(path: Path, allow: Sequence[str] = ()) -> FileReport:
 
 
 def read_folder(folder: Path, allow: Sequence[str] = ()) -> list[FileReport]:
-    """All files of a folder and of those in it, that of its model first; links to folders are not followed.
-
-    Raises:
-        FileError: there are more than 10,000.
-    """
-    paths = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
-    paths += [Path(place, name) for place, names, _ in os.walk(folder) for name in names]
+    """All files of a folder and below it, that of its model first; links to folders are not followed."""
+    paths = [Path(place, name) for place, folders, names in os.walk(folder) for name in [*folders, *names]]
     paths = [path for path in paths if path.is_symlink() or not path.is_dir()]
     if len(paths) > _FILES:
         raise FileError(f"the folder holds more than {_FILES:,} files", where=str(folder))
-    reports = [read(path, allow) for path in sorted(paths)]
-    return sorted(
-        reports, key=lambda report: (report.model is None, len(report.path.parts), _rank(report.path))
-    )
 
+    def rank(report: FileReport) -> tuple[bool, int, int]:
+        best = [at for at, ending in enumerate(_BEST) if report.path.name.endswith(ending)]
+        return report.model is None, len(report.path.parts), min(best, default=len(_BEST))
 
-def _rank(path: Path) -> int:
-    return next((rank for rank, ending in enumerate(_BEST) if path.name.endswith(ending)), len(_BEST))
+    return sorted([read(path, allow) for path in sorted(paths)], key=rank)
 
 
 def sha256(path: Path) -> str:
@@ -163,8 +144,9 @@ def _read(path: Path, verdicts: Verdicts) -> FileModel:
         if not start.startswith(b"PK"):
             if is_archive_too(file):
                 raise AmbiguousError("it is a pickle, or something else, and an archive at once")
-            _name_others(start, file, size, broken)
-        if broken and _is_safetensors(start, path):
+            _name_others(start, file, broken)
+        named = path.suffix == ".safetensors" and not start.startswith(b"\x80")
+        if broken and (start[8:9] == b"{" or named):
             return weights_model(safetensors_tensors(file, size), budget)
     if broken:
         raise broken
@@ -230,13 +212,14 @@ def _load(file: Any, size: int, budget: Budget, verdicts: Verdicts) -> Any:
             file.seek(end)
             verdicts.unknown |= plain.unknown
             verdicts.dangerous += [what for what in plain.dangerous if what not in verdicts.dangerous]
-            verdicts.nested += plain.nested
+            verdicts.nested = {**plain.nested, **verdicts.nested}
 
 
 def _read_nested(budget: Budget, verdicts: Verdicts, place: str, depth: int) -> None:
     """Read the files that loading would load on its way: `torch.load` of bytes within the pickle."""
-    nested, verdicts.nested = verdicts.nested, []
-    for content in nested:
+    waiting = [content for content, read in verdicts.nested.items() if not read]
+    verdicts.nested.update(dict.fromkeys(waiting, True))
+    for content in waiting:
         if depth == _NESTED:
             verdicts.danger(f"files stand within files, more than {_NESTED} deep")
             return
@@ -274,12 +257,8 @@ def _archived(
     return values, broken
 
 
-def _name_others(start: bytes, file: Any, size: int, broken: FileError | None) -> None:
-    """Name what is no model and no pickle.
-
-    Raises:
-        FileError: it is.
-    """
+def _name_others(start: bytes, file: Any, broken: FileError | None) -> None:
+    """Raise a FileError that names the file, if it is no model and no pickle."""
     if _is_tar(start):
         file.seek(0)
         if b"storages" in file.read(2**24):
@@ -299,7 +278,3 @@ def _is_tar(start: bytes) -> bool:
     except ValueError:
         return False
     return len(start) == 512 and written == sum(start[:148]) + 8 * 32 + sum(start[156:])
-
-
-def _is_safetensors(start: bytes, path: Path) -> bool:
-    return start[8:9] == b"{" or (path.suffix == ".safetensors" and not start.startswith(b"\x80"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.errors import FileError
-from regraft.files.skeleton import FileModel, FileModule, Grown, is_module, module_model, walk
+from regraft.files.skeleton import STEPS, FileModel, FileModule, is_module, module_model, walk
 from regraft.files.tensors import FileTensor, is_shape, tensor_of
 from regraft.files.unpickler import Budget
 from regraft.files.values import Call
@@ -18,20 +18,13 @@ from regraft.report.document import visible
 _HEADER_BYTES = 64 * 2**20
 _SHARDS = 10_000
 _NAME_LENGTH = 8_000
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "BOOL": "bool",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
+_DTYPES = dict(
+    pair.split("=")
+    for pair in str.split(
+        "F64=float64 F32=float32 F16=float16 BF16=bfloat16 BOOL=bool I64=int64 I32=int32 I16=int16 I8=int8 "
+        "U8=uint8 F8_E4M3=float8_e4m3fn F8_E5M2=float8_e5m2"
+    )
+)
 _INSIDE = str.split("ema model_ema state_dict_ema model state_dict model_state_dict module net weights")
 """What checkpoints call their model, the best first."""
 _EMBEDDINGS = ("embed", "wte", "wpe", "shared", "relative_attention_bias", "tok")
@@ -42,11 +35,7 @@ class NoModelError(FileError):
 
 
 def model_of(values: list[Any], budget: Budget) -> FileModel:
-    """The model in the values of pickles: a module, a state dict, or a checkpoint that holds one.
-
-    Raises:
-        NoModelError: there is none.
-    """
+    """The model in the values of pickles: a module, a state dict, or a checkpoint that holds one."""
     for value in values:
         if model := _search(value, set(), "", 0, budget):
             return model
@@ -98,23 +87,25 @@ def _entries(value: Any) -> dict[Any, Any] | None:
 
 
 def weights_model(tensors: Mapping[str, FileTensor], budget: Budget, key: str = "") -> FileModel:
-    """What weights must belong to: a tree of names, in it the Linears and Embeddings.
-
-    Raises:
-        FileError: there are no weights, or a name is longer than any.
-    """
+    """What weights must belong to: a tree of names, in it the Linears and Embeddings."""
     if not tensors:
         raise FileError("there are no weights in the file", remedy="give a state dict")
-    tree = Grown(FileModule("Weights"), budget)
+    root = FileModule("Weights")
     for name, tensor in tensors.items():
         if len(name) > _NAME_LENGTH:
             raise FileError(
                 f"the name of a tensor is {len(name):,} characters long: {visible(name[:40])!r}..."
             )
-        parents, _, own = name.rpartition(".")
-        tree.at(parents).tensors[own] = replace(tensor, trainable=True)
+        place = root
+        *parents, own = name.split(".")
+        for part in parents:
+            if part not in place.children:
+                budget.charge(STEPS)
+                place.children[part] = FileModule("Weights")
+            place = place.children[part]
+        place.tensors[own] = replace(tensor, trainable=True)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    model = FileModel("weights", tree.root, walk(tree.root, budget), key=key, shapes=shapes)
+    model = FileModel("weights", root, walk(root, budget), key=key, shapes=shapes)
     for module in model.modules:
         _name_layer(module)
     where = f" under {key!r}" if key else ""
@@ -127,20 +118,17 @@ def weights_model(tensors: Mapping[str, FileTensor], budget: Budget, key: str = 
 
 def _name_layer(module: FileModule) -> None:
     """Say Linear or Embedding, where a name and a shape can mean nothing else."""
-    weight = module.tensors.get("weight")
+    weight, bias = module.tensors.get("weight"), module.tensors.get("bias")
     name = module.paths[0].rpartition(".")[2].casefold()
     if weight is None or len(weight.shape) != 2 or not module.tensors.keys() <= {"weight", "bias"}:
         return
-    bias = module.tensors.get("bias")
     rows, columns = weight.shape
     if bias is None and any(part in name for part in _EMBEDDINGS) and "proj" not in name:
         module.type, module.home = "Embedding", "torch.nn.modules.sparse"
         module.attributes = {"num_embeddings": rows, "embedding_dim": columns}
     elif bias is not None and bias.shape == (columns,) and rows != columns:
-        module.type, module.home = (
-            "Conv1D",
-            "transformers.pytorch_utils",
-        )  # GPT-2 keeps its weights transposed
+        # GPT-2 keeps its weights transposed.
+        module.type, module.home = "Conv1D", "transformers.pytorch_utils"
         module.attributes = {"nx": rows, "nf": columns}
     elif bias is None or bias.shape == (rows,):
         module.type, module.home = "Linear", "torch.nn.modules.linear"
@@ -148,29 +136,28 @@ def _name_layer(module: FileModule) -> None:
 
 
 def safetensors_tensors(file: Any, size: int) -> dict[str, FileTensor]:
-    """The tensors that the header of a `.safetensors` file names.
-
-    Raises:
-        FileError: the header is damaged or larger than any model's.
-    """
+    """The tensors that the header of a `.safetensors` file names."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if length > _HEADER_BYTES:
         raise FileError(f"the header claims {length:,} bytes, more than any model's")
     if length + 8 > size or length < 2:
         raise FileError("the file is damaged: it ends within its header")
-    header = _table(file.read(length))
-    return {
-        _printable(name): _tensor(name, entry) for name, entry in header.items() if name != "__metadata__"
-    }
+    tensors = {}
+    for name, entry in _table(file.read(length)).items():
+        if name == "__metadata__":
+            continue
+        shape: Any = entry.get("shape") if isinstance(entry, dict) else None
+        if not is_shape(shape):
+            raise FileError(f"the file is damaged: the tensor {visible(name[:80])!r} has no shape")
+        # Without halves of characters, which JSON can name and no terminal takes.
+        printable = name.encode("utf-8", "backslashreplace").decode()
+        tensors[printable] = FileTensor(tuple(shape), _DTYPES.get(str(entry.get("dtype"))))
+    return tensors
 
 
 def shards_of(path: Path) -> list[Path]:
-    """The files that a `.safetensors.index.json` names, all of them in its folder.
-
-    Raises:
-        FileError: the index is damaged, leads out of the folder, or a shard is missing.
-    """
+    """The files that a `.safetensors.index.json` names, all of them in its folder."""
     index = _table(path.read_bytes() if path.stat().st_size <= _HEADER_BYTES else b"")
     places = index.get("weight_map")
     if not isinstance(places, dict) or not places:
@@ -193,18 +180,6 @@ def _table(text: bytes) -> dict[str, Any]:
         value = json.loads(text)
     except (ValueError, RecursionError):
         raise FileError("the file is damaged: its header is no JSON") from None
-    if not isinstance(value, dict):
-        raise FileError("the file is damaged: its header is no table")
-    return value
-
-
-def _printable(text: str) -> str:
-    """The text without halves of characters, which JSON can name and no terminal takes."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _tensor(name: str, entry: Any) -> FileTensor:
-    shape: Any = entry.get("shape") if isinstance(entry, dict) else None
-    if not is_shape(shape):
-        raise FileError(f"the file is damaged: the tensor {visible(name[:80])!r} has no shape")
-    return FileTensor(tuple(shape), _DTYPES.get(str(entry.get("dtype"))))
+    if isinstance(value, dict):
+        return value
+    raise FileError("the file is damaged: its header is no table")

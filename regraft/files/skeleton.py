@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _DEPTH = 1_000
 """Of a tree of modules: Python itself could not save a deeper one."""
 _NAME_LENGTH = 1_000
-_STEPS = 25
+STEPS = 25
 """What one more name of a module costs its reader, in opcodes."""
 _REBUILDERS = ("copyreg._reconstructor", "copyreg.__newobj_ex__")
 _GRAFTED = "regraft.graft."
@@ -39,11 +39,9 @@ class FileModule:
     """A module of a file.
 
     Attributes:
-        type: the name of its class.
         home: the Python module of the class, as the file has it.
         attributes: all of them, as the file has them: look at the type before the value.
         tensors: its own parameters and buffers, by name.
-        children: by name.
         paths: all its names in the model.
         grafts: what regraft says of each of its grafts there, if it was saved with them.
     """
@@ -69,10 +67,8 @@ class FileModel:
         form: "module", or "weights" alone.
         root: the tree of modules; of weights alone, what they must belong to.
         modules: all of them, in the order of registration.
-        notes: what a reader should know first.
         key: where in a checkpoint dictionary it stands, "" if it is the whole file.
         shapes: of weights alone, all of them.
-        path: the file.
     """
 
     form: str
@@ -158,29 +154,8 @@ def _bare(value: Call) -> FileModule:
     return module
 
 
-class Grown:
-    """A tree that grows by the names of what is in it."""
-
-    def __init__(self, root: FileModule, budget: Budget) -> None:
-        self.root, self.budget = root, budget
-
-    def at(self, path: str) -> FileModule:
-        """The module of this name, added with all above it if it is not there."""
-        place = self.root
-        for part in path.split(".") if path else ():
-            if part not in place.children:
-                self.budget.charge(_STEPS)
-                place.children[part] = FileModule(self.root.type)
-            place = place.children[part]
-        return place
-
-
 def walk(root: FileModule, budget: Budget) -> list[FileModule]:
-    """All modules once, in the order of registration, with all of their paths.
-
-    Raises:
-        FileError: the tree is deeper than Python's own, or its modules have more names than can be told.
-    """
+    """All modules once, in the order of registration, with all of their paths."""
     seen: dict[int, FileModule] = {}
     above: set[int] = set()
     stack: list[tuple[FileModule, str, bool]] = [(root, "", False)]
@@ -191,7 +166,7 @@ def walk(root: FileModule, budget: Budget) -> list[FileModule]:
             continue
         if id(module) in above:
             continue  # a module inside itself
-        budget.charge(_STEPS + len(path) // 8)
+        budget.charge(STEPS + len(path) // 8)
         if len(above) > _DEPTH:
             raise FileError(f"the modules of the file are nested more than {_DEPTH:,} deep")
         seen.setdefault(id(module), module).paths.append(path)
@@ -206,8 +181,7 @@ def walk(root: FileModule, budget: Budget) -> list[FileModule]:
 def torch_modules(model: FileModel) -> nn.Module:
     """The tree as torch modules on the meta device: for finding sites and planning, not for a forward.
 
-    Classes come from torch.nn; one that is not there becomes a new, empty class of that name. Nothing is
-    looked up by what a file says.
+    Classes come from torch.nn, or are new and empty: nothing is looked up by what a file says.
     """
     from torch import nn
 
@@ -223,31 +197,21 @@ def torch_modules(model: FileModel) -> nn.Module:
             # Of a name that Python would not have, the letters that it would.
             name = "".join(mark for mark in module.type if mark.isalnum() or mark == "_") or "Module"
             classes[key] = known or type(name, (nn.Module,), {"__module__": module.home or __name__})
-        modules[id(module)] = _empty_module(module, classes[key])
-    for module in model.modules:
-        new = modules[id(module)]
+        new = modules[id(module)] = classes[key].__new__(classes[key])
+        nn.Module.__init__(new)
+        for name, value in module.attributes.items():
+            simple = isinstance(value, (str, int, float, type(None)))
+            if isinstance(name, str) and simple and not name.startswith("_") and name != "forward":
+                new.__dict__[name] = value
+        new.training = module.training
         for name, tensor in module.tensors.items():
             empty = tensors.setdefault(id(tensor), _empty_tensor(tensor))
-            if isinstance(empty, nn.Parameter):
-                new._parameters[name] = empty
-            else:
-                new._buffers[name] = empty
-        for name, child in module.children.items():
-            new._modules[name] = modules[id(child)]
+            own_tensors: dict[str, Any] = new._parameters if isinstance(empty, nn.Parameter) else new._buffers
+            own_tensors[name] = empty
+    for module in model.modules:
+        children = {name: modules[id(child)] for name, child in module.children.items()}
+        modules[id(module)]._modules.update(children)
     return modules[id(model.root)]
-
-
-def _empty_module(module: FileModule, cls: type[nn.Module]) -> nn.Module:
-    from torch import nn
-
-    new = cls.__new__(cls)
-    nn.Module.__init__(new)
-    for name, value in module.attributes.items():
-        simple = isinstance(value, (str, int, float, type(None)))
-        if isinstance(name, str) and simple and not name.startswith("_") and name != "forward":
-            new.__dict__[name] = value
-    new.training = module.training
-    return new
 
 
 def _empty_tensor(tensor: FileTensor) -> torch.Tensor:

@@ -9,23 +9,15 @@ from typing import Any
 
 from regraft.files.values import Call, Name, Storage
 
-_DTYPES = {
-    "Float": "float32",
-    "Double": "float64",
-    "Half": "float16",
-    "BFloat16": "bfloat16",
-    "Bool": "bool",
-    "Long": "int64",
-    "Int": "int32",
-    "Short": "int16",
-    "Char": "int8",
-    "Byte": "uint8",
-    "ComplexFloat": "complex64",
-    "ComplexDouble": "complex128",
-    "QInt8": "qint8",
-    "QUInt8": "quint8",
-    "QInt32": "qint32",
-}
+_DTYPES = dict(
+    pair.split("=")
+    for pair in str.split(
+        "Float=float32 Double=float64 Half=float16 BFloat16=bfloat16 Bool=bool Long=int64 Int=int32 "
+        "Short=int16 Char=int8 Byte=uint8 ComplexFloat=complex64 ComplexDouble=complex128 QInt8=qint8 "
+        "QUInt8=quint8 QInt32=qint32"
+    )
+)
+"""What torch calls the storages of a dtype."""
 _LAYOUTS: dict[str, tuple[int | None, int, int | None]] = {
     "_rebuild_tensor": (0, 2, None),
     "_rebuild_tensor_v2": (0, 2, None),
@@ -101,9 +93,14 @@ def _tensor(
     if not is_shape(sizes):
         return None
     if dtype is not None:
-        name = _dtype(arguments[dtype])
-    else:
-        name = None if storage is None else _storage_dtype(arguments[storage])
+        return FileTensor(tuple(sizes), _dtype(arguments[dtype]), trainable)
+    held = None if storage is None else arguments[storage]
+    name = None
+    if type(held) is Storage and type(held.key) is tuple and len(held.key) > 1:  # beside the pickle
+        cls = held.key[1]
+        name = _DTYPES.get(cls.name.removesuffix("Storage")) if type(cls) is Name else None
+    elif type(held) is Call and isinstance(held.state, dict):  # within it
+        name = _dtype(held.state.get("dtype"))
     return FileTensor(tuple(sizes), name, trainable)
 
 
@@ -111,25 +108,11 @@ def _dtype(value: Any) -> str | None:
     return value.name if type(value) is Name and value.module == "torch" else None
 
 
-def _storage_dtype(value: Any) -> str | None:
-    """The dtype of a storage: beside the pickle, or, in a plain pickle, within it."""
-    if type(value) is Storage and type(value.key) is tuple and len(value.key) > 1:
-        cls = value.key[1]
-        return _DTYPES.get(cls.name.removesuffix("Storage")) if type(cls) is Name else None
-    if type(value) is Call and isinstance(value.state, dict):
-        return _dtype(value.state.get("dtype"))
-    return None
-
-
 def array_bytes(state: Any) -> int | None:
-    """How many bytes of an array follow its description by joblib; None if a pickle of objects does.
-
-    Raises:
-        ValueError: that cannot be told.
-    """
-    shape: Any
-    dtype: Any
-    shape, dtype = (state.get("shape"), state.get("dtype")) if isinstance(state, dict) else (None, None)
+    """How many bytes of an array follow its description by joblib, None if a pickle does; else ValueError."""
+    facts = state if isinstance(state, dict) else {}
+    shape: Any = facts.get("shape")
+    dtype: Any = facts.get("dtype")
     made = type(dtype) is Call and type(dtype.callee) is Name and dtype.callee.full == "numpy.dtype"
     code = dtype.arguments[0] if made and dtype.arguments else None
     if not is_shape(shape) or not isinstance(code, str):

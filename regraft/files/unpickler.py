@@ -22,10 +22,6 @@ from regraft.files.tensors import ARRAY, array_bytes
 from regraft.files.values import OPAQUE, SET, Call, Long, Name, Opaque, Ordered, StatedOrdered, Storage, shown
 from regraft.files.verdicts import Verdicts
 
-MALFORMED = (
-    *(pickle.UnpicklingError, EOFError, IndexError, KeyError, TypeError, ValueError, AttributeError),
-    *(OverflowError, struct.error, AssertionError, NameError, RecursionError),
-)
 _NAME_LENGTH = 1_000
 _NAME_STEPS = 25
 """What judging one more name costs, in opcodes."""
@@ -75,11 +71,7 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         self.names: dict[tuple[str, str], Name] = {}
 
     def load(self) -> Any:
-        """The value that the pickle describes.
-
-        Raises:
-            FileError: the stream is cut short, is no pickle, or asks too much.
-        """
+        """The value that the pickle describes; or FileError: it is cut short, no pickle, or asks too much."""
         self.read, self.readline = self.file.read, self._line
         self.frame_end = 0
         self.near: list[Any] = []  # the memo: a list of what stands in order, as nearly all does,
@@ -87,7 +79,6 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         self.metastack: list[Any] = []
         self.stack: list[Any] = []
         self.append = self.stack.append
-        self.proto = 0
         dispatch, read, charge = self.dispatch, self.read, self.budget.charge
         try:
             while True:
@@ -97,7 +88,9 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         except _Stop as stop:
             self.verdicts.whole()
             return stop.value
-        except MALFORMED as error:
+        except (FileError, OSError, MemoryError):
+            raise
+        except Exception as error:  # whatever Python's own unpickler and `struct` raise at what is no pickle
             end = self.file.tell() >= self.size
             what = "it ends before the model does" if end else "it is no whole pickle"
             raise FileError(f"the file is damaged, or no PyTorch file: {what}") from error
@@ -112,9 +105,31 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         self._stay_in_frame(start, start + len(line))
         return line
 
-    def _text_line(self) -> bytes:
-        """A line as the C unpickler takes numbers from it: up to the first NUL."""
-        return self._line()[:-1].split(b"\0")[0]
+    def _stay_in_frame(self, start: int, end: int) -> None:
+        """Refuse a read that begins in a frame and ends behind it."""
+        if start < self.frame_end < end:
+            self.verdicts.danger("a pickle reads across the end of a frame, which readers do differently")
+            raise ValueError
+
+    def _read_in_frame(self, size: int) -> bytes:
+        start = self.file.tell()
+        self._stay_in_frame(start, start + size)
+        data: bytes = self.file.read(size)
+        return data
+
+    def load_frame(self) -> None:
+        (length,) = struct.unpack("<Q", self.read(8))
+        start = self.file.tell()
+        if start < self.frame_end:  # a frame in a frame, which C takes if it ends there
+            self._stay_in_frame(start, start + length)
+        else:
+            self.frame_end = start + length
+            self.read = self._read_in_frame  # pickles without frames read without this check
+
+    def load_stop(self) -> None:
+        # The next pickle may begin behind the frame.
+        self._stay_in_frame(self.file.tell(), self.frame_end + 1)
+        raise _Stop(self.stack.pop())
 
     def find_class(self, module: str, name: str) -> Name:
         if self.proto < 3:  # as CPython does: names of Python 2
@@ -137,7 +152,11 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         name, module = self.stack.pop(), self.stack.pop()
         if type(name) is str and type(module) is str:
             self.append(self.find_class(module, name))
-        elif any(type(part) is Call and _makes_text(part) for part in (name, module)):
+        # Can a call have made a `str`, of which alone CPython makes a name? An object is none.
+        elif any(
+            type(part) is Call and getattr(part.callee, "role", "") not in ("object", "unknown")
+            for part in (name, module)
+        ):
             self.verdicts.danger("a name is imported that is made by a call")
             self.append(Name("computed", "name", "dangerous"))
         else:
@@ -152,33 +171,26 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
             return pid[1]  # a class, with the text of its source
         return Storage(pid)
 
-    def _call(self, callee: Any, arguments: Any, *, new: bool = False) -> Any:
-        if type(arguments) is list:
-            arguments = tuple(arguments)
-        elif type(arguments) is not tuple:
-            self.verdicts.danger(f"{shown(callee)} is called with arguments that are made by another call")
-            arguments = ()
-        return self.verdicts.call(callee, arguments, new=new)
-
     def load_reduce(self) -> None:
-        arguments, callee = self.stack.pop(), self.stack.pop()
-        if arguments == () and type(callee) is Name and callee.full == "collections.OrderedDict":
-            self.append(Ordered())  # a dozen in every module
+        stack = self.stack
+        arguments, callee = stack.pop(), stack[-1]
+        if type(callee) is Name and callee.full == "collections.OrderedDict" and arguments == ():
+            stack[-1] = Ordered()  # a dozen in every module
         else:
-            self.append(self._call(callee, arguments))
+            stack[-1] = self.verdicts.call(callee, arguments)
 
     def load_newobj(self) -> None:
         arguments, callee = self.stack.pop(), self.stack.pop()
-        self.append(self._call(callee, arguments, new=True))
+        self.append(self.verdicts.call(callee, arguments, new=True))
 
     def load_newobj_ex(self) -> None:
         keywords, arguments, callee = self.stack.pop(), self.stack.pop(), self.stack.pop()
         if keywords:
             self.verdicts.unusual(f"{shown(callee)}.__new__ with keywords")
-        self.append(self._call(callee, arguments, new=True))
+        self.append(self.verdicts.call(callee, arguments, new=True))
 
     def _instantiate(self, klass: Any, args: Any) -> None:  # INST and OBJ
-        self.append(self._call(klass, tuple(args), new=not args))
+        self.append(self.verdicts.call(klass, args, new=not args))
 
     def load_build(self) -> None:
         state = self.stack.pop()
@@ -235,13 +247,6 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         self.append({})
         self._items(items)
 
-    def load_append(self) -> None:
-        value = self.stack.pop()
-        self._extend([value])
-
-    def load_appends(self) -> None:
-        self._extend(self.pop_mark())
-
     def _extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is list:
@@ -251,56 +256,44 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         elif isinstance(target, (Name, Ordered)) and items:
             self.verdicts.danger(f"a method of {shown(target)} is called by appending to it")
 
+    def load_append(self) -> None:
+        value = self.stack.pop()
+        self._extend([value])
+
+    def load_appends(self) -> None:
+        self._extend(self.pop_mark())
+
+    load_additems = load_appends
+
     def load_empty_set(self) -> None:
         self.append(Call(SET, ()))
 
     def load_frozenset(self) -> None:
         self.append(Call(SET, (self.pop_mark(),)))
 
-    def load_frame(self) -> None:
-        (length,) = struct.unpack("<Q", self.read(8))
-        start = self.file.tell()
-        if start < self.frame_end:  # a frame in a frame, which C takes if it ends there
-            self._stay_in_frame(start, start + length)
-        else:
-            self.frame_end = start + length
-            self.read = self._read_in_frame  # pickles without frames read without this check
+    def load_next_buffer(self) -> None:
+        self.append(OPAQUE)
 
-    def load_stop(self) -> None:
-        self._stay_in_frame(
-            self.file.tell(), self.frame_end + 1
-        )  # the next pickle may begin behind the frame
-        raise _Stop(self.stack.pop())
+    def load_readonly_buffer(self) -> None:
+        pass
 
-    def _stay_in_frame(self, start: int, end: int) -> None:
-        """Refuse a read that begins in a frame and ends behind it."""
-        if start < self.frame_end < end:
-            self.verdicts.danger("a pickle reads across the end of a frame, which readers do differently")
-            raise ValueError
-
-    def _read_in_frame(self, size: int) -> bytes:
-        start = self.file.tell()
-        self._stay_in_frame(start, start + size)
-        data: bytes = self.file.read(size)
-        return data
+    def _digits(self) -> bytes:
+        """A line as the C unpickler takes numbers from it: up to the first NUL."""
+        return self._line()[:-1].split(b"\0")[0]
 
     def _put(self, index: int) -> None:
-        near, value = self.near, self.stack[-1]
-        if index == len(near):
-            near.append(value)
-            if self.far:
-                self.far.pop(index, None)
-        elif index < len(near):
-            near[index] = value
+        if index == len(self.near):
+            self.near.append(self.stack[-1])
+            self.far.pop(index, None)
         else:
-            self.far[index] = value
+            memo: Any = self.near if 0 <= index < len(self.near) else self.far
+            memo[index] = self.stack[-1]
 
     def _get(self, index: int) -> None:
-        near = self.near
-        self.append(near[index] if index < len(near) else self.far[index])
+        self.append(self.near[index] if 0 <= index < len(self.near) else self.far[index])
 
     def load_put(self) -> None:
-        self._put(_index(self._text_line()))
+        self._put(int(self._digits()))
 
     def load_binput(self) -> None:
         self._put(self.read(1)[0])
@@ -316,7 +309,7 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         self._put(len(self.near) + len(self.far))
 
     def load_get(self) -> None:
-        self._get(_index(self._text_line()))
+        self._get(int(self._digits()))
 
     def load_binget(self) -> None:
         index, near = self.read(1)[0], self.near
@@ -326,48 +319,35 @@ class InertUnpickler(_Unpickler):  # type: ignore[misc]
         self._get(_FOUR_BYTES(self.read(4))[0])
 
     def load_int(self) -> None:
-        line = self._text_line()
+        line = self._digits()
         self.append(line == b"01" if line in (b"00", b"01") else _number(int, line, 0))
 
     def load_long(self) -> None:
-        self.append(_number(int, self._text_line().removesuffix(b"L"), 0))
+        self.append(_number(int, self._digits().removesuffix(b"L"), 0))
 
     def load_float(self) -> None:
-        self.append(_number(float, self._text_line()))
+        self.append(_number(float, self._digits()))
 
-    def _counted(self, size: int, convert: Callable[[bytes], Any]) -> None:
-        """Push `size` bytes, as they are converted."""
-        if size > _INLINE:
-            here = self.file.tell()
-            if size > self.size - here:
-                raise EOFError
-            self._stay_in_frame(here, here + size)
-            self.file.seek(size, io.SEEK_CUR)
-            self.append(Long(self.file, here, size))
-            return
-        data = self.read(size)
-        if len(data) != size:
-            raise EOFError
-        self.append(convert(data))
-
-    def load_next_buffer(self) -> None:
-        self.append(OPAQUE)
-
-    def load_readonly_buffer(self) -> None:
-        pass
-
-    load_additems = load_appends
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_Unpickler.dispatch)
 
 
-for _name, _step in list(vars(InertUnpickler).items()):
-    if _name.startswith("load_"):
-        InertUnpickler.dispatch[getattr(pickle, _name[5:].upper())[0]] = _step
+def _counted(width: int, convert: Callable[[bytes], Any]) -> Callable[[InertUnpickler], None]:
+    """A step that pushes as many bytes as the next `width` bytes say, converted."""
 
-
-def _prefixed(width: int, convert: Callable[[bytes], Any]) -> Callable[[InertUnpickler], None]:
     def load(self: InertUnpickler) -> None:
-        self._counted(int.from_bytes(self.read(width), "little"), convert)
+        size = int.from_bytes(self.read(width), "little")
+        if size <= _INLINE:
+            data = self.read(size)
+            if len(data) != size:
+                raise EOFError
+            self.append(convert(data))
+            return
+        start = self.file.tell()
+        if size > self.size - start:
+            raise EOFError
+        self._stay_in_frame(start, start + size)
+        self.file.seek(size, io.SEEK_CUR)
+        self.append(Long(self.file, start, size))
 
     return load
 
@@ -380,13 +360,16 @@ def _integer(data: bytes) -> Any:
     return int.from_bytes(data, "little", signed=True) if len(data) <= _INTEGER_BYTES else OPAQUE
 
 
+for _name, _step in list(vars(InertUnpickler).items()):
+    if _name.startswith("load_"):
+        InertUnpickler.dispatch[getattr(pickle, _name[5:].upper())[0]] = _step
 for _code, _width, _convert in (
     *((pickle.BINUNICODE, 4, _text), (pickle.SHORT_BINUNICODE, 1, _text), (pickle.BINUNICODE8, 8, _text)),
     *((pickle.BINSTRING, 4, _text), (pickle.SHORT_BINSTRING, 1, _text)),
     *((pickle.BINBYTES, 4, bytes), (pickle.SHORT_BINBYTES, 1, bytes), (pickle.BINBYTES8, 8, bytes)),
     *((pickle.BYTEARRAY8, 8, bytes), (pickle.LONG1, 1, _integer), (pickle.LONG4, 4, _integer)),
 ):
-    InertUnpickler.dispatch[_code[0]] = _prefixed(_width, _convert)
+    InertUnpickler.dispatch[_code[0]] = _counted(_width, _convert)
 
 
 def _number(convert: Callable[..., Any], line: bytes, *base: int) -> Any:
@@ -394,18 +377,6 @@ def _number(convert: Callable[..., Any], line: bytes, *base: int) -> Any:
         return convert(line, *base) if len(line) <= _INTEGER_BYTES else OPAQUE
     except ValueError:
         return OPAQUE  # the C unpickler takes more
-
-
-def _index(line: bytes) -> int:
-    index = int(line) if len(line) <= _INTEGER_BYTES else -1
-    if not 0 <= index < 2**63:
-        raise ValueError
-    return index
-
-
-def _makes_text(call: Call) -> bool:
-    """Can this call return a `str`, of which alone CPython makes a name? An object is none."""
-    return getattr(call.callee, "role", "") not in ("object", "unknown")
 
 
 def _is_array(target: Call) -> bool:

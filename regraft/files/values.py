@@ -6,13 +6,18 @@ from typing import Any
 
 
 class Name:
-    """A class or a function that unpickling would import; `role` is the verdict on it (see `verdicts`)."""
+    """A class or a function that unpickling would import.
 
-    __slots__ = ("full", "module", "name", "role")
+    Attributes:
+        role: the verdict on it (see `verdicts`).
+        at: of a dangerous one that is not called yet, where it stands in the list of those, else -1.
+    """
+
+    __slots__ = ("at", "full", "module", "name", "role")
 
     def __init__(self, module: str, name: str, role: str) -> None:
         self.module, self.name, self.role = module, name, role
-        self.full = f"{module}.{name}"
+        self.full, self.at = f"{module}.{name}", -1
 
 
 class Call:

@@ -42,33 +42,6 @@ _CONTAINERS = frozenset(
     + [f"builtins.{name}" for name in ("set", "frozenset", "list", "dict")]
     + ["copyreg._reconstructor"]
 )
-_LOADERS = str.split(
-    "torch.load torch.hub torch.jit torch.serialization torch.package torch.export torch.ops torch._ops "
-    "torch.classes torch.library torch.testing torch.fx torch.distributed torch.multiprocessing "
-    "torch._dynamo torch._inductor torch.utils.cpp_extension torch.utils._config_module "
-    "torch.utils.collect_env torch.utils.bottleneck torch.utils.data.datapipes torchvision.datasets.utils "
-    "transformers.utils.hub transformers.dynamic_module_utils numpy.load numpy.lib numpy.testing "
-    "numpy.f2py numpy.ctypeslib numpy.distutils numpy.fromfile numpy.memmap numpy.save numpy.loadtxt "
-    "numpy.genfromtxt pandas.eval pandas.io pandas.read_pickle joblib.load joblib.parallel dill "
-    "cloudpickle pip setuptools pkg_resources requests httpx aiohttp urllib3 IPython jupyter_client "
-    "pexpect paramiko fabric cffi win32api win32com"
-)
-"""Of packages that models do name, what runs or loads that which it is given."""
-_INSIDE = frozenset(
-    str.split(
-        "os posix nt sys subprocess builtins importlib ctypes socket shutil pty runpy system popen eval exec "
-        "__import__ __globals__ __builtins__ __subclasses__ __code__ __loader__ __spec__ __class__ __base__ "
-        "__mro__ __dict__ __init__ __call__ __reduce__"
-    )
-)
-"""What no other name may lead to: `torch.serialization.os.system`."""
-_ONE_FILE = frozenset(
-    str.split(
-        "code trace profile platform resource glob types ast dis site token tokenize calendar cmd select "
-        "signal statistics string struct queue random copy this"
-    )
-)
-"""Modules of the standard library without submodules, so `code.models.Net` is somebody's own."""
 
 
 def shortened(module: str) -> str:
@@ -78,18 +51,28 @@ def shortened(module: str) -> str:
     return module
 
 
+def _table(name: str) -> list[tuple[str, str]]:
+    lines = (files("regraft.files") / name).read_text(encoding="utf-8").splitlines()
+    parts = (line.partition(":") for line in lines if not line.startswith("#"))
+    return [(key, names) for key, _, names in parts]
+
+
 @cache
-def _list() -> dict[str, str]:
-    """Per module, a line `Bert=~Layer ~Model Other; name; name`: of role object, value and reference."""
-    text = (files("regraft.files") / "known_names.txt").read_text(encoding="utf-8")
-    lines = (line.partition(":") for line in text.splitlines() if not line.startswith("#"))
-    return {module: names for module, _, names in lines}
+def _tables() -> tuple[dict[str, str], dict[str, set[str]]]:
+    """The known names of each module, and the dangerous ones by the words that their list has for them.
+
+    A line `Bert=~Layer ~Model Other; name; name` has the roles object, value and reference.
+    """
+    dangerous: dict[str, set[str]] = {}
+    for kind, names in _table("dangerous_names.txt"):
+        dangerous.setdefault(kind, set()).update(names.split())
+    return dict(_table("known_names.txt")), dangerous
 
 
 @cache
 def _listed(module: str) -> dict[str, str]:
     roles = ("object", "value", "reference")
-    prefix, equals, rest = _list().get(shortened(module), "").rpartition("=")
+    prefix, equals, rest = _tables()[0].get(shortened(module), "").rpartition("=")
     columns = rest.replace("~", prefix if equals else "").split(";")
     return {name: role for role, column in zip(roles, columns, strict=False) for name in column.split()}
 
@@ -98,15 +81,11 @@ def role_of(module: str, name: str) -> str:
     """The role of a name (see above), without regard to what the caller allows."""
     if role := _listed(module).get(name):
         return role
-    if (
-        module.startswith("torch")
-        and name.endswith("Storage")
-        and name.isidentifier()
-        and module in _STORAGES
-    ):
+    if module in _STORAGES and name.endswith("Storage") and name.isidentifier():
         return "reference"
     root, *inside = [*module.split("."), *name.split(".")]
-    if _INSIDE.intersection(inside) or not all(inside):
+    dangerous = _tables()[1]
+    if dangerous["inside"].intersection(inside) or not all(inside):
         return "dangerous"
     full = f"{module}.{name}"
     if root == "regraft" and "." not in name:
@@ -114,11 +93,12 @@ def role_of(module: str, name: str) -> str:
         # that is called later, and a pickle of ours has it by `read_layer`.
         known = full in _RULES or (name[:1].isupper() and full != "regraft.record.Layer")
         return "unknown" if not known else "object" if name[:1].isupper() else "value"
-    if root in sys.stdlib_module_names and (module == root or root not in _ONE_FILE):
+    if root in sys.stdlib_module_names and (module == root or root not in dangerous["one_file"]):
         return "dangerous"
     if root.startswith("_") and root != "__main__":  # Python's own too, if not of this version
         return "dangerous"
-    return "dangerous" if any(f"{full}.".startswith(f"{loader}.") for loader in _LOADERS) else "unknown"
+    loads = any(f"{full}.".startswith(f"{loader}.") for loader in dangerous["loaders"])
+    return "dangerous" if loads else "unknown"
 
 
 class Verdicts:
@@ -128,7 +108,7 @@ class Verdicts:
         unknown: names that are neither known nor dangerous, and how often they are used.
         dangerous: what would be run, in words, and where.
         imports: the packages that loading would import.
-        nested: bytes that `torch.load` would be called with, once each; to be read as files.
+        nested: bytes that `torch.load` would be called with, and whether they were read as a file.
         has_arrays: whether joblib wrote arrays into a pickle, which other readers do not skip.
     """
 
@@ -137,13 +117,11 @@ class Verdicts:
         self.unknown: Counter[str] = Counter()
         self.dangerous: list[str] = []
         self.imports: set[str] = set()
-        self.nested: list[bytes | Long] = []
+        self.nested: dict[bytes | Long, bool] = {}
         self.has_arrays = False
-        self._nested: set[bytes | Long] = set()
-        self._encoded: dict[str, bytes] = {}
+        self.encoded: dict[str, bytes] = {}
         self.where: Callable[[], str] = str
         self._odd: Counter[str] = Counter()
-        self._danger_names: dict[int, int] = {}
 
     @property
     def verdict(self) -> str:
@@ -164,9 +142,11 @@ class Verdicts:
         self.dangerous += [f"{name}: {what}" if name else what for what in other.dangerous]
         self.imports |= other.imports
 
-    def danger(self, what: str) -> None:
-        if len(self.dangerous) < _LISTED:
-            self.dangerous.append(f"{visible(what)} ({visible(self.where())})")
+    def danger(self, what: str, at: int | None = None) -> None:
+        """Add to the list, or say more of what stands there already."""
+        at = len(self.dangerous) if at is None else at
+        if at < _LISTED:
+            self.dangerous[at : at + 1] = [f"{visible(what)} ({visible(self.where())})"]
 
     def unusual(self, what: str) -> None:
         """Note something that no pickler of a known class writes."""
@@ -182,7 +162,7 @@ class Verdicts:
             role = "allowed"
         known = Name(module, name, role)
         if role == "dangerous":
-            self._danger_names[id(known)] = len(self.dangerous)
+            known.at = len(self.dangerous)
             self.danger(known.full)
         root = module.partition(".")[0]
         if root not in sys.stdlib_module_names:
@@ -202,30 +182,33 @@ class Verdicts:
         self.unknown += self._odd
         self._odd.clear()
 
-    def call(self, callee: Any, arguments: tuple[Any, ...], *, new: bool = False) -> Any:
+    def call(self, callee: Any, arguments: Any, *, new: bool = False) -> Any:
         """What a call would make, uncalled; the callee is judged with its arguments.
 
         If `new`, an object is made by `callee.__new__`.
         """
+        if type(arguments) is list:
+            arguments = tuple(arguments)
+        elif type(arguments) is not tuple:
+            self.danger(f"{shown(callee)} is called with arguments that are made by another call")
+            arguments = ()
         if type(callee) is not Name:
             self.danger(f"what {shown(callee)} returns is called")
             return Call(callee, arguments)
         role = callee.role
         if role == "dangerous":
-            at = self._danger_names.get(id(callee), _LISTED)
-            if at < len(self.dangerous) and self.dangerous[at].startswith(f"{visible(callee.full)} ("):
-                del self.dangerous[at]
-                self.dangerous.insert(
-                    at, f"{visible(callee.full + shown(arguments))} ({visible(self.where())})"
-                )
+            if callee.at >= 0:
+                self.danger(callee.full + shown(arguments), callee.at)
+                callee.at = -1
         elif role == "value":
             # What is called may call a method of an object, and that can be anything in its state.
             for value in arguments:
                 if type(value) is Call and getattr(value.callee, "role", "") == "object":
                     self.unusual(f"{callee.full}{shown(arguments)}")
                     break
-            if rule := _RULES.get(callee.full):
-                return rule(self, callee, arguments)
+            rule = _RULES.get(callee.full)
+            if rule and (result := rule(self, callee, arguments)) is not None:
+                return result
         elif role == "reference" or (role == "object" and not new):
             self.unusual(f"{callee.full}()")
         return Call(callee, arguments)
@@ -263,180 +246,135 @@ class Verdicts:
             self.unusual(f"{target.callee.full} with items")
 
 
-class DangerousFileError(FileError):
-    """A file that would run what no model needs, if it were loaded; exit code 3."""
-
-    exit_code = 3
-
-    def __init__(self, verdicts: Verdicts, where: str) -> None:
-        listed, more = verdicts.dangerous[:5], len(verdicts.dangerous) - 5
-        super().__init__(
-            f"suspicious content: {'; '.join(listed)}" + (f", and {more} more" if more > 0 else ""),
-            where=where,
-            remedy="nothing was run; do not load this file with torch.load(weights_only=False) or pickle",
-        )
-        self.verdicts = verdicts
-
-
-class UnknownNamesError(FileError):
-    """A file with names that are not known to be harmless; exit code 4."""
-
-    exit_code = 4
+class RefusedError(FileError):
+    """A file that would run what no model needs (exit code 3), or whose names are not known (4)."""
 
     def __init__(self, verdicts: Verdicts, where: str, error: FileError | None = None) -> None:
-        listed = [
-            visible(name) + (f" ({count} times)" if count > 1 else "")
-            for name, count in verdicts.unknown.most_common(5)
-        ]
-        more = len(verdicts.unknown) - len(listed)
-        what = f"unknown names: loading would import and call {', '.join(listed)}"
-        what += f", and {more} more" if more > 0 else ""
-        pattern = visible(next(iter(verdicts.unknown)).partition(".")[0]) + ".*"
-        super().__init__(
-            f"{what}; {error.what}" if error else what,
-            where=where,
-            remedy=f"nothing was run; if you know who made them: --allow '{pattern}'",
-        )
-        self.verdicts = verdicts
+        if verdicts.dangerous:
+            listed, more = verdicts.dangerous[:5], len(verdicts.dangerous) - 5
+            what, behind = "suspicious content: " + "; ".join(listed), ""
+            remedy = "do not load this file with torch.load(weights_only=False) or pickle"
+        else:
+            names, more = verdicts.unknown.most_common(5), len(verdicts.unknown) - 5
+            told = [visible(name) + (f" ({count} times)" if count > 1 else "") for name, count in names]
+            what = "unknown names: loading would import and call " + ", ".join(told)
+            behind = f"; {error.what}" if error else ""
+            package = visible(next(iter(verdicts.unknown)).partition(".")[0])
+            remedy = f"if you know who made them: --allow '{package}.*'"
+        what += (f", and {more} more" if more > 0 else "") + behind
+        super().__init__(what, where=where, remedy=f"nothing was run; {remedy}")
+        self.verdicts, self.exit_code = verdicts, 3 if verdicts.dangerous else 4
 
 
-def _literal(value: Any) -> bool:
-    return isinstance(value, (str, bytes, int, float, type(None), Long))
-
-
-def _from_type(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Any:
+def _from_type(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> None:
     """`_rebuild_from_type_v2(function, type, arguments, state)`: calls the function, then sets attributes."""
     function, cls, inner, state = (*arguments[:4], None, None, None, None)[:4]
-    if type(inner) is not tuple or type(cls) is not Name:
-        verdicts.danger(f"{callee.full}{shown(arguments)} calls what cannot be told")
-        return Call(callee, arguments)
-    if cls.full not in _TENSORS and cls.role not in ("unknown", "allowed", "dangerous"):
-        verdicts.unusual(f"{callee.full}({cls.full})")
+    _class(*_TENSORS)(verdicts, callee, (cls,))
     verdicts.call(function, inner)
     verdicts.state(Call(callee, ()), state)
-    return Call(callee, arguments)
 
 
-def _argument_is_called(at: int, arguments_at: int | None) -> Callable[..., Any]:
-    """A rule for functions that call the function in their argument `at`, with the arguments in another."""
-
-    def rule(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Any:
-        if len(arguments) <= max(at, arguments_at or 0):
-            verdicts.unusual(f"{callee.full} with {len(arguments)} arguments")
-            return Call(callee, arguments)
-        inner = arguments[1:] if arguments_at is None else arguments[arguments_at]
-        if type(inner) is not tuple:
-            verdicts.danger(f"{shown(arguments[at])} is called with arguments that are made by another call")
-        else:
-            made = verdicts.call(arguments[at], inner, new=arguments_at is None)
-            return made if arguments_at is None else Call(callee, arguments)
-        return Call(callee, arguments)
-
-    return rule
+def _new_object(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Any:
+    """`__newobj__(class, *arguments)`."""
+    if arguments:
+        return verdicts.call(arguments[0], arguments[1:], new=True)
+    verdicts.unusual(f"{callee.full} with 0 arguments")
+    return None
 
 
-def _argument_is_class(at: int, classes: frozenset[str] | None = None) -> Callable[..., Any]:
-    """A rule for functions that make an object of the class in an argument."""
+def _function(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> None:
+    """`_make_by(function, arguments, ...)`."""
+    if len(arguments) < 2:
+        verdicts.unusual(f"{callee.full} with {len(arguments)} arguments")
+    else:
+        verdicts.call(*arguments[:2])
 
-    def rule(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Any:
-        cls = arguments[at] if len(arguments) > at else None
+
+def _class(*classes: str) -> Callable[..., None]:
+    """A rule for functions that make an object of the class that they are given: any one, or one of these."""
+
+    def rule(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> None:
+        cls = arguments[0] if arguments else None
         if type(cls) is not Name:
             verdicts.danger(f"{callee.full} is called with {shown(cls)} in the place of a class")
-        elif (
-            classes is not None
-            and cls.full not in classes
-            and cls.role not in ("unknown", "allowed", "dangerous")
-        ):
-            verdicts.unusual(f"{callee.full}({cls.full})")
-        elif classes is None:
+        elif not classes:
             verdicts.call(cls, (), new=True)
-        return Call(callee, arguments)
+        elif cls.full not in classes and cls.role not in ("unknown", "allowed", "dangerous"):
+            verdicts.unusual(f"{callee.full}({cls.full})")
 
     return rule
 
 
-def _literals(allowed: Callable[[tuple[Any, ...]], bool]) -> Callable[..., Any]:
-    def rule(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Any:
-        if not allowed(arguments):
+def _takes(*types: type) -> Callable[..., None]:
+    """A rule for functions that may be called with values of these types."""
+
+    def rule(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> None:
+        if not all(isinstance(value, types) for value in arguments):
             verdicts.unusual(f"{callee.full}{shown(arguments)}")
-        return Call(callee, arguments)
 
     return rule
 
 
-def _reconstructor(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Any:
+def _reconstructor(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> None:
     base = arguments[1] if len(arguments) > 1 else None
     if type(base) is not Name or base.full not in _BASES:
         verdicts.danger(f"{callee.full} is called with {shown(base)} in the place of a base")
-    return _argument_is_class(0)(verdicts, callee, arguments)
+    _class()(verdicts, callee, arguments)
 
 
-def _attribute(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Any:
+def _attribute(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Name | None:
     owner, name = (*arguments[:2], None, None)[:2]
     if type(owner) is Name and type(name) is str and len(owner.full) + len(name) < 1_000:
         return verdicts.name(owner.module, f"{owner.name}.{name}")
     verdicts.unusual(f"{callee.full}({shown(owner, 1)}, {shown(name, 1)})")
-    return Call(callee, arguments)
+    return None
 
 
-def _encode(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Any:
+def _encode(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> bytes | Long | None:
     """How protocol 2 writes bytes: `_codecs.encode(text, 'latin1')`."""
     text, codec = (*arguments[:2], None, None)[:2]
     if codec not in ("latin1", "latin-1"):
         verdicts.danger(f"{callee.full} is called with the codec {shown(codec)}")
-        return Call(callee, arguments)
-    if isinstance(text, Long):
+    elif isinstance(text, Long):
         return text.encode()
-    if not isinstance(text, str):
-        return Call(callee, arguments)
-    # The same bytes for the same text: a file could ask for them a million times.
-    if text not in verdicts._encoded:
-        verdicts._encoded[text] = text.encode("latin-1", "replace")
-    return verdicts._encoded[text]
+    elif isinstance(text, str):
+        # The same bytes for the same text: a file could ask for them a million times.
+        if text not in verdicts.encoded:
+            verdicts.encoded[text] = text.encode("latin-1", "replace")
+        return verdicts.encoded[text]
+    return None
 
 
-def _nested(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> Any:
+def _file(verdicts: Verdicts, callee: Name, arguments: tuple[Any, ...]) -> None:
+    """`torch.load` of bytes."""
     data = arguments[0] if len(arguments) == 1 else None
-    if not isinstance(data, (bytes, Long)):
+    if isinstance(data, (bytes, Long)):
+        verdicts.nested.setdefault(data, False)
+    else:
         verdicts.danger(f"{callee.full} is called with {shown(data)} in the place of bytes")
-    elif data not in verdicts._nested:
-        verdicts._nested.add(data)
-        verdicts.nested.append(data)
-    return Call(callee, arguments)
 
 
-_RULES: dict[str, Callable[..., Any]] = {
-    "torch._tensor._rebuild_from_type": _from_type,
-    "torch._tensor._rebuild_from_type_v2": _from_type,
-    "torch._utils._rebuild_wrapper_subclass": _argument_is_class(0, _TENSORS),
-    "torch.storage._load_from_bytes": _nested,
-    **dict.fromkeys(
-        ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
-        _argument_is_class(0, frozenset(["numpy.ndarray"])),
-    ),
-    **dict.fromkeys(
-        ("regraft.record.read_slot", "regraft.record.read_layer"),
-        _literals(lambda arguments: all(isinstance(value, (str, tuple)) for value in arguments)),
-    ),
-    "regraft.graft.weights._ForwardLock": _literals(lambda arguments: arguments == ()),
-    "regraft.graft.classes._make": _argument_is_class(0),
-    "regraft.graft.classes._make_by": _argument_is_called(0, 1),
+_RULES: dict[str, Callable[[Verdicts, Name, tuple[Any, ...]], Any]] = {
+    **dict.fromkeys(("torch._tensor._rebuild_from_type", "torch._tensor._rebuild_from_type_v2"), _from_type),
+    "torch._utils._rebuild_wrapper_subclass": _class(*_TENSORS),
+    "torch.storage._load_from_bytes": _file,
+    "numpy.core.multiarray._reconstruct": _class("numpy.ndarray"),
+    "numpy._core.multiarray._reconstruct": _class("numpy.ndarray"),
+    **dict.fromkeys(("regraft.record.read_slot", "regraft.record.read_layer"), _takes(str, tuple)),
+    "regraft.graft.weights._ForwardLock": _takes(),
+    "regraft.graft.classes._make": _class(),
+    "regraft.graft.classes._make_by": _function,
     "copyreg._reconstructor": _reconstructor,
-    "copyreg.__newobj__": _argument_is_called(0, None),
-    "copyreg.__newobj_ex__": _argument_is_class(0),
+    "copyreg.__newobj__": _new_object,
+    "copyreg.__newobj_ex__": _class(),
     "builtins.getattr": _attribute,
     "_codecs.encode": _encode,
-    "builtins.type": _literals(lambda arguments: arguments == (None,)),
-    **dict.fromkeys(
-        ("builtins.bytes", "builtins.bytearray"),
-        _literals(lambda arguments: all(isinstance(value, (str, bytes, Long, list)) for value in arguments)),
-    ),
-    **dict.fromkeys(
-        [f"builtins.{name}" for name in ("list", "tuple", "dict", "set", "frozenset")],
-        _literals(lambda arguments: all(isinstance(value, (list, tuple, dict)) for value in arguments)),
-    ),
-    **dict.fromkeys(
-        [f"builtins.{name}" for name in ("complex", "float", "int", "str", "bool", "slice", "range")],
-        _literals(lambda arguments: all(map(_literal, arguments))),
-    ),
+    "builtins.type": _takes(type(None)),
+    **dict.fromkeys(("builtins.bytes", "builtins.bytearray"), _takes(str, bytes, Long, list)),
+    **{f"builtins.{name}": _takes(list, tuple, dict) for name in str.split("list tuple dict set frozenset")},
+    **{
+        f"builtins.{name}": _takes(str, bytes, int, float, type(None), Long)
+        for name in str.split("complex float int str bool slice range")
+    },
 }
+"""How a call of a `value` is judged with its arguments; what a rule returns stands for the call."""

@@ -274,7 +274,7 @@ def test_colours_and_width_are_the_terminals(no_color, tmp_path):
 def test_work_of_more_than_a_second_says_so_on_stderr(seconds, said):
     pid, terminal = pty.fork()
     if pid == 0:
-        code = f"import time\nfrom regraft.cli.progress import working\nwith working('reading'): time.sleep({seconds})"
+        code = f"import time\nfrom regraft.cli.output import working\nwith working('reading'): time.sleep({seconds})"
         kept = {key: value for key, value in os.environ.items() if key in ("PATH", "PYTHONPATH", "HOME")}
         os.execve(sys.executable, [sys.executable, "-c", code], kept | {"TERM": "xterm-256color"})
     shown = b""
