@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from regraft.training.norm.max_norm import max_norm as max_norm
     from regraft.training.passes.api import stochastic_passes as stochastic_passes
     from regraft.training.penalty import penalty as penalty
-    from regraft.training.rdrop.criterion import rdrop_criterion as rdrop_criterion
     from regraft.training.rdrop.rdrop import rdrop as rdrop
+    from regraft.training.rdrop.rdrop import rdrop_criterion as rdrop_criterion
     from regraft.training.rdrop.rdrop_loss import rdrop_loss as rdrop_loss
     from regraft.training.rdrop.state import RDropOutput as RDropOutput
     from regraft.training.saved import load_plan as load_plan
@@ -76,7 +76,7 @@ _HOMES = {
     "RDropOutput": "training.rdrop.state",
     "stochastic_passes": "training.passes.api",
     "rdrop": "training.rdrop.rdrop",
-    "rdrop_criterion": "training.rdrop.criterion",
+    "rdrop_criterion": "training.rdrop.rdrop",
     "rdrop_loss": "training.rdrop.rdrop_loss",
     "Schedule": "training.schedule",
     "schedule": "training.schedule",

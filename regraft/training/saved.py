@@ -14,9 +14,10 @@ from regraft.errors import FileError, LossError
 from regraft.find.walk import inner_model
 from regraft.graft import save
 from regraft.graft.apply import Report
+from regraft.training.rdrop.criterion import RDropCriterion
 from regraft.training.rdrop.options import RDropOptions
 from regraft.training.rdrop.rdrop import graft_rdrop
-from regraft.training.rdrop.state import RDropCriterion, state_of
+from regraft.training.rdrop.state import state_of
 
 _RDROP = "rdrop"
 
