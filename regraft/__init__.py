@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from regraft.graft.verify import verify as verify
     from regraft.planning.plan import Plan as Plan
     from regraft.planning.plan import plan as plan
+    from regraft.training.max_norm import MaxNorm as MaxNorm
+    from regraft.training.max_norm import max_norm as max_norm
     from regraft.training.mc import MCPrediction as MCPrediction
     from regraft.training.mc import mc_predict as mc_predict
     from regraft.training.multisample import multisample_loss as multisample_loss
-    from regraft.training.norm.max_norm import MaxNorm as MaxNorm
-    from regraft.training.norm.max_norm import max_norm as max_norm
     from regraft.training.passes.api import stochastic_passes as stochastic_passes
     from regraft.training.penalty import penalty as penalty
     from regraft.training.rdrop.rdrop import rdrop as rdrop
@@ -68,8 +68,8 @@ _HOMES = {
     "Plan": "planning.plan",
     "plan": "planning.plan",
     "penalty": "training.penalty",
-    "MaxNorm": "training.norm.max_norm",
-    "max_norm": "training.norm.max_norm",
+    "MaxNorm": "training.max_norm",
+    "max_norm": "training.max_norm",
     "MCPrediction": "training.mc",
     "mc_predict": "training.mc",
     "multisample_loss": "training.multisample",

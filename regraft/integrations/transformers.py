@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from regraft.find.selectors import read_selector
+from regraft.training.max_norm import MaxNorm, max_norm
 from regraft.training.mc_eval import mc_eval
-from regraft.training.norm.max_norm import MaxNorm, max_norm
 from regraft.training.rdrop.layer import disarm
 from regraft.training.rdrop.rdrop import RDropLog, rdrop
 from regraft.training.rdrop.state import state_of, use_logits
