@@ -90,8 +90,12 @@ class _Trial:
         self.items = kwargs.get("num_items_in_batch")
         self.kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
         self.where = type(model).__name__
-        self.task = options.task or problem_of(model)
         self.disturb = _Disturbed()
+
+    @property
+    def task(self) -> str | None:
+        """What the options say, or the model, once a labelled forward has shown it."""
+        return self.options.task or problem_of(self.model)
 
     def run(self) -> OwnLoss | None:
         if bool(self.ignored.all()):

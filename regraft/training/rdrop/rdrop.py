@@ -74,8 +74,8 @@ def rdrop(
         label_smoothing: of a plain cross-entropy. Trainer's own `label_smoothing_factor` will do as well:
             its loss is then computed from each pass.
         ignore_index: positions with this label count in neither term.
-        class_axis: of one pass, see `regraft.rdrop_loss`.
         consistency: "all" lets positions without a label count in the KL.
+        class_axis: of one pass, see `regraft.rdrop_loss`.
         strategy: of the passes, see `regraft.stochastic_passes`.
         chunk: of the passes, likewise.
         fork: of the passes, likewise.
@@ -139,17 +139,17 @@ def rdrop_criterion(
 
     Args:
         model: as it is trained; DDP and compiled wrappers are looked into.
-        criterion: the loss of one pass, from the model's outputs and whatever else it takes.
+        criterion: the loss of one pass, from the model's outputs and whatever else it takes. Those of torch
+            and timm are read: what the logits mean, their class axis, and which labels they ignore.
         alpha: weight of the KL between the passes.
         passes: how many.
         logits: where the model returns several tensors, the one to compare, by name or position.
-        task: what the logits mean, for a criterion that is not one of torch's or timm's: "classification",
-            "multilabel" or "regression".
+        task: what the logits mean, for any other criterion: "classification", "multilabel", "regression".
+        shift: position t predicts label t + 1.
         ce: "mean" or "sum", see `regraft.rdrop_loss`.
         reduction: of the KL, see `regraft.rdrop_loss`.
-        shift: position t predicts label t + 1.
-        ignore_index: positions with this label do not count in the KL; read from a known criterion.
-        class_axis: of one pass; read from a known criterion.
+        ignore_index: positions with this label do not count in the KL.
+        class_axis: of one pass.
         consistency: "all" lets positions without a label count in the KL.
         strategy: of the passes, see `regraft.stochastic_passes`.
         chunk: of the passes, likewise.

@@ -16,8 +16,7 @@ from regraft.find.probe.preserve_state import buffers_kept, random_state_kept
 from regraft.find.walk import inner_model
 from regraft.training.passes.api import run_passes
 from regraft.training.passes.nested import pass_of
-from regraft.training.rdrop.criteria import Reading, divergence_of, read_criterion
-from regraft.training.rdrop.criterion import RDropCriterion
+from regraft.training.rdrop.criterion import RDropCriterion, Reading, divergence_of, read_criterion
 from regraft.training.rdrop.fields import logits_in, loss_in, named_call, with_loss
 from regraft.training.rdrop.infer_loss import (
     OwnLoss,
@@ -168,11 +167,8 @@ class RDrop:
 
     def _outputs(self, model: nn.Module, forward: Forward, call: Call) -> Any:
         """The outputs of all passes, stacked."""
-        options = self.options
-        chunk = options.chunk or options.passes
-        return run_passes(
-            model, forward, options.passes, call, strategy=options.strategy, chunk=chunk, fork=options.fork
-        )
+        of, n = self.options, self.options.passes
+        return run_passes(model, forward, n, call, strategy=of.strategy, chunk=of.chunk or n, fork=of.fork)
 
     def _items(self, kwargs: dict[str, Any]) -> Any:
         """What the terms are divided by, where the model's own loss is too."""
@@ -209,15 +205,15 @@ class RDrop:
             keys = options.logits if isinstance(options.logits, tuple) else (options.logits,)
             names = self.labels if len(self.labels) == len(keys) else self.labels * len(keys)
             parts = [
-                self._divergence(model, logits_in(outputs, key, labelled=True), kwargs, name)
+                self._divergence(logits_in(outputs, key, labelled=True), kwargs, name)
                 for key, name in zip(keys, names, strict=True)
             ]
             kl = torch.stack(parts).mean()
         return with_loss(pass_of(outputs, 0), self._finish(task, kl), options.loss, labelled=True)
 
-    def _divergence(self, model: nn.Module, logits: Tensor, kwargs: dict[str, Any], name: str) -> Tensor:
+    def _divergence(self, logits: Tensor, kwargs: dict[str, Any], name: str) -> Tensor:
         options, labels = self.resolved, kwargs[name].to(logits.device)
-        task = options.task or problem_of(model) or infer_task(logits, labels, options.ignore_index)
+        task = options.task or infer_task(logits, labels, options.ignore_index)
         if isinstance(options.logits, tuple):
             # Positions beyond the end are how question answering marks an answer that was cut off.
             labels = labels.where(labels < logits.shape[-1], options.ignore_index)
