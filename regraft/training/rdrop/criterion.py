@@ -16,7 +16,7 @@ from regraft.training.passes.nested import leaves, mapped
 from regraft.training.rdrop.labels import classes_last
 from regraft.training.rdrop.layer import armed
 from regraft.training.rdrop.options import RDropOptions
-from regraft.training.rdrop.rdrop_loss import RDropTerms, divergence, wide
+from regraft.training.rdrop.rdrop_loss import Apart, RDropTerms, divergence, wide
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,13 @@ def _ignoring(reading: Reading | None, settings: Mapping[str, Any]) -> Reading |
 
 
 def divergence_of(
-    logits: Tensor, labels: Any, reading: Reading, options: RDropOptions, items: Any = None, mask: Any = None
+    logits: Tensor,
+    labels: Any,
+    reading: Reading,
+    options: RDropOptions,
+    items: Any = None,
+    mask: Any = None,
+    by: Callable[[Apart], Tensor] | None = None,
 ) -> Tensor:
     """The KL term of what a criterion compares; `mask` says which positions without a label count."""
     logits = reading.logits(logits)
@@ -124,7 +130,7 @@ def divergence_of(
                 compared &= labels != options.ignore_index
     if options.consistency == "all" and isinstance(mask, Tensor) and mask.shape == compared.shape:
         compared = mask.bool()
-    return divergence(logits, compared, options, reading.task, items)
+    return divergence(logits, compared, options, reading.task, items, by)
 
 
 def _classes_last(logits: Tensor, axis: int | None) -> Tensor:
@@ -227,7 +233,7 @@ def _of_all_passes(given: Any, first: Any, stacked: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         for output, whole in pairs:
-            if _is_same(leaf, output):
+            if is_same(leaf, output):
                 return whole.reshape(len(whole), *leaf.shape).to(leaf.dtype)
         raise LossError(
             "the criterion was given something else than the model returned: what are its other passes?",
@@ -246,7 +252,7 @@ _KEEPS_VALUES = {
 """Steps of the graph behind which the same values stand, in the same order."""
 
 
-def _is_same(given: Tensor, output: Tensor) -> bool:
+def is_same(given: Tensor, output: Tensor) -> bool:
     """Whether `given` is `output`, at most reshaped or cast, as its graph shows."""
     if given is output:
         return True

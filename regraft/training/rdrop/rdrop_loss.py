@@ -136,10 +136,20 @@ def rdrop_terms(
 
 
 def divergence(
-    logits: Tensor, compared: Tensor, options: RDropOptions, task: str, items: Tensor | float | None = None
+    logits: Tensor,
+    compared: Tensor,
+    options: RDropOptions,
+    task: str,
+    items: Tensor | float | None = None,
+    by: Callable[[Apart], Tensor] | None = None,
 ) -> Tensor:
-    """The KL term alone, over the positions that `compared` marks."""
-    _, apart = _per_position(logits, _Target(task, compared, compared))
+    """The KL term alone, over the positions that `compared` marks; `by` computes it for classes."""
+    target = _Target(task, compared, compared)
+    if by is None:
+        _, apart = _per_position(logits, target)
+    else:
+        flat = target.each(torch.flatten)
+        apart = by(lambda x, rows: _classes(x, flat.each(lambda values: values[rows]))[1])
     if options.reduction == "sum":
         return apart.sum()
     if items is None or options.consistency == "all":
@@ -202,6 +212,8 @@ def _target(
     )
 
 
+Apart = Callable[[Tensor, slice], Tensor]
+"""The divergence at each of these positions, of the logits of all passes there."""
 Positions = tuple[Tensor, Tensor]
 """At each position: the mean of the passes' losses, and the mean divergence of the pairs of passes."""
 
@@ -217,8 +229,7 @@ def _per_position(logits: Tensor, target: _Target) -> Positions:
     def compute(x: Tensor, rows: slice) -> Positions:
         return terms(x, flat.each(lambda values: values[rows]))
 
-    size = max(1, min(CHUNK_ELEMENTS, logits.numel() // _PARTS) // (passes * classes))
-    both = _InChunks.apply(logits.reshape(passes, -1, classes), compute, size)
+    both = _InChunks.apply(logits.reshape(passes, -1, classes), compute)
     return both[0].view(places), both[1].view(places)
 
 
@@ -226,32 +237,33 @@ class _InChunks(torch.autograd.Function):
     """Terms of rows of logits, some rows at a time; the backward computes each chunk again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, compute: Callable[[Tensor, slice], Positions], size: int
-    ) -> Positions:
+    def forward(ctx: Any, logits: Tensor, compute: Callable[[Tensor, slice], Positions]) -> Positions:
         ctx.save_for_backward(logits)
-        ctx.compute, ctx.size = compute, size
-        parts = [compute(logits[:, rows], rows) for rows in _chunks(logits, size)]
+        ctx.compute = compute
+        parts = [compute(logits[:, rows], rows) for rows in chunks(logits[0], len(logits))]
         first, second = zip(*parts, strict=True)
         return torch.cat(first), torch.cat(second)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for rows in _chunks(logits, ctx.size):
+        for rows in chunks(logits[0], len(logits)):
             x = logits[:, rows].detach().requires_grad_()
             with torch.enable_grad():
                 values = ctx.compute(x, rows)
             used = [(v, slope[rows]) for v, slope in zip(values, slopes, strict=True) if v.requires_grad]
             outputs, inside = zip(*used, strict=True)
             (gradient[:, rows],) = torch.autograd.grad(outputs, x, inside)
-        return gradient, None, None
+        return gradient, None
 
 
-def _chunks(logits: Tensor, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, logits.shape[1], size)]
+def chunks(logits: Tensor, passes: int) -> list[slice]:
+    """Some positions at a time, of logits (positions, classes) of so many passes."""
+    positions, classes = logits.shape
+    size = max(1, min(CHUNK_ELEMENTS, passes * logits.numel() // _PARTS) // (passes * classes))
+    return [slice(start, start + size) for start in range(0, positions, size)]
 
 
 def over_pairs(a: Tensor, b: Tensor) -> Tensor:

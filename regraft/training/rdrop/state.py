@@ -28,6 +28,7 @@ from regraft.training.rdrop.infer_loss import (
 from regraft.training.rdrop.labels import infer_task
 from regraft.training.rdrop.layer import Call, Forward, armed
 from regraft.training.rdrop.options import RDropOptions
+from regraft.training.rdrop.own_loss import OwnCrossEntropies, is_large
 from regraft.training.rdrop.rdrop_loss import RDropTerms, rdrop_terms
 
 _CHECK_EVERY = 100
@@ -53,6 +54,7 @@ class RDrop:
         terms: the task's loss and the KL of the last step, for a log.
         counted: whether that step was given a count of items.
         reached: whether a forward came to it.
+        large: whether the model's logits are, as far as is known.
         kept: the first pass and all passes of a forward whose loss is not computed yet.
     """
 
@@ -68,6 +70,7 @@ class RDrop:
         self.own: OwnLoss | None = None
         self.terms: RDropTerms | None = None
         self.counted = self.reached = self.learning = False
+        self.large = True
         self.steps = 0
         self.kept: tuple[Any, Any] | None = None
 
@@ -192,6 +195,10 @@ class RDrop:
     def _by_own_loss(self, model: nn.Module, forward: Forward, call: Call) -> Any:
         """The model's own loss of each pass, and the KL of its logits."""
         options, kwargs = self.resolved, call[1]
+        several, passes = isinstance(options.logits, tuple), None
+        if self.large and options.alpha and not several and not torch.compiler.is_compiling():
+            passes = OwnCrossEntropies()
+            forward = passes.around(forward, options.logits)  # type: ignore[arg-type]
         outputs = self._outputs(model, forward, call)
         own = loss_in(outputs, options.loss, dims=1)
         if own is None:
@@ -204,14 +211,15 @@ class RDrop:
         if options.alpha:
             keys = options.logits if isinstance(options.logits, tuple) else (options.logits,)
             names = self.labels if len(self.labels) == len(keys) else self.labels * len(keys)
-            parts = [
-                self._divergence(logits_in(outputs, key, labelled=True), kwargs, name)
-                for key, name in zip(keys, names, strict=True)
-            ]
+            logits = [logits_in(outputs, key, labelled=True) for key in keys]
+            self.large = any(map(is_large, logits))
+            in_common = passes is not None and options.class_axis is None and passes.hold_the_outputs()
+            by = passes.divergence if passes is not None and in_common else None
+            parts = [self._divergence(x, kwargs, name, by) for x, name in zip(logits, names, strict=True)]
             kl = torch.stack(parts).mean()
         return with_loss(pass_of(outputs, 0), self._finish(task, kl), options.loss, labelled=True)
 
-    def _divergence(self, logits: Tensor, kwargs: dict[str, Any], name: str) -> Tensor:
+    def _divergence(self, logits: Tensor, kwargs: dict[str, Any], name: str, by: Any) -> Tensor:
         options, labels = self.resolved, kwargs[name].to(logits.device)
         task = options.task or infer_task(logits, labels, options.ignore_index)
         if isinstance(options.logits, tuple):
@@ -220,7 +228,8 @@ class RDrop:
         axis = -1 if options.class_axis is None else options.class_axis
         reading = Reading(task, axis, options.ignore_index)
         mask = kwargs.get("attention_mask")
-        return divergence_of(logits, labels, reading, options, self._items(kwargs), mask)
+        by = by if task == "classification" else None
+        return divergence_of(logits, labels, reading, options, self._items(kwargs), mask, by)
 
     def _with_criterion(self, model: nn.Module, forward: Forward, call: Call, trains: bool) -> Any:
         args, kwargs = call
