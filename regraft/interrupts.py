@@ -39,8 +39,8 @@ class HeldInterrupts:
     def __exit__(self, *_: object) -> None:
         try:
             self._leave()
-        except (MemoryError, RecursionError):
-            self._leave()  # whatever it was may be over
+        except BaseException:
+            self._leave()  # a fault on the way out, which may be over by now, or a Ctrl-C
             raise
 
     def _leave(self) -> None:
@@ -52,8 +52,9 @@ class HeldInterrupts:
             while isinstance(block := getattr(previous, "__self__", None), HeldInterrupts) and block._left:
                 previous = block._previous
             signal.signal(signal.SIGINT, previous)
-        if self._pending is not None:
-            self._previous(*self._pending)
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._previous(*pending)
 
     @contextmanager
     def released(self) -> Iterator[None]:

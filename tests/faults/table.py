@@ -27,13 +27,16 @@ def main():
     parser.add_argument("--step", type=int, default=1, help="take only each n-th line")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--model", action="append", choices=MODELS)
+    names = [operation.__name__ for operation in OPERATIONS]
+    parser.add_argument("--operation", action="append", choices=names)
     parser.add_argument("--start", type=int, default=0, help="the first line taken")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ends = time.monotonic() + options.seconds
     injected, broken = Counter(), Counter()
-    for operation in OPERATIONS:
+    operations = [work for work in OPERATIONS if work.__name__ in (options.operation or names)]
+    for operation in operations:
         for name in options.model or MODELS:
             if time.monotonic() > ends:
                 break
@@ -43,8 +46,8 @@ def main():
                 if time.monotonic() > ends:
                     break
                 # In turns, so that a sample has as many of each.
-                names = list(FAULTS) if options.step == 1 else [list(FAULTS)[place % len(FAULTS)]]
-                for fault in names:
+                faults = list(FAULTS) if options.step == 1 else [list(FAULTS)[place % len(FAULTS)]]
+                for fault in faults:
                     what = broken_by(work, build, line, FAULTS[fault])
                     injected[operation.__name__, fault] += 1
                     if what:
@@ -55,7 +58,7 @@ def main():
                         )
     print("| operation |", " | ".join(FAULTS), "|")
     print("|---|", "---|" * len(FAULTS))
-    for operation in OPERATIONS:
+    for operation in operations:
         counts = [
             f"{broken[operation.__name__, fault]} of {injected[operation.__name__, fault]}"
             for fault in FAULTS
