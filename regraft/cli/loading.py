@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.cli.architectures import build, is_architecture, need
 from regraft.cli.file_view import Files
 from regraft.cli.progress import working
-from regraft.errors import FileError, MisfitError
+from regraft.errors import FileError, LossError, MisfitError, OptionError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -173,6 +173,7 @@ def _tensors(path: Path) -> dict[str, Any]:
 def _graft_again(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
     """Put back the grafts that a plan beside the weights tells of; returns the keys they add, and notes."""
     import regraft
+    from regraft.graft.save import load_plan as load_grafts
 
     plan = plan_beside(path)
     if not plan.is_file() and not path.is_dir():
@@ -183,3 +184,5 @@ def _graft_again(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
         return regraft.load_plan(model, plan).state_keys, []
     except MisfitError:
         return [], [f"{plan} is the plan of another model: none of its grafts were put back"]
+    except (LossError, OptionError) as error:  # a criterion or an optimizer, which no file can hold
+        return load_grafts(model, plan).state_keys, [f"{error.what}: only the grafts were put back"]
