@@ -20,6 +20,8 @@ from regraft.report.document import counted, visible
 from regraft.report.inspection_page import summary
 from regraft.report.view import SCHEMA, View
 
+PLAN = "regraft.json"
+
 _TORCH = str.split(
     "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout Linear Embedding "
     "MultiheadAttention LSTM GRU RNN"
@@ -171,7 +173,7 @@ class Files:
 
     def notes(self) -> list[str]:
         """What a plan beside the model says, and the verdict on each file of a folder."""
-        plan = _plan_beside(self.path)
+        plan = _told_by_plan(self.path)
         if not self.folder:
             return plan
         links = [report for report in self.reports if report.path.is_dir()]
@@ -226,10 +228,16 @@ class Facts(View):
         return self.facts
 
 
-def _plan_beside(path: Path) -> list[str]:
-    """What regraft does to a model, as the plan that was saved beside it says."""
-    from regraft.cli.loading import plan_beside
+def plan_beside(path: Path) -> Path:
+    """Where the plan of a model stands: `NAME.regraft.json` beside `NAME.pt`, `regraft.json` in a folder."""
+    name = path.name
+    for ending in (".safetensors.index.json", path.suffix):
+        name = name.removesuffix(ending)
+    return path / PLAN if path.is_dir() else path.with_name(f"{name}.{PLAN}")
 
+
+def _told_by_plan(path: Path) -> list[str]:
+    """What regraft does to a model, as the plan that was saved beside it says."""
     plan = plan_beside(path)
     try:
         values = json.loads(plan.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.architectures import build, is_architecture, need
-from regraft.cli.file_view import Files
+from regraft.cli.file_view import PLAN, Files, plan_beside
 from regraft.cli.progress import working
 from regraft.errors import FileError, LossError, MisfitError, OptionError
 
@@ -16,16 +16,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from regraft.files.skeleton import FileModel
-
-PLAN = "regraft.json"
-
-
-def plan_beside(path: Path) -> Path:
-    """Where the plan of a model stands: `NAME.regraft.json` beside `NAME.pt`, `regraft.json` in a folder."""
-    name = path.name
-    for ending in (".safetensors.index.json", path.suffix):
-        name = name.removesuffix(ending)
-    return path / PLAN if path.is_dir() else path.with_name(f"{name}.{PLAN}")
 
 
 @dataclass
