@@ -43,33 +43,27 @@ class _RDrop:
         self.log = RDropLog()
 
     def on_init_end(self, *_: Any, model: Any = None, **__: Any) -> None:
-        """Graft the model before anything wraps it."""
         rdrop(model, **self.options)
 
     def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
-        """Graft it again, if it was trained before."""
         if state_of(model) is None:
             rdrop(model, **self.options)
         use_logits(model)
         self.log.watch(model)
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
-        """Note the terms of a step within an accumulation."""
         self.log.substep()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Note the terms of a step."""
         self.log.step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
-        """Add the terms to the entry of a training loss."""
         if logs is not None and "loss" in logs:
             terms = self.log.means()
             logs.update(terms)
             state.log_history[-1].update(terms)
 
     def on_train_end(self, *_: Any, model: Any = None, **__: Any) -> None:
-        """Leave a plain model."""
         disarm(model)
 
 
@@ -92,7 +86,6 @@ class _MonteCarlo:
         self.n, self.options = n, options
 
     def on_init_end(self, *_: Any, model: Any = None, **__: Any) -> None:
-        """Graft the model before anything wraps it."""
         mc_eval(model, self.n, **self.options)
 
 
@@ -122,27 +115,22 @@ class _Scheduled:
         return self.schedule
 
     def on_init_end(self, *_: Any, model: Any = None, **__: Any) -> None:
-        """Graft the model before anything wraps it."""
         self._begin(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
-        """Take the number of steps, and begin again if the model was trained before."""
         made = self.schedule or self._begin(model)
         if "steps" not in self.p:
             made.extend(state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002
-        """Set the rates of the step that begins."""
         if self.schedule is not None:
             self.schedule.step(to=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
-        """Add the rate to the entry of a training loss."""
         if self.schedule is not None and logs is not None and "loss" in logs:
             logs["rate"] = state.log_history[-1]["rate"] = self.schedule.rate
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Leave the rates as they were."""
         if self.schedule is not None:
             self.schedule.remove()
             self.schedule = None
@@ -186,7 +174,6 @@ class _Limited:
         optimizer: Any = None,
         **__: Any,
     ) -> None:
-        """Watch the optimizer, which is there now; of a resumed run take the bounds in its checkpoint."""
         self.held = max_norm(model, self.limits, optimizer)
         own, name = self.state(), type(self).__name__
         saved = state.stateful_callbacks.setdefault(name, own)
@@ -202,7 +189,6 @@ class _Limited:
             )
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """End it."""
         if self.held is not None:
             self.held.remove()
 
