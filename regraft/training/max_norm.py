@@ -106,7 +106,7 @@ class MaxNorm(View):
             paths = sorted(own.keys() ^ state.keys()) or sorted(own)
             raise MisfitError("these bounds are of other weights", where=", ".join(map(repr, paths[:3])))
         for path, bound in state.items():
-            self._rows[path].bound = bound.clone()
+            self._rows[path].bound = bound.to(own[path].dtype, copy=True)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Any, *_: Any) -> None:
@@ -199,41 +199,21 @@ def max_norm(model: nn.Module, limits: Mapping[Any, Any], optimizer: Any, inputs
 
 
 def limits_on(root: nn.Module) -> list[dict[str, Any]] | None:
-    """The limits that hold weights of a model, with the bound of each row or weight; None without any."""
+    """The limits that hold weights of a model, with their relative bounds as lists; None without any."""
+    limits = [(held.rules, held.state_dict()) for held in _IN_FORCE if held._root is root]
     return [
-        {
-            "rules": held.rules,
-            "bounds": {
-                path: _finite(rows.bound) if isinstance(rows.bound, Tensor) else rows.bound
-                for path, rows in held._rows.items()
-            },
-        }
-        for held in _IN_FORCE
-        if held._root is root
+        # A row of zeros has no bound, which is written as 0.
+        {"rules": rules, "bounds": {path: x.where(x < torch.inf, 0).tolist() for path, x in bounds.items()}}
+        for rules, bounds in limits
     ] or None
-
-
-def _finite(bound: Tensor) -> list[float | None]:
-    """Bounds of rows as JSON has them; of a row of zeros that is relative there is none."""
-    return [value if value < torch.inf else None for value in bound.tolist()]
 
 
 def restore_limits(model: nn.Module, saved: Mapping[str, Any], optimizer: Any) -> MaxNorm:
     """The limits that `limits_on` gave, on a model like the one that had them."""
     result = max_norm(model, dict(saved["rules"]), optimizer)
     try:
-        if result._rows.keys() != saved["bounds"].keys():
-            paths = sorted(result._rows.keys() ^ saved["bounds"].keys())
-            raise MisfitError(
-                "the limits of the plan hold other weights here",
-                where=", ".join(map(repr, paths[:3])),
-                remedy="set them again: regraft.max_norm(model, limits, optimizer)",
-            )
-        bounds = {path: bound for path, bound in saved["bounds"].items() if isinstance(bound, list)}
-        every = {path: [torch.inf if x is None else x for x in bound] for path, bound in bounds.items()}
-        result.load_state_dict(
-            {path: torch.tensor(bound, dtype=_wide(result._rows[path])) for path, bound in every.items()}
-        )
+        bounds = {path: torch.tensor(x, dtype=torch.float64) for path, x in saved["bounds"].items()}
+        result.load_state_dict({path: x.where(x > 0, torch.inf) for path, x in bounds.items()})
     except BaseException:
         result.remove()
         raise
@@ -278,7 +258,10 @@ def _hold(result: MaxNorm, chosen: list[tuple[Site, Bound]], held: set[int]) -> 
             continue
         lines[id(weight)] = line
         norms = rows.norms()
-        rows.bound = bound if isinstance(bound, float) else _relative(norms, bound)
+        if isinstance(bound, float):
+            rows.bound = bound
+        else:
+            rows.bound = torch.where(norms > 0, norms * float(bound[:-1]), torch.inf)
         result._rows[site.path] = rows
         if not weight.requires_grad or id(weight) not in held:
             reason = ("it is frozen", "nothing: it is held as soon as it trains")
@@ -302,21 +285,16 @@ def _hold(result: MaxNorm, chosen: list[tuple[Site, Bound]], held: set[int]) -> 
         )
 
 
-def _relative(norms: Tensor, bound: str) -> Tensor:
-    return torch.where(norms > 0, norms * float(bound[:-1]), torch.inf)
-
-
 def _read_limits(limits: Any) -> list[tuple[Selector, Bound | None]]:
     if not isinstance(limits, Mapping) or not limits:
         raise RuleSyntaxError(f"{limits!r} is no set of limits", remedy="write {'Linear': 3.0}")
-    read: list[tuple[Selector, Bound | None]] = []
-    for key, bound in limits.items():
-        selector = read_selector(key)
-        where = f"limit for {selector.text!r}"
+    read = [(read_selector(key), bound) for key, bound in limits.items()]
+    for selector, _ in read:
         if selector.position:
-            raise RuleSyntaxError("a weight has no place before or after", where=where)
-        read.append((selector, _bound(bound, where)))
-    return read
+            raise RuleSyntaxError(
+                "a weight has no place before or after", where=f"limit for {selector.text!r}"
+            )
+    return [(selector, _bound(bound, f"limit for {selector.text!r}")) for selector, bound in read]
 
 
 def _bound(bound: Any, where: str) -> Bound | None:
@@ -442,7 +420,8 @@ class _Rows:
         """
         weight = self.weight
         local = _local(weight)
-        norms: Tensor = torch.linalg.vector_norm(local, dim=self.across, dtype=_wide(self)).flatten()
+        wide = torch.float64 if local.dtype is torch.float64 else torch.float32
+        norms: Tensor = torch.linalg.vector_norm(local, dim=self.across, dtype=wide).flatten()
         placed = enumerate(getattr(weight, "placements", ()))
         spread = [i for i, where in placed if where.is_shard() and where.dim % local.dim() in self.across]
         if not spread:
@@ -467,10 +446,6 @@ class _Rows:
     def over(self, norms: Tensor) -> int:
         """How many rows are above their bounds."""
         return int((norms > self.bounds(norms)).sum())
-
-
-def _wide(rows: _Rows) -> torch.dtype:
-    return torch.float64 if rows.weight.dtype is torch.float64 else torch.float32
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -141,7 +141,13 @@ class Schedule:
         self.curve = curve
         self.rates = rates
         self.skipped = skipped
-        self.notes = _notes(curve, rates)
+        self.notes: list[str] = []
+        fused = sum(rate.fused for rate in rates)
+        if fused and curve.shape not in ("step", "early", "late"):
+            self.notes.append(
+                f"{fused} of {len(rates)} rates are of torch's own kernels: under torch.compile each new "
+                "value compiles anew; 'shape': 'step' has few values"
+            )
         self.steps_done = 0
         self._grafts = grafts
         self._write()
@@ -327,7 +333,7 @@ def schedule(model: nn.Module, p: Mapping[str, Any], selector: Any = None, input
     inspection = inspect(model, inputs)
     wanted = None if selector is None else read_selector(selector)
     sites = _selected(inspection, wanted)
-    bare = {key_of(site) for site in sites.values() if site.variant is None and site.family in _NOISE}
+    bare = {key: site.family for key, site in sites.items() if site.variant is None and site.family in _NOISE}
     grafts: list[Step] = []
     placed = [(named.module, graft) for named, _, graft in placed_grafts(named_modules(inspection.root))]
     try:
@@ -361,20 +367,19 @@ def _selected(inspection: Inspection, selector: Selector | None) -> dict[Key, Si
     return {key_of(site): site for site in selected}
 
 
-def _graft(model: nn.Module, inspection: Inspection, bare: set[Key], grafts: list[Step]) -> dict[str, str]:
+def _graft(
+    model: nn.Module, inspection: Inspection, bare: dict[Key, str], grafts: list[Step]
+) -> dict[str, str]:
     """Graft the sites that have no graft yet, with the variant that only sets their rate; what is skipped."""
-    if not bare:
+
+    def in_family(name: str) -> Any:
+        return lambda site: bare.get(key_of(site)) == name
+
+    families = [name for name in _NOISE if name in bare.values()]
+    if not families:
         return {}
-
-    def family(name: str) -> Any:
-        return lambda site: key_of(site) in bare and site.family == name
-
-    pairs = [
-        (family(name), variant(value, p=0.1))
-        for name, value in _NOISE.items()
-        if any(key_of(site) in bare and site.family == name for site in inspection.sites)
-    ]
-    report = graft_rules(model, plan_of(inspection, read_rules(pairs)), temporary=grafts)
+    rules = read_rules([(in_family(name), variant(_NOISE[name], p=0.1)) for name in families])
+    report = graft_rules(model, plan_of(inspection, rules), temporary=grafts)
     return {skip.path: skip.reason for skip in report.skipped}
 
 
@@ -396,13 +401,3 @@ def _check(
         raise RateError(
             f"the schedule goes from {curve.start} to {curve.end}{base}: no rate changes", where=where
         )
-
-
-def _notes(curve: Curve, rates: list[Rate]) -> list[str]:
-    fused = sum(rate.fused for rate in rates)
-    if not fused or curve.shape in ("step", "early", "late"):
-        return []
-    return [
-        f"{fused} of {len(rates)} rates are of torch's own kernels: under torch.compile each new value "
-        "compiles anew; 'shape': 'step' has few values"
-    ]
