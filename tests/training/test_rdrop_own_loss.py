@@ -1,5 +1,7 @@
 """What a model's own loss is, is shown and not guessed: cases in which a first batch would mislead."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -192,6 +194,8 @@ def test_the_models_cross_entropy_of_large_logits_is_taken_in_chunks(monkeypatch
             outputs = model(IDS, labels=labels)
             outputs["loss"].backward()
         results.append([outputs["loss"].detach(), *(p.grad for p in model.parameters())])
+        logits, outputs = weakref.ref(outputs["logits"]), None
+        assert logits() is None, "no cycle holds a step's logits"
     tolerance = {torch.float64: 1e-6, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
     assert results[0][1].abs().sum() > 0

@@ -54,10 +54,11 @@ class OwnCrossEntropies(TorchFunctionMode):
     def hold_the_outputs(self) -> bool:
         """Whether each pass computed one loss, and of the very logits that it gave."""
         outputs, self._outputs = self._outputs, []
-        if not self.logits or len(self.logits) != len(outputs):
-            return False
-        pairs = zip(self.logits, outputs, strict=True)
-        return all(x.data_ptr() == y.data_ptr() and x.numel() == y.numel() for x, y in pairs)
+        same = bool(self.logits) and len(self.logits) == len(outputs)
+        for ours, output in zip(self.logits, outputs, strict=False):
+            same = same and ours.data_ptr() == output.data_ptr() and ours.numel() == output.numel()
+        self._tokens = self._tokens if same else []
+        return same
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -76,8 +77,14 @@ class OwnCrossEntropies(TorchFunctionMode):
         self.apart = apart
         rows = chunks(self.logits[0], len(self.logits))
         values = [apart(torch.stack([logits[some] for logits in self.logits]), some) for some in rows]
-        result: Tensor = _Divergence.apply(self, torch.cat(values), *self._tokens)
+        result = torch.cat(values) + 0 * torch.stack(self._tokens).sum()
+        # By the tokens the backwards of the passes come behind this one, which leaves them its slope.
+        result.register_hook(self._keep_slope)  # type: ignore[no-untyped-call]
+        self._tokens = []  # which hold the graph, which holds this
         return result
+
+    def _keep_slope(self, slope: Tensor) -> None:
+        self.slope = slope
 
     def _cross_entropy(
         self, logits: Tensor, target: Tensor, weight: Tensor | None = None, *args: Any, **options: Any
@@ -110,11 +117,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        loss_of: Apart,
-        passes: OwnCrossEntropies,
-        number: int,
+        ctx: Any, logits: Tensor, loss_of: Apart, passes: OwnCrossEntropies, number: int
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(logits)
         ctx.loss_of, ctx.passes, ctx.number = loss_of, passes, number
@@ -136,21 +139,6 @@ class _CrossEntropy(torch.autograd.Function):
                     total = total + (passes.apart(torch.stack(every), rows) * passes.slope[rows]).sum()
             (gradient[rows],) = torch.autograd.grad(total, x)
         return gradient, None, None, None
-
-
-class _Divergence(torch.autograd.Function):
-    """Values at each position; the backward leaves their slopes with the passes, which come behind it."""
-
-    @staticmethod
-    def forward(ctx: Any, passes: OwnCrossEntropies, values: Tensor, *tokens: Tensor) -> Tensor:
-        ctx.passes, ctx.count = passes, len(tokens)
-        return values.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.passes.slope = slope
-        return None, None, *(slope.new_zeros(()) for _ in range(ctx.count))
 
 
 def is_large(x: Any) -> bool:
