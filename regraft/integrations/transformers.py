@@ -57,7 +57,7 @@ class _RDrop:
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.log.step()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_log(self, _: Any, state: Any, *__: Any, logs: Any = None, **___: Any) -> None:
         if logs is not None and "loss" in logs:
             terms = self.log.means()
             logs.update(terms)
@@ -117,16 +117,16 @@ class _Scheduled:
     def on_init_end(self, *_: Any, model: Any = None, **__: Any) -> None:
         self._begin(model)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
+    def on_train_begin(self, _: Any, state: Any, *__: Any, model: Any = None, **___: Any) -> None:
         made = self.schedule or self._begin(model)
         if "steps" not in self.p:
             made.extend(state.max_steps)
 
-    def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002
+    def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         if self.schedule is not None:
             self.schedule.step(to=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_log(self, _: Any, state: Any, *__: Any, logs: Any = None, **___: Any) -> None:
         if self.schedule is not None and logs is not None and "loss" in logs:
             logs["rate"] = state.log_history[-1]["rate"] = self.schedule.rate
 
@@ -166,14 +166,9 @@ class _Limited:
         }
 
     def on_train_begin(
-        self,
-        args: Any,  # noqa: ARG002
-        state: Any,
-        *_: Any,
-        model: Any = None,
-        optimizer: Any = None,
-        **__: Any,
+        self, _: Any, state: Any, *__: Any, model: Any = None, optimizer: Any = None, **___: Any
     ) -> None:
+        # Watch the optimizer, which is there now; of a resumed run take the bounds in its checkpoint.
         self.held = max_norm(model, self.limits, optimizer)
         own, name = self.state(), type(self).__name__
         saved = state.stateful_callbacks.setdefault(name, own)
