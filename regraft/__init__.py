@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from regraft.graft.verify import verify as verify
     from regraft.planning.plan import Plan as Plan
     from regraft.planning.plan import plan as plan
+    from regraft.training.max_norm import max_norm as max_norm
     from regraft.training.mc import mc_predict as mc_predict
-    from regraft.training.norm.max_norm import max_norm as max_norm
     from regraft.training.passes.api import multisample_loss as multisample_loss
     from regraft.training.passes.api import stochastic_passes as stochastic_passes
     from regraft.training.penalty import penalty as penalty
-    from regraft.training.rdrop.criterion import rdrop_criterion as rdrop_criterion
     from regraft.training.rdrop.rdrop import rdrop as rdrop
+    from regraft.training.rdrop.rdrop import rdrop_criterion as rdrop_criterion
     from regraft.training.rdrop.rdrop_loss import rdrop_loss as rdrop_loss
     from regraft.training.saved import load_plan as load_plan
     from regraft.training.saved import save_plan as save_plan
@@ -53,12 +53,12 @@ _HOMES = {
     "Plan": "planning.plan",
     "plan": "planning.plan",
     "penalty": "training.penalty",
-    "max_norm": "training.norm.max_norm",
+    "max_norm": "training.max_norm",
     "mc_predict": "training.mc",
     "multisample_loss": "training.passes.api",
     "stochastic_passes": "training.passes.api",
     "rdrop": "training.rdrop.rdrop",
-    "rdrop_criterion": "training.rdrop.criterion",
+    "rdrop_criterion": "training.rdrop.rdrop",
     "rdrop_loss": "training.rdrop.rdrop_loss",
     "schedule": "training.schedule",
     "suggest": "training.suggest",

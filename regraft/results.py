@@ -14,8 +14,8 @@ from regraft.find.inspect import Inspection
 from regraft.find.site import Site
 from regraft.graft.apply import Report
 from regraft.graft.verify import Verification
+from regraft.training.max_norm import MaxNorm
 from regraft.training.mc import MCPrediction
-from regraft.training.norm.max_norm import MaxNorm
 from regraft.training.rdrop.state import RDropOutput
 from regraft.training.schedule import Schedule
 from regraft.training.suggest import Advice

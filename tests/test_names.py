@@ -34,7 +34,7 @@ ALLOWED = {
     "planning/insertions.py: _depth": "the depth at which a rate stands in a series; all of them are shown",
     "planning/rules.py: _drop_path_place": "the selector that a message offers",
     "training/passes/sharded.py: gathering_hooks": "whose hook it is, by the package it comes from",
-    "training/rdrop/criteria.py: _known": "a loss of timm's own, by the package it comes from",
+    "training/rdrop/criterion.py: _known": "a loss of timm's own, by the package it comes from",
     "find/advice.py: _drop_path": "advice, and no claim",
 }
 

@@ -6,6 +6,7 @@ a test holds the two to the same answers.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterable
@@ -16,8 +17,10 @@ from regraft.errors import FileError
 from regraft.files.detect import FileReport, read, read_folder, sha256
 from regraft.files.skeleton import FileModel, FileModule
 from regraft.files.verdicts import RefusedError, Verdicts
-from regraft.report.document import answer_of, visible
+from regraft.report.document import answer_of, counted, visible
 from regraft.report.view import SCHEMA, View
+
+PLAN = "regraft.json"
 
 _TORCH = str.split(
     "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout Linear Embedding "
@@ -166,15 +169,16 @@ class Files:
         return next(report.model for report in self.reports if report.model)
 
     def notes(self) -> list[str]:
-        """The verdict on each file of a folder."""
+        """What a plan beside the model says, and the verdict on each file of a folder."""
+        plan = _told_by_plan(self.path)
         if not self.folder:
-            return []
+            return plan
         links = [report for report in self.reports if report.path.is_dir()]
         judged = [report for report in self.reports if not (report.other or report in links)]
         told = [f"{self._name(report)}: {_told(report)}" for report in judged]
         told += [f"{self._name(report)}: {report.error.what}" for report in links if report.error]
         others = len(self.reports) - len(judged) - len(links)
-        return told + ([f"{others} other files hold no pickle"] if others else [])
+        return plan + told + ([f"{others} other files hold no pickle"] if others else [])
 
     def facts(self) -> dict[str, Any]:
         """The verdicts as plain JSON values."""
@@ -219,6 +223,33 @@ class Facts(View):
     def to_dict(self) -> dict[str, Any]:
         """The view as plain JSON values."""
         return self.facts
+
+
+def plan_beside(path: Path) -> Path:
+    """Where the plan of a model stands: `NAME.regraft.json` beside `NAME.pt`, `regraft.json` in a folder."""
+    name = path.name
+    for ending in (".safetensors.index.json", path.suffix):
+        name = name.removesuffix(ending)
+    return path / PLAN if path.is_dir() else path.with_name(f"{name}.{PLAN}")
+
+
+def _told_by_plan(path: Path) -> list[str]:
+    """What regraft does to a model, as the plan that was saved beside it says."""
+    plan = plan_beside(path)
+    try:
+        values = json.loads(plan.read_text(encoding="utf-8"))
+        told = [counted(len(values["grafted"]), "graft")]
+        if "rdrop" in values:
+            told.append(f"R-Drop({', '.join(f'{key}={value!r}' for key, value in values['rdrop'].items())})")
+        for state in values.get("schedules", ()):
+            told.append(f"rates on a schedule, {state['steps_done']} of {state['curve']['steps']} steps done")
+        for limits in values.get("max_norm", ()):
+            told.append(f"max-norm({', '.join(f'{key}: {bound}' for key, bound in limits['rules'])})")
+    except OSError:
+        return []
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        return [f"{visible(plan.name)} is no plan that can be read"]
+    return [visible(f"{plan.name}: {', '.join(told)}")]
 
 
 def inspection_of(model: FileModel, files: Files) -> Facts:

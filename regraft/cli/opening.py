@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.architectures import build, config_of, inputs_for, is_architecture, need
-from regraft.cli.file_view import Facts, Files, command, inspection_of, no_model, with_verdicts
+from regraft.cli.file_view import (
+    PLAN,
+    Facts,
+    Files,
+    command,
+    inspection_of,
+    no_model,
+    plan_beside,
+    with_verdicts,
+)
 from regraft.cli.output import MODELS, Opening, reason, working
-from regraft.errors import FileError, MisfitError
+from regraft.errors import FileError, LossError, MisfitError, OptionError
 from regraft.files.formats import NoModelError, shards_of
 from regraft.files.verdicts import KNOWN
 
@@ -20,8 +29,6 @@ if TYPE_CHECKING:
 
     from regraft.files.skeleton import FileModel
     from regraft.report.view import View
-
-PLAN = "regraft.json"
 
 
 def view_of(name: str, how: Opening, shape: str = "") -> View:
@@ -253,15 +260,10 @@ def _load_weights(read: FileModel, arch: str) -> Loaded:
     return loaded
 
 
-def plan_beside(path: Path) -> Path:
-    """Where the plan of a model stands: `NAME.regraft.json` beside `NAME.pt`, `regraft.json` in a folder."""
-    name = path.name.removesuffix(".safetensors.index.json").removesuffix(path.suffix)
-    return path / PLAN if path.is_dir() else path.with_name(f"{name}.{PLAN}")
-
-
 def _graft_again(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
     """Put back the grafts that a plan beside the weights tells of; returns the keys they add, and notes."""
     import regraft
+    from regraft.graft.save import load_plan as load_grafts
 
     plan = plan_beside(path)
     if not plan.is_file() and not path.is_dir():
@@ -272,3 +274,5 @@ def _graft_again(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
         return regraft.load_plan(model, plan).state_keys, []
     except MisfitError:
         return [], [f"{plan} is the plan of another model: none of its grafts were put back"]
+    except (LossError, OptionError) as error:  # a criterion or an optimizer, which no file can hold
+        return load_grafts(model, plan).state_keys, [f"{error.what}: only the grafts were put back"]

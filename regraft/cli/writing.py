@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.cli.architectures import need
-from regraft.cli.opening import PLAN, Loaded, plan_beside
+from regraft.cli.file_view import PLAN, plan_beside
+from regraft.cli.opening import Loaded
 from regraft.cli.output import working
 from regraft.errors import FileError
 

@@ -34,22 +34,16 @@ class _RDrop:
         self.attribute = attribute
         self.terms = RDropLog()  # not `log`: Lightning puts a method of that name on every callback
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Before anything wraps the model."""
-        del trainer
+    def setup(self, _: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
             self.terms.watch(rdrop(getattr(pl_module, self.attribute), **self.options))
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Log the terms of this step."""
-        del trainer
+    def on_train_batch_end(self, _: Any, pl_module: Any, *__: Any) -> None:
         self.terms.step()
         for name, value in self.terms.means().items():
             pl_module.log(name, value)
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """A plain model again."""
-        del trainer
+    def on_fit_end(self, _: Any, pl_module: Any) -> None:
         disarm(getattr(pl_module, self.attribute))
 
 
@@ -72,27 +66,20 @@ class _Scheduled:
         self.p, self.selector, self.inputs, self.attribute = dict(p), selector, inputs, attribute
         self.schedule: Schedule | None = None
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Before anything wraps the model."""
-        del trainer
+    def setup(self, _: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
             model = getattr(pl_module, self.attribute)
             self.schedule = schedule(model, {"steps": 1, **self.p}, self.selector, self.inputs)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Take the number of steps."""
-        del pl_module
+    def on_train_start(self, trainer: Any, _: Any) -> None:
         if self.schedule is not None and "steps" not in self.p:
             self.schedule.extend(int(trainer.estimated_stepping_batches))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Set the rates of the step that begins."""
         if self.schedule is not None:
             pl_module.log("rate", self.schedule.step(to=trainer.global_step))
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leave the rates as they were."""
-        del trainer, pl_module
+    def on_fit_end(self, *_: Any) -> None:
         if self.schedule is not None:
             self.schedule.remove()
             self.schedule = None

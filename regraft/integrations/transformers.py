@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from regraft.find.selectors import read_selector
+from regraft.training.max_norm import MaxNorm, max_norm
 from regraft.training.mc import mc_eval
-from regraft.training.norm.max_norm import MaxNorm, max_norm
 from regraft.training.rdrop.layer import disarm
 from regraft.training.rdrop.rdrop import RDropLog, rdrop
 from regraft.training.rdrop.state import state_of, use_logits
@@ -43,33 +43,27 @@ class _RDrop:
         self.log = RDropLog()
 
     def on_init_end(self, *_: Any, model: Any = None, **__: Any) -> None:
-        """Graft the model before anything wraps it."""
         rdrop(model, **self.options)
 
     def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
-        """Graft it again, if it was trained before."""
         if state_of(model) is None:
             rdrop(model, **self.options)
         use_logits(model)
         self.log.watch(model)
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
-        """Note the terms of a step within an accumulation."""
         self.log.substep()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Note the terms of a step."""
         self.log.step()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
-        """Add the terms to the entry of a training loss."""
+    def on_log(self, _: Any, state: Any, *__: Any, logs: Any = None, **___: Any) -> None:
         if logs is not None and "loss" in logs:
             terms = self.log.means()
             logs.update(terms)
             state.log_history[-1].update(terms)
 
     def on_train_end(self, *_: Any, model: Any = None, **__: Any) -> None:
-        """Leave a plain model."""
         disarm(model)
 
 
@@ -92,7 +86,6 @@ class _MonteCarlo:
         self.n, self.options = n, options
 
     def on_init_end(self, *_: Any, model: Any = None, **__: Any) -> None:
-        """Graft the model before anything wraps it."""
         mc_eval(model, self.n, **self.options)
 
 
@@ -122,27 +115,22 @@ class _Scheduled:
         return self.schedule
 
     def on_init_end(self, *_: Any, model: Any = None, **__: Any) -> None:
-        """Graft the model before anything wraps it."""
         self._begin(model)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
-        """Take the number of steps, and begin again if the model was trained before."""
+    def on_train_begin(self, _: Any, state: Any, *__: Any, model: Any = None, **___: Any) -> None:
         made = self.schedule or self._begin(model)
         if "steps" not in self.p:
             made.extend(state.max_steps)
 
-    def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:  # noqa: ARG002
-        """Set the rates of the step that begins."""
+    def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         if self.schedule is not None:
             self.schedule.step(to=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
-        """Add the rate to the entry of a training loss."""
+    def on_log(self, _: Any, state: Any, *__: Any, logs: Any = None, **___: Any) -> None:
         if self.schedule is not None and logs is not None and "loss" in logs:
             logs["rate"] = state.log_history[-1]["rate"] = self.schedule.rate
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Leave the rates as they were."""
         if self.schedule is not None:
             self.schedule.remove()
             self.schedule = None
@@ -178,15 +166,9 @@ class _Limited:
         }
 
     def on_train_begin(
-        self,
-        args: Any,  # noqa: ARG002
-        state: Any,
-        *_: Any,
-        model: Any = None,
-        optimizer: Any = None,
-        **__: Any,
+        self, _: Any, state: Any, *__: Any, model: Any = None, optimizer: Any = None, **___: Any
     ) -> None:
-        """Watch the optimizer, which is there now; of a resumed run take the bounds in its checkpoint."""
+        # Watch the optimizer, which is there now; of a resumed run take the bounds in its checkpoint.
         self.held = max_norm(model, self.limits, optimizer)
         own, name = self.state(), type(self).__name__
         saved = state.stateful_callbacks.setdefault(name, own)
@@ -202,7 +184,6 @@ class _Limited:
             )
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """End it."""
         if self.held is not None:
             self.held.remove()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
-from regraft.errors import MisfitError, NoMatchError, RateError, WrongKindError
+from regraft.errors import MisfitError, NoMatchError, OptionError, RateError, WrongKindError, nearest
 from regraft.find.inspect import Inspection, inspect
 from regraft.find.selectors import Selector, read_selector
 from regraft.find.site import Site
@@ -17,12 +19,102 @@ from regraft.graft.graph_nodes import placed_grafts
 from regraft.graft.rates import Key, Rate, all_or_no_rates, claim, key_of, rates_of
 from regraft.planning.plan import plan_of
 from regraft.planning.rules import read_rules
-from regraft.training.curve import Curve, level, read_curve
+from regraft.variants.checks import check_choice, check_count
+from regraft.variants.module import check_rate
 from regraft.variants.registry import variant
 
 _NOISE = {"Dropout": "dropout", "DropPath": "droppath"}
 """For each family of ungrafted sites, the variant that sets the rate and nothing else."""
 _NO_RATE = "nothing there has a rate"
+
+
+Level = float | str
+"""A rate in [0, 1), or one relative to the site's own, `"x0.5"`."""
+
+
+SHAPES: dict[str, Callable[[float, int], float]] = {
+    "linear": lambda t, _: t,
+    "cosine": lambda t, _: (1 - math.cos(math.pi * t)) / 2,
+    "step": lambda t, stairs: math.floor(t * stairs) / stairs,
+    "early": lambda t, _: float(t >= 1),
+    "late": lambda t, _: float(t >= 1),
+    # The paper's gamma of 10 / T; the e^-10 that is left at T counts as none.
+    "curriculum": lambda t, _: 1 - math.exp(-10 * t) if t < 1 else 1.0,
+}
+"""Each maps the fraction of the steps done to the fraction of the way from start to end."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A rate over time.
+
+    Attributes:
+        start: the first rate; required by `"early"`, otherwise 0 by default.
+        end: the rate from `steps` on; 0 by default for `"early"`.
+        steps: the number of steps from start to end.
+        shape: one of `SHAPES`.
+        stairs: the number of equal jumps of `"step"`, the last of them at `steps`.
+    """
+
+    start: Level
+    end: Level
+    steps: int
+    shape: str = "linear"
+    stairs: int = 1
+
+    def ends(self, base: float) -> tuple[float, float]:
+        """The first and the last rate, of a site whose own rate is `base`."""
+        start, end = (float(x[1:]) * base if isinstance(x, str) else x for x in (self.start, self.end))
+        return start, end
+
+    def rate(self, step: int, base: float) -> float:
+        """The rate after `step` steps of a site whose own rate is `base`."""
+        start, end = self.ends(base)
+        part = SHAPES[self.shape](min(step / self.steps, 1.0), self.stairs)
+        return start if part == 0 else end if part == 1 else start + (end - start) * part
+
+
+def read_curve(given: Any) -> Curve:
+    """Read the argument `p` of `regraft.schedule`."""
+    if not isinstance(given, Mapping):
+        raise OptionError(
+            f"p={given!r} is no schedule", remedy='for example p={"start": 0.0, "end": 0.1, "steps": 1000}'
+        )
+    known = list(Curve.__dataclass_fields__)
+    for key in given:
+        if key not in known:
+            hint = f"{nearest(str(key), known)} it has {', '.join(known)}".strip()
+            raise OptionError(f"a schedule has no {key!r}", remedy=hint)
+    shape = given.get("shape", "linear")
+    check_choice("shape", shape, tuple(SHAPES))
+    needed = ["start", "steps"] if shape == "early" else ["end", "steps"]
+    missing = [key for key in needed if key not in given]
+    if missing:
+        raise OptionError(f"a schedule of shape {shape!r} needs {' and '.join(map(repr, missing))}")
+    stairs = given.get("stairs", 5 if shape == "step" else 1)
+    check_count("steps", given["steps"])
+    check_count("stairs", stairs)
+    # Early dropout is on and then off; all others start at 0.
+    start, end = _level("start", given.get("start", 0.0)), _level("end", given.get("end", 0.0))
+    return Curve(start, end, given["steps"], shape, stairs)
+
+
+def _level(name: str, value: Any) -> Level:
+    if isinstance(value, str):
+        try:
+            factor = float(value.removeprefix("x"))
+        except ValueError:
+            factor = -1.0
+        if not value.startswith("x") or not 0 <= factor < float("inf"):
+            raise OptionError(
+                f"{name}={value!r} is no rate", remedy="a number in [0, 1), or relative: 'x0.5'"
+            )
+        return value
+    try:
+        return check_rate(value)
+    except RateError as error:
+        error.where = error.where or f"{name} of the schedule"
+        raise
 
 
 class Schedule:
@@ -48,7 +140,13 @@ class Schedule:
         self.curve = curve
         self.rates = rates
         self.skipped = skipped
-        self.notes = _notes(curve, rates)
+        self.notes: list[str] = []
+        fused = sum(rate.fused for rate in rates)
+        if fused and curve.shape not in ("step", "early", "late"):
+            self.notes.append(
+                f"{fused} of {len(rates)} rates are of torch's own kernels: under torch.compile each new "
+                "value compiles anew; 'shape': 'step' has few values"
+            )
         self.steps_done = 0
         self._grafts = grafts
         self._write()
@@ -80,13 +178,13 @@ class Schedule:
     def extend(self, steps: int) -> None:
         """Reach the end after `steps` steps instead."""
         self._require_all()
-        self.curve = read_curve({**self.curve.to_dict(), "steps": steps})
+        self.curve = read_curve({**asdict(self.curve), "steps": steps})
         self._write()
 
     def state_dict(self) -> dict[str, Any]:
         """The step, the curve and each site's own rate: what a checkpoint keeps, as plain JSON values."""
         bases = [[rate.path, rate.op, rate.base] for rate in self.rates]
-        return {"steps_done": self.steps_done, "curve": self.curve.to_dict(), "bases": bases}
+        return {"steps_done": self.steps_done, "curve": asdict(self.curve), "bases": bases}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where the schedule of that state was, from the rates that its sites had of their own.
@@ -144,6 +242,40 @@ class Schedule:
         with lock_of(self._root), all_or_no_rates(placed):
             for rate in self.rates:
                 rate.set(self.curve.rate(self.steps_done, rate.base))
+        state = {"steps_done": self.steps_done, "curve": asdict(self.curve)}
+        for rate in self.rates:
+            if rate.in_place:
+                rate.graft.schedule |= {"state": state, "site": [rate.path, rate.op]}
+
+
+def schedules_on(root: nn.Module) -> list[dict[str, Any]] | None:
+    """The states of the schedules that set rates of a model; None without any."""
+    states: dict[str, dict[str, Any]] = {}
+    for _, _, graft in placed_grafts(named_modules(root)):
+        if "state" in graft.schedule:
+            entry = graft.schedule
+            state = states.setdefault(entry["owner"], {**entry["state"], "bases": [], "temporary": []})
+            state["bases"].append([*entry["site"], entry["base"]])
+            if entry["temporary"]:
+                state["temporary"].append(entry["site"])
+    return list(states.values()) or None
+
+
+def restore_schedule(model: nn.Module, saved: Mapping[str, Any]) -> Schedule:
+    """The schedule whose state `schedules_on` gave, on a model that has its grafts again."""
+    state = {key: value for key, value in saved.items() if key != "temporary"}
+    sites = {(path, op) for path, op, _ in state["bases"]}
+    result = schedule(model, state["curve"], lambda site: (site.path, site.op) in sites)
+    try:
+        result.load_state_dict(state)
+    except BaseException:
+        result.remove()
+        raise
+    for rate in result.rates:
+        if [rate.path, rate.op] in saved["temporary"]:  # a graft that goes with its schedule
+            rate.graft.schedule["temporary"], rate.graft.holders = True, 1
+            result._grafts.append((rate.module, rate.slot, rate.graft))
+    return result
 
 
 @one_at_a_time
@@ -200,7 +332,7 @@ def schedule(model: nn.Module, p: Mapping[str, Any], selector: Any = None, input
     inspection = inspect(model, inputs)
     wanted = None if selector is None else read_selector(selector)
     sites = _selected(inspection, wanted)
-    bare = {key_of(site) for site in sites.values() if site.variant is None and site.family in _NOISE}
+    bare = {key: site.family for key, site in sites.items() if site.variant is None and site.family in _NOISE}
     grafts: list[Step] = []
     placed = [(named.module, graft) for named, _, graft in placed_grafts(named_modules(inspection.root))]
     try:
@@ -234,20 +366,19 @@ def _selected(inspection: Inspection, selector: Selector | None) -> dict[Key, Si
     return {key_of(site): site for site in selected}
 
 
-def _graft(model: nn.Module, inspection: Inspection, bare: set[Key], grafts: list[Step]) -> dict[str, str]:
+def _graft(
+    model: nn.Module, inspection: Inspection, bare: dict[Key, str], grafts: list[Step]
+) -> dict[str, str]:
     """Graft the sites that have no graft yet, with the variant that only sets their rate; what is skipped."""
-    if not bare:
+
+    def in_family(name: str) -> Any:
+        return lambda site: bare.get(key_of(site)) == name
+
+    families = [name for name in _NOISE if name in bare.values()]
+    if not families:
         return {}
-
-    def family(name: str) -> Any:
-        return lambda site: key_of(site) in bare and site.family == name
-
-    pairs = [
-        (family(name), variant(value, p=0.1))
-        for name, value in _NOISE.items()
-        if any(key_of(site) in bare and site.family == name for site in inspection.sites)
-    ]
-    report = graft_rules(model, plan_of(inspection, read_rules(pairs)), temporary=grafts)
+    rules = read_rules([(in_family(name), variant(_NOISE[name], p=0.1)) for name in families])
+    report = graft_rules(model, plan_of(inspection, rules), temporary=grafts)
     return {skip.path: skip.reason for skip in report.skipped}
 
 
@@ -260,24 +391,12 @@ def _check(
             next(iter(skipped.values()), None) or "a rate is what dropouts and grafts have, by regraft.apply"
         )
         raise WrongKindError(f"none of {len(sites)} selected sites has a rate", where=where, remedy=why)
-    for rate in rates:
-        highest = max(level(curve.start, rate.base), level(curve.end, rate.base))
-        if highest >= 1:
-            raise RateError(
-                f"the rate would be {highest:g}, not in [0, 1)", where=f"{where} at {rate.path!r}"
-            )
-    if all(level(curve.start, rate.base) == level(curve.end, rate.base) for rate in rates):
+    ends = [(rate.path, curve.ends(rate.base)) for rate in rates]
+    for path, levels in ends:
+        if max(levels) >= 1:
+            raise RateError(f"the rate would be {max(levels):g}, not in [0, 1)", where=f"{where} at {path!r}")
+    if all(start == end for _, (start, end) in ends):
         base = " (relative to 0 is 0)" if isinstance(curve.end, str) else ""
         raise RateError(
             f"the schedule goes from {curve.start} to {curve.end}{base}: no rate changes", where=where
         )
-
-
-def _notes(curve: Curve, rates: list[Rate]) -> list[str]:
-    fused = sum(rate.fused for rate in rates)
-    if not fused or curve.shape in ("step", "early", "late"):
-        return []
-    return [
-        f"{fused} of {len(rates)} rates are of torch's own kernels: under torch.compile each new value "
-        "compiles anew; 'shape': 'step' has few values"
-    ]

@@ -227,6 +227,8 @@ LABELLED = {
     "tokens": (lambda: small("BertForTokenClassification", num_labels=5), lambda: tokens() % 5),
     "regression": (lambda: bert(num_labels=1), lambda: torch.randn(4)),
     "several labels": (lambda: bert(num_labels=3), lambda: torch.randint(0, 2, (4, 3)).float()),
+    # Rows with a single 1 can mean two things: the model says which, once it has seen labels.
+    "one of several": (lambda: bert(num_labels=3), lambda: F.one_hot(torch.tensor([0, 2, 1, 1]), 3).float()),
     "choice": (lambda: small("BertForMultipleChoice"), lambda: Y[:2]),
     "weighted": (Weighted, lambda: Y),
     "experts": (

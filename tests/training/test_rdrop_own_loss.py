@@ -1,5 +1,7 @@
 """What a model's own loss is, is shown and not guessed: cases in which a first batch would mislead."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -171,6 +173,32 @@ def test_names_decide_nothing():
         model = regraft.rdrop(cls(loss).train(), inputs={"input_ids": IDS})
         model(IDS, labels=IDS)
         assert state_of(model).own.shift == shift
+
+
+@pytest.mark.parametrize("loss", [weighted, with_penalty, shifted, summed])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("passes", [2, 3])
+def test_the_models_cross_entropy_of_large_logits_is_taken_in_chunks(monkeypatch, loss, dtype, passes):
+    """The same loss and the same gradients; what it saves is measured by `benchmarks/passes.py`."""
+    results = []
+    for size in (2**22, 30):
+        monkeypatch.setattr("regraft.training.rdrop.rdrop_loss.CHUNK_ELEMENTS", size)
+        torch.manual_seed(0)
+        model = Language(lambda m, logits, labels: loss(m, logits.float(), labels)).to(dtype).train()
+        options = {"alpha": 0.7, "loss": "loss", "strategy": "loop", "shift": loss is shifted}
+        regraft.rdrop(model, passes=passes, inputs={"input_ids": IDS}, **options)
+        labels = IDS.masked_fill(IDS % 3 == 0, -100)
+        for _ in range(2):
+            model.zero_grad()
+            torch.manual_seed(1)
+            outputs = model(IDS, labels=labels)
+            outputs["loss"].backward()
+        results.append([outputs["loss"].detach(), *(p.grad for p in model.parameters())])
+        logits, outputs = weakref.ref(outputs["logits"]), None
+        assert logits() is None, "no cycle holds a step's logits"
+    tolerance = {torch.float64: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+    assert results[0][1].abs().sum() > 0
 
 
 def compiled_twice(model, **batch):

@@ -34,11 +34,7 @@ def part(outputs: Any, key: Key) -> Any:
 
 
 def logits_in(outputs: Any, key: Key | None, *, labelled: bool, where: str = "") -> Tensor:
-    """The tensor of logits; by default the one called logits, or a tuple's first (behind the loss).
-
-    Raises:
-        LossError: there is none.
-    """
+    """The tensor of logits; by default the one called logits, or a tuple's first (behind the loss)."""
     if isinstance(outputs, Tensor):
         found: Any = outputs
     elif key is not None:
@@ -77,10 +73,9 @@ def with_loss(outputs: Any, loss: Tensor, key: Key | None, *, labelled: bool) ->
         if fields is not None:
             named: Any = outputs
             return named._replace(**{fields[key] if isinstance(key, int) else key or "loss": loss})
-        at = (0 if labelled else None) if key is None else int(key)
-        if at is None:
+        if key is None and not labelled:
             return (loss, *outputs)
-        at %= len(outputs)
+        at = int(key or 0) % len(outputs)
         return type(outputs)((*outputs[:at], loss, *outputs[at + 1 :]))
     if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
         return dataclasses.replace(outputs, **{str(key or "loss"): loss})
@@ -88,26 +83,16 @@ def with_loss(outputs: Any, loss: Tensor, key: Key | None, *, labelled: bool) ->
 
 
 def named_call(forward: Callable[..., Any], call: Call) -> Call:
-    """The same call with its arguments by name, as far as they have one."""
+    """The same call with its arguments by name, if all of them have one."""
     args, kwargs = call
-    if not args:
+    parameters = list(inspect.signature(forward).parameters.values())[: len(args)]
+    if len(parameters) < len(args) or any(each.kind is not each.POSITIONAL_OR_KEYWORD for each in parameters):
         return call
-    parameters = list(inspect.signature(forward).parameters.values())
-    kinds = [parameter.kind for parameter in parameters[: len(args)]]
-    if len(kinds) < len(args) or inspect.Parameter.VAR_POSITIONAL in kinds:
-        return call
-    if inspect.Parameter.POSITIONAL_ONLY in kinds:
-        return call
-    named = dict(zip([parameter.name for parameter in parameters], args, strict=False))
-    return (), {**named, **kwargs}
+    return (), {**{each.name: value for each, value in zip(parameters, args, strict=True)}, **kwargs}
 
 
 def argument_name(forward: Callable[..., Any], key: Key) -> str:
-    """The name of a parameter of `forward`, given by name or by position.
-
-    Raises:
-        InputsError: it has no such parameter.
-    """
+    """The name of a parameter of `forward`, given by name or by position."""
     parameters = inspect.signature(forward).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     names = list(parameters)

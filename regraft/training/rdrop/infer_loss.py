@@ -8,7 +8,7 @@ are differs from one of labels shifted by a position, and what agrees by chance 
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,9 +75,7 @@ def disagreement(
         trial = _Trial(model, forward, call, options)
         value, logits = trial.forward(trial.labels, trial.items)
         plain = trial.plain(logits, trial.labels, own.shift, trial.items if own.items else None)
-        return (
-            None if plain is not None and _equal(value, plain) else f"{_number(value)}, not {_number(plain)}"
-        )
+    return None if _equal(value, plain) else f"{_number(value)}, not {_number(plain)}"
 
 
 class _Trial:
@@ -88,22 +86,29 @@ class _Trial:
         self.args, kwargs = call
         self.name = str(options.labels)
         self.labels: Tensor = kwargs[self.name]
+        self.ignored = self.labels == options.ignore_index
         self.items = kwargs.get("num_items_in_batch")
         self.kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
         self.where = type(model).__name__
+        self.disturb = _Disturbed()
+
+    @property
+    def task(self) -> str | None:
+        """What the options say, or the model, once a labelled forward has shown it."""
+        return self.options.task or problem_of(self.model)
 
     def run(self) -> OwnLoss | None:
-        labels, ignored = self.labels, self.labels == self.options.ignore_index
-        if bool(ignored.all()):
+        if bool(self.ignored.all()):
             return None
-        disturb = _Disturbed()
-        _, logits = self.forward(labels, mode=disturb)
-        disturb.target = disturb.made.get(id(logits))
-        items = self._uses_items()
-        plain, shift, why = self._show_plain(logits, ignored, disturb, self.items if items else None)
-        if plain and not _runs_without_labels(self, logits):
-            plain, why = False, "its logits are others when it has no labels"
-        if not plain and self.options.label_smoothing:
+        _, logits = self.forward(self.labels, disturbed=True)
+        self.disturb.target = self.disturb.made.get(id(logits))
+        items = None
+        if self.items is not None:
+            items = not _equal(*(self.forward(self.labels, times * self.items)[0] for times in (1, 2)))
+        shift, why = self._show_plain(logits, self.items if items else None)
+        if not why and not self._runs_without_labels(logits):
+            why = "its logits are others when it has no labels"
+        if why and self.options.label_smoothing:
             raise LossError(
                 f"label_smoothing is of the plain cross-entropy, and {self.where}'s own loss is not: {why}",
                 remedy="give the whole loss: regraft.rdrop(model, criterion=...)",
@@ -111,20 +116,15 @@ class _Trial:
         if shift is None:
             shift = self.options.shift
         if shift is None and self.options.alpha and self._has_time(logits):
-            shift = self._show_shift(logits, ignored, disturb)
-        return OwnLoss(plain, bool(shift), items, why)
+            shift = self._show_shift(logits)
+        return OwnLoss(not why, bool(shift), items, why)
 
-    def forward(
-        self, labels: Tensor, items: Any = None, *, mode: TorchFunctionMode | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, labels: Tensor, items: Any = None, *, disturbed: bool = False) -> tuple[Tensor, Tensor]:
         """The model's own loss and its logits."""
         kwargs = {**self.kwargs, self.name: labels}
         if items is not None:
             kwargs["num_items_in_batch"] = items
-        with ExitStack() as stack:
-            stack.enter_context(random_state_kept())
-            if mode is not None:
-                stack.enter_context(mode)
+        with random_state_kept(), self.disturb if disturbed else nullcontext():
             outputs = self.run_forward(*self.args, **kwargs)
         own = loss_in(outputs, self.options.loss)
         if own is None:
@@ -139,92 +139,86 @@ class _Trial:
 
     def plain(self, logits: Tensor, labels: Tensor, shift: bool, items: Any = None) -> Tensor | None:
         """The plain loss of these logits and labels; None where there is none."""
-        task = self.options.task or problem_of(self.model)
-        options = replace(
-            self.options, alpha=0.0, ce="mean", shift=shift, task=task, label_smoothing=0.0, reduction="sum"
-        )
+        plain = {"alpha": 0.0, "ce": "mean", "label_smoothing": 0.0, "reduction": "sum"}
+        options = replace(self.options, shift=shift, task=self.task, **plain)  # type: ignore[arg-type]
         try:
             return rdrop_terms(logits[None], labels.to(logits.device), options, items=items).task
         except LossError:
             return None
 
-    def _show_plain(
-        self, logits: Tensor, ignored: Tensor, disturb: _Disturbed, items: Any
-    ) -> tuple[bool, bool | None, str]:
-        """Whether the loss is plain, the alignment with which it is, and else why it is not."""
+    def _show_plain(self, logits: Tensor, items: Any) -> tuple[bool | None, str]:
+        """The alignment with which the loss is plain, and what speaks against its being plain."""
         if self.options.loss is not None:
-            return False, None, "loss= says that the model's own is used"
-        if disturb.target is None:
-            return False, None, "its logits could not be disturbed"
+            return None, "loss= says that the model's own is used"
+        if self.disturb.target is None:
+            return None, "its logits could not be disturbed"
         try:
-            task = self.options.task or problem_of(self.model) or self._task(logits)
+            task = self.task or infer_task(logits[None], self.labels, self.options.ignore_index)
         except LossError:
-            return False, None, "its labels can mean several tasks"
-        sets = _label_sets(task, self.labels, ignored, logits.shape[-1])
-        most = _MOST_LOOKS_FOR_SMOOTHING if self.options.label_smoothing else _MOST_LOOKS
-        if len(sets) > most:
-            return False, None, f"showing each of {logits.shape[-1]} classes takes {len(sets)} forwards"
+            return None, "its labels can mean several tasks"
+        classes = logits.shape[-1]
+        sets = _label_sets(task, self.labels, self.ignored, classes)
+        if len(sets) > (_MOST_LOOKS_FOR_SMOOTHING if self.options.label_smoothing else _MOST_LOOKS):
+            return None, f"showing each of {classes} classes takes {len(sets)} forwards"
         shifts = [False, True] if self._has_time(logits) else [False]
         if self.options.shift is not None:
             shifts = [self.options.shift]
         told_apart = len(shifts) == 1
         for labels in sets:
-            disturb.add = _noise(logits)
-            value, seen = self.forward(labels, mode=disturb)
+            self.disturb.add = _noise(logits)
+            value, seen = self.forward(labels, disturbed=True)
             if torch.equal(seen, logits):
-                return False, None, "its logits could not be disturbed"
+                return None, "its logits could not be disturbed"
             values = {shift: self.plain(seen, labels, shift) for shift in shifts}
             if len(values) == 2 and not _equal(*values.values()):
                 told_apart = True
-            shifts = [shift for shift, plain in values.items() if plain is not None and _equal(value, plain)]
+            shifts = [shift for shift, plain in values.items() if _equal(value, plain)]
             if not shifts:
-                return (
-                    False,
-                    None,
-                    f"it is {_number(value)} where the plain one is "
-                    + " or ".join(map(_number, values.values())),
-                )
+                listed = " or ".join(map(_number, values.values()))
+                return None, f"it is {_number(value)} where the plain one is {listed}"
         if not told_apart or len(shifts) != 1:
-            return False, None, "labels as they are and shifted ones give the same loss"
+            return None, "labels as they are and shifted ones give the same loss"
         value, seen = self.forward(self.labels, self.items)
         plain = self.plain(seen, self.labels, shifts[0], items)
-        if plain is None or not _equal(value, plain):
-            return False, shifts[0], f"it is {_number(value)} where the plain one is {_number(plain)}"
-        return True, shifts[0], ""
+        same = _equal(value, plain)
+        return shifts[0], "" if same else f"it is {_number(value)} where the plain one is {_number(plain)}"
 
-    def _uses_items(self) -> bool | None:
-        if self.items is None:
-            return None
-        values = [self.forward(self.labels, times * self.items)[0] for times in (1, 2)]
-        return not _equal(*values)
-
-    def _task(self, logits: Tensor) -> str:
-        return infer_task(logits[None], self.labels, self.options.ignore_index)
+    def _runs_without_labels(self, logits: Tensor) -> bool:
+        """Whether the model gives the same logits when it is given no labels."""
+        kwargs = without_labels(self.model, self.kwargs, self.name)
+        try:
+            with random_state_kept():
+                outputs = self.run_forward(*self.args, **kwargs)
+            seen = logits_in(outputs, self.options.logits, labelled=False)  # type: ignore[arg-type]
+        except Exception:
+            return False
+        same = seen.shape == logits.shape
+        return same and torch.allclose(seen, logits, rtol=1e-3, atol=1e-3, equal_nan=True)
 
     def _has_time(self, logits: Tensor) -> bool:
         integers = not self.labels.is_floating_point() and self.labels.dim() > 1
         return integers and self.labels.shape == logits.shape[:-1] and self.labels.shape[-1] > 1
 
-    def _show_shift(self, logits: Tensor, ignored: Tensor, disturb: _Disturbed) -> bool:
+    def _show_shift(self, logits: Tensor) -> bool:
         """Which logits a label depends on: those of its own position, or of the one before.
 
         The last label of a row that counts belongs to no later logits, so that disturbing the logits at its
         own position changes an aligned loss and no shifted one.
         """
-        row = int((~ignored).flatten(0, -2).sum(-1).argmax())
-        last = int((~ignored).flatten(0, -2)[row].nonzero()[-1])
-        if disturb.target is not None and last > 0:
-            changes = []
-            disturb.add = torch.zeros_like(logits)
-            before, _ = self.forward(self.labels, mode=disturb)
-            for position in (last, last - 1):
-                add = torch.zeros_like(logits)
-                add.flatten(0, -3)[row, position] = _noise(add.flatten(0, -3)[row, position]) * 5
-                disturb.add = add
-                value, _ = self.forward(self.labels, mode=disturb)
-                changes.append(not torch.equal(value, before))
-            if changes[0] or changes[1]:
-                return not changes[0]
+        kept = (~self.ignored).flatten(0, -2)
+        row = int(kept.sum(-1).argmax())
+        last = int(kept[row].nonzero()[-1])
+        if self.disturb.target is not None and last > 0:
+            losses = []
+            for position in (None, last, last - 1):
+                self.disturb.add = torch.zeros_like(logits)
+                if position is not None:
+                    place = self.disturb.add.flatten(0, -3)[row, position]
+                    place.copy_(5 * _noise(place))
+                losses.append(self.forward(self.labels, disturbed=True)[0])
+            aligned, shifted = (not torch.equal(loss, losses[0]) for loss in losses[1:])
+            if aligned or shifted:
+                return not aligned
         raise LossError(
             f"it cannot be seen which label a position of {self.where} predicts",
             where=f"{self.where}.forward",
@@ -292,7 +286,7 @@ def _noise(like: Tensor) -> Tensor:
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
-        return a is b
+        return False
     # A loss computed in half precision is off by more than its rounding: it sums many terms.
     half = a.dtype in (torch.float16, torch.bfloat16)
     tolerance = 2e-2 if half else 2e-5
@@ -301,18 +295,6 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _number(value: Tensor | None) -> str:
     return "undefined" if value is None else f"{value.item():.6g}"
-
-
-def _runs_without_labels(trial: _Trial, logits: Tensor) -> bool:
-    """Whether the model gives the same logits when it is given no labels."""
-    kwargs = without_labels(trial.model, trial.kwargs, trial.name)
-    try:
-        with random_state_kept():
-            outputs = trial.run_forward(*trial.args, **kwargs)
-        seen = logits_in(outputs, trial.options.logits, labelled=False)  # type: ignore[arg-type]
-    except Exception:
-        return False
-    return seen.shape == logits.shape and torch.allclose(seen, logits, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def without_labels(model: nn.Module, kwargs: dict[str, Any], name: str = "labels") -> dict[str, Any]:

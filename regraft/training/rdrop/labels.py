@@ -13,18 +13,20 @@ from regraft.training.rdrop.options import RDropOptions
 def validate(
     logits: Tensor, labels: Tensor, options: RDropOptions, weight: Tensor | None = None
 ) -> tuple[str, Tensor, Tensor]:
-    """The task, and logits and labels in the shapes that its terms take.
-
-    Raises:
-        LossError: they fit no task, or the options do not fit theirs.
-    """
+    """The task, and logits and labels in the shapes that its terms take."""
     _check_tensors(logits, labels, options.alpha)
-    logits = _classes_last(logits, labels, options)
+    axis = options.class_axis
+    if axis is not None and options.task not in ("multilabel", "regression"):
+        if not -logits.dim() < axis < logits.dim() - 1:
+            raise LossError(f"class_axis={axis}, and a pass has {logits.dim() - 1} axes")
+        logits = classes_last(logits, axis)
     if options.shift:
         labels = _shifted(logits, labels, options.ignore_index)
     task = options.task or infer_task(logits, labels, options.ignore_index)
-    fit = {"classification": _fit_classes, "multilabel": _fit_columns, "regression": _fit_values}[task]
-    logits, labels = fit(logits, labels, options.ignore_index)
+    if task == "classification":
+        labels = _check_classes(logits, labels, options.ignore_index)
+    else:
+        logits, labels = _check_values(logits, labels, options.ignore_index, task)
     if task != "classification" and options.label_smoothing:
         raise LossError(f"label_smoothing is for classification, this is {task}", remedy="leave it at 0")
     if task == "regression" and weight is not None:
@@ -33,6 +35,11 @@ def validate(
         columns = "classes" if task == "classification" else "labels"
         raise LossError(f"weight of shape {tuple(weight.shape)}, for {logits.shape[-1]} {columns}")
     return task, logits, labels
+
+
+def classes_last(logits: Tensor, axis: int) -> Tensor:
+    """Logits of all passes with the classes, on this axis of one pass, behind the others."""
+    return logits.movedim(axis + 1 if axis >= 0 else axis, -1)
 
 
 def _check_tensors(logits: Tensor, labels: Tensor, alpha: float) -> None:
@@ -56,16 +63,6 @@ def _check_tensors(logits: Tensor, labels: Tensor, alpha: float) -> None:
         )
 
 
-def _classes_last(logits: Tensor, labels: Tensor, options: RDropOptions) -> Tensor:
-    """`class_axis` is of one pass: axis 1 is (batch, classes, ...), as in torch's own losses."""
-    if options.class_axis is None or options.task in ("multilabel", "regression"):
-        return logits
-    if not -logits.dim() < options.class_axis < logits.dim() - 1:
-        raise LossError(f"class_axis={options.class_axis}, and a pass has {logits.dim() - 1} axes")
-    axis = options.class_axis
-    return logits.movedim(axis + 1 if axis >= 0 else axis, -1)
-
-
 def _shifted(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     # The labels move and the logits stay, which for a language model are the largest tensor there is.
     if logits.dim() < 4 or labels.dim() < 2 or labels.is_floating_point():
@@ -77,11 +74,7 @@ def _shifted(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def infer_task(logits: Tensor, labels: Tensor, ignore_index: int) -> str:
-    """The task that the labels mean.
-
-    Raises:
-        LossError: they can mean several.
-    """
+    """The task that the labels mean; a `LossError` if they can mean several."""
     alike = labels.shape == logits.shape[1:] and logits.dim() > 2 and logits.shape[-1] > 1
     if labels.dtype == torch.bool and alike:
         return "multilabel"
@@ -113,68 +106,44 @@ def _ambiguous(what: str) -> LossError:
     )
 
 
-def _fit_classes(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _check_classes(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     soft = labels.is_floating_point()
     classes = logits.shape[-1]
     wanted = logits.shape[1:] if soft else logits.shape[1:-1]
     if labels.shape != wanted or logits.dim() < 3:
+        remedy = "logits are (passes, batch, ..., classes), labels (batch, ...)"
+        if labels.shape == logits.shape[1:]:
+            remedy = 'for several labels at once labels.float() (task="multilabel"); for classes '
+            remedy += "labels.argmax(-1)"
+        elif labels.dim() > 1 and labels.shape == (*logits.shape[1:2], *logits.shape[3:]):
+            remedy = "the classes are on axis 1: class_axis=1"
         raise LossError(
             f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}",
             where=f"classification of {classes} classes: labels {tuple(wanted)}",
-            remedy=_reshape_remedy(logits, labels),
+            remedy=remedy,
         )
     if classes == 1:
         raise LossError(
             "there is one class, whose loss is always 0",
             remedy='with labels.float(): for regression task="regression", for yes or no task="multilabel"',
         )
-    if not soft and _readable(labels):
-        labelled = labels[labels != ignore_index]
-        if labelled.numel() and not (labelled.min() >= 0 and labelled.max() < classes):
-            raise LossError(
-                f"labels from {labelled.min().item()} to {labelled.max().item()}, for {classes} classes",
-                remedy=f"classes are 0 to {classes - 1}, positions to ignore {ignore_index}",
-            )
-    return logits, labels if soft else labels.long()
+    if soft:
+        return labels
+    low, high = _range(labels, ignore_index)
+    if low < 0 or high >= classes:
+        raise LossError(
+            f"labels from {low:g} to {high:g}, for {classes} classes",
+            remedy=f"classes are 0 to {classes - 1}, positions to ignore {ignore_index}",
+        )
+    return labels.long()
 
 
-def _reshape_remedy(logits: Tensor, labels: Tensor) -> str:
-    if labels.shape == logits.shape[1:]:
-        return 'for several labels at once labels.float() (task="multilabel"); for classes labels.argmax(-1)'
-    if labels.dim() > 1 and labels.shape == (*logits.shape[1:2], *logits.shape[3:]):
-        return "the classes are on axis 1: class_axis=1"
-    return "logits are (passes, batch, ..., classes), labels (batch, ...)"
-
-
-def _fit_columns(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    logits, labels = _without_last_axis(logits, labels)
-    _check_alike(logits, labels, "multilabel")
-    if _readable(labels):
-        given = labels[labels != ignore_index]
-        if given.numel() and not (given.min() >= 0 and given.max() <= 1):
-            raise LossError(
-                f"labels from {given.min().item():g} to {given.max().item():g}, for multi-label",
-                remedy='labels are 0 or 1; for several values at once task="regression"',
-            )
-    return logits, labels
-
-
-def _fit_values(logits: Tensor, labels: Tensor, _: int) -> tuple[Tensor, Tensor]:
-    logits, labels = _without_last_axis(logits, labels)
-    _check_alike(logits, labels, "regression")
-    return logits, labels
-
-
-def _without_last_axis(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """A single column on one side and none on the other is the same thing."""
+def _check_values(logits: Tensor, labels: Tensor, ignore_index: int, task: str) -> tuple[Tensor, Tensor]:
+    """Several labels, or values; a single column on one side and none on the other is the same thing."""
     if logits.shape[-1] == 1 and logits.dim() == labels.dim() + 2:
-        return logits.squeeze(-1), labels
-    if labels.dim() == logits.dim() and labels.shape[-1] == 1:
-        return logits, labels.squeeze(-1)
-    return logits, labels
-
-
-def _check_alike(logits: Tensor, labels: Tensor, task: str) -> None:
+        logits = logits.squeeze(-1)
+    elif labels.dim() == logits.dim() and labels.shape[-1] == 1:
+        labels = labels.squeeze(-1)
     if labels.shape != logits.shape[1:]:
         raise LossError(
             f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}",
@@ -182,10 +151,20 @@ def _check_alike(logits: Tensor, labels: Tensor, task: str) -> None:
             remedy="reshape them (a broadcast would compare every sample with every other); class "
             "indices are integers: labels.long()",
         )
+    low, high = _range(labels, ignore_index) if task == "multilabel" else (0, 1)
+    if low < 0 or high > 1:
+        raise LossError(
+            f"labels from {low:g} to {high:g}, for multi-label",
+            remedy='labels are 0 or 1; for several values at once task="regression"',
+        )
+    return logits, labels
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Whether looking at a value costs nothing: no GPU to wait for, no graph being recorded."""
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.device.type != "cpu":
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+def _range(labels: Tensor, ignore_index: int) -> tuple[float, float]:
+    """The least and the largest label; (0, 0) where to look costs a wait, or a graph is being recorded."""
+    if torch.compiler.is_compiling() or type(labels) is not Tensor or labels.device.type != "cpu":
+        return 0, 0
+    if torch._C._functorch.is_functorch_wrapped_tensor(labels):
+        return 0, 0
+    given = labels[labels != ignore_index]
+    return (given.min().item(), given.max().item()) if given.numel() else (0, 0)

@@ -90,18 +90,15 @@ def passes_layer(base: type[nn.Module]) -> Namespace:
 
 
 def _not_reached(model: nn.Module) -> ModelError:
-    name = type(model).__name__
+    function = model.__dict__.get("forward")
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    home = f"{code.co_filename}:{code.co_firstlineno}" if code is not None else type(function).__name__
     return ModelError(
-        f"{name} is grafted with R-Drop, and this training forward did not reach it",
-        where=f"a forward stands on the model itself, {_home_of(model.__dict__.get('forward'))}",
+        f"{type(model).__name__} is grafted with R-Drop, and this training forward did not reach it",
+        where=f"a forward stands on the model itself, {home}",
         remedy="regraft.revert(model) trains plain; TRL's SFTTrainer takes callbacks=[RDropCallback()] from "
         "regraft.integrations.transformers, others compute_loss_func=regraft.rdrop_criterion(model, ...)",
     )
-
-
-def _home_of(function: Any) -> str:
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else type(function).__name__
 
 
 def _is_bypassed(model: nn.Module) -> bool:

@@ -56,7 +56,7 @@ class RDropOptions:
                 "the third argument is alpha, and is a tensor here",
                 remedy="both passes go into one tensor: rdrop_loss(torch.stack([first, second]), labels)",
             )
-        if not isinstance(alpha, (int, float)) or not (alpha >= 0 and math.isfinite(alpha)):
+        if not isinstance(alpha, (int, float)) or not 0 <= alpha < math.inf:
             raise RateError(f"alpha={alpha!r} is not a number of 0 or more")
         if isinstance(passes, bool) or not isinstance(passes, int) or passes < (2 if alpha else 1):
             raise RateError(f"passes={passes!r} is too few", remedy="R-Drop compares 2 or more")
@@ -65,7 +65,7 @@ class RDropOptions:
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value not in known:
-                texts = [choice for choice in known if choice is not None]
+                texts = list(filter(None, known))
                 listed = " or ".join(map(repr, texts))
                 raise LossError(f"{name}={value!r} is not {listed}", remedy=nearest(str(value), texts))
         check_strategy(self.strategy)
@@ -105,11 +105,7 @@ class RDropOptions:
     def from_dict(
         cls, values: Mapping[str, Any], criterion: Callable[..., Any] | None = None
     ) -> RDropOptions:
-        """The options that `to_dict` wrote.
-
-        Raises:
-            LossError: an unknown name, or options with a criterion, and none is given.
-        """
+        """The options that `to_dict` wrote."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:

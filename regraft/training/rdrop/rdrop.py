@@ -1,4 +1,4 @@
-"""`regraft.rdrop`: a model that trains with R-Drop by itself, whatever trains it."""
+"""`regraft.rdrop` and `regraft.rdrop_criterion`: a model that trains with R-Drop, whatever trains it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.errors import ModelError
+from regraft.errors import LossError, ModelError
 from regraft.find.inspect import inspect as inspect_sites
 from regraft.find.walk import inner_model, one_at_a_time
+from regraft.training.rdrop.criterion import RDropCriterion
 from regraft.training.rdrop.fields import argument_name
 from regraft.training.rdrop.layer import arm
 from regraft.training.rdrop.options import Key, RDropOptions
 from regraft.training.rdrop.rdrop_loss import RDropTerms
-from regraft.training.rdrop.state import RDrop, learn_from, state_of
+from regraft.training.rdrop.state import RDrop, data_parallel, learn_from, state_of
 
 
 def rdrop(
@@ -72,8 +73,8 @@ def rdrop(
         label_smoothing: of a plain cross-entropy. Trainer's own `label_smoothing_factor` will do as well:
             its loss is then computed from each pass.
         ignore_index: positions with this label count in neither term.
-        class_axis: of one pass, see `regraft.rdrop_loss`.
         consistency: "all" lets positions without a label count in the KL.
+        class_axis: of one pass, see `regraft.rdrop_loss`.
         strategy: of the passes, see `regraft.stochastic_passes`.
         chunk: of the passes, likewise.
         fork: of the passes, likewise.
@@ -105,6 +106,84 @@ def rdrop(
         torch.Size([2, 3])
     """
     return graft_rdrop(model, RDropOptions.of(locals()), inputs)
+
+
+def rdrop_criterion(
+    model: nn.Module,
+    criterion: Callable[..., Any],
+    alpha: float = 1.0,
+    passes: int = 2,
+    *,
+    logits: Key | None = None,
+    task: str | None = None,
+    ce: str = "mean",
+    reduction: str = "batchmean",
+    shift: bool = False,
+    ignore_index: int = -100,
+    class_axis: int | None = None,
+    consistency: str = "labelled",
+    strategy: str = "auto",
+    chunk: int | None = None,
+    fork: str | float | None = None,
+    inputs: Any = None,
+) -> RDropCriterion:
+    """A criterion with which a loop trains by R-Drop: `loss = criterion(model(x), y)` stays as it is.
+
+    In training the model makes several passes and returns the first, in its ordinary type and shape. The
+    criterion fetches the others, averages the losses of all and adds alpha * the KL. In eval, and without
+    gradients, both are what they were. `regraft.revert(model)` undoes it.
+
+    What the criterion is given must be what the model returned, or a part of it, at most reshaped or cast;
+    anything else belongs into the criterion: `lambda outputs, y: loss(outputs.float().log_softmax(-1), y)`.
+
+    Args:
+        model: as it is trained; DDP and compiled wrappers are looked into.
+        criterion: the loss of one pass, from the model's outputs and whatever else it takes. Those of torch
+            and timm are read: what the logits mean, their class axis, and which labels they ignore.
+        alpha: weight of the KL between the passes.
+        passes: how many.
+        logits: where the model returns several tensors, the one to compare, by name or position.
+        task: what the logits mean, for any other criterion: "classification", "multilabel", "regression".
+        shift: position t predicts label t + 1.
+        ce: "mean" or "sum", see `regraft.rdrop_loss`.
+        reduction: of the KL, see `regraft.rdrop_loss`.
+        ignore_index: positions with this label do not count in the KL.
+        class_axis: of one pass.
+        consistency: "all" lets positions without a label count in the KL.
+        strategy: of the passes, see `regraft.stochastic_passes`.
+        chunk: of the passes, likewise.
+        fork: of the passes, likewise.
+        inputs: for the look at which dropouts run, see `regraft.inspect`.
+
+    Returns:
+        A module that holds `criterion`; `.terms` are the two terms of the last step. The model is not one
+        of its submodules.
+
+    Raises:
+        LossError: a criterion that is not known, without `task=`; in training, passes that were not
+            fetched before the next forward, or outputs that are not the model's.
+        ModelError: `nn.DataParallel`.
+
+    Source: Liang et al. 2021, "R-Drop: Regularized Dropout for Neural Networks".
+
+    Example:
+        >>> import regraft, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Dropout(0.1), nn.Linear(4, 3))
+        >>> criterion = regraft.rdrop_criterion(model, nn.CrossEntropyLoss(), alpha=1.0)
+        >>> loss = criterion(model(torch.ones(2, 4)), torch.tensor([0, 2]))
+        >>> loss.shape
+        torch.Size([])
+    """
+    if not callable(criterion):
+        raise LossError(
+            f"criterion is a {type(criterion).__name__}, not a function of outputs and labels",
+            remedy="criterion = rdrop_criterion(model, nn.CrossEntropyLoss()), once, before training",
+        )
+    if isinstance(model, nn.DataParallel):
+        raise data_parallel()
+    graft_rdrop(model, RDropOptions.of(locals(), outside=True), inputs)
+    return RDropCriterion(inner_model(model)[0], criterion)
 
 
 @one_at_a_time

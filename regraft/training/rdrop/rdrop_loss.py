@@ -117,10 +117,10 @@ def rdrop_terms(
     """The two terms of `rdrop_loss` apart; at alpha 0 the KL is 0 and is not computed."""
     task, logits, labels = validate(logits, labels, options, weight)
     target = _target(task, logits, labels, options, weight)
-    losses, divergence = _per_position(logits, target, loss=True, divergence=options.alpha != 0)
+    losses, apart = _per_position(logits, target)
     losses = options.ce_weight * losses
     if options.reduction == "none":
-        return RDropTerms(losses, divergence)
+        return RDropTerms(losses, apart)
     # A batch without one label is worth 0, not 0 / 0.
     count: Any = target.kept.sum().clamp(min=1)
     divisor = count if target.weights is None else target.weights.sum()
@@ -128,23 +128,33 @@ def rdrop_terms(
         count = divisor = items.to(losses.device) if isinstance(items, Tensor) else items
     elif target.weights is not None:
         divisor = divisor.where(divisor > 0, 1)
-    if options.consistency == "all":
+    if options.consistency == "all" and target.compared is not None:
         count = target.compared.sum().clamp(min=1)
-    kl = divergence.sum()
-    return RDropTerms(losses.sum() / divisor, kl if options.reduction == "sum" else kl / count)
+    return RDropTerms(
+        losses.sum() / divisor, apart.sum() if options.reduction == "sum" else apart.sum() / count
+    )
 
 
 def divergence(
-    logits: Tensor, compared: Tensor, options: RDropOptions, task: str, items: Tensor | float | None = None
+    logits: Tensor,
+    compared: Tensor,
+    options: RDropOptions,
+    task: str,
+    items: Tensor | float | None = None,
+    by: Callable[[Apart], Tensor] | None = None,
 ) -> Tensor:
-    """The KL term alone, over the positions that `compared` marks."""
+    """The KL term alone, over the positions that `compared` marks; `by` computes it for classes."""
     target = _Target(task, compared, compared)
-    _, apart = _per_position(logits, target, loss=False, divergence=True)
+    if by is None:
+        _, apart = _per_position(logits, target)
+    else:
+        flat = target.each(torch.flatten)
+        apart = by(lambda x, rows: _classes(x, flat.each(lambda values: values[rows]))[1])
     if options.reduction == "sum":
         return apart.sum()
-    if items is not None and options.consistency != "all":
-        return apart.sum() / (items.to(apart.device) if isinstance(items, Tensor) else items)
-    return apart.sum() / compared.sum().clamp(min=1)
+    if items is None or options.consistency == "all":
+        items = compared.sum().clamp(min=1)
+    return apart.sum() / (items.to(apart.device) if isinstance(items, Tensor) else items)
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,7 @@ class _Target:
     Attributes:
         task: of the logits.
         kept: positions that have a label.
-        compared: positions that count in the KL.
+        compared: positions that count in the KL, those that are kept among them; None without a KL.
         labels: class indices, class probabilities, 0 and 1, or values; None for the KL alone.
         weights: of each position's label, which the sum of the losses is divided by.
         weight: of each class or label.
@@ -163,64 +173,63 @@ class _Target:
 
     task: str
     kept: Tensor
-    compared: Tensor
+    compared: Tensor | None
     labels: Tensor | None = None
     weights: Tensor | None = None
     weight: Tensor | None = None
     smoothing: float = 0.0
 
-    def rows(self, rows: slice) -> _Target:
-        """The same for some of its positions, which are on one axis."""
-        tensors: Any = {name: getattr(self, name) for name in ("kept", "compared", "labels", "weights")}
-        return replace(self, **{name: x[rows] for name, x in tensors.items() if x is not None})
+    @property
+    def counts(self) -> Tensor:
+        """Positions that count in either term."""
+        return self.kept if self.compared is None else self.compared
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> _Target:
+        """The same with its values at each position changed."""
+        tensors = {name: getattr(self, name) for name in ("kept", "compared", "labels", "weights")}
+        changed: Any = {name: change(x) for name, x in tensors.items() if x is not None}
+        return replace(self, **changed)
 
 
 def _target(
     task: str, logits: Tensor, labels: Tensor, options: RDropOptions, weight: Tensor | None
 ) -> _Target:
-    every = torch.ones(logits.shape[1:-1] if task == "classification" else logits.shape[1:], dtype=torch.bool)
-    every = every.to(logits.device)
-    indices = not labels.is_floating_point()
-    ignores = task == "multilabel" or (task == "classification" and indices)
-    kept = labels != options.ignore_index if ignores else every
+    places = logits.shape[1:-1] if task == "classification" else logits.shape[1:]
+    every = kept = torch.ones(places, dtype=torch.bool, device=logits.device)
+    indices = task == "classification" and not labels.is_floating_point()
+    if indices or task == "multilabel":
+        kept = labels != options.ignore_index
+        labels = labels.where(kept, 0)
     if task == "multilabel":
         kept = kept & ~torch.isneginf(logits).any(0)
     compared = every if options.consistency == "all" else kept
-    labels = labels.where(kept, 0) if ignores else labels
     weights = None
     if weight is not None:
         weight = weight.to(logits.device)
-        if task == "classification" and indices:
-            weights = weight[labels].where(kept, 0)
-    return _Target(task, kept, compared, labels, weights, weight, options.label_smoothing)
+        weights = weight[labels].where(kept, 0) if indices else None
+    return _Target(
+        task, kept, compared if options.alpha else None, labels, weights, weight, options.label_smoothing
+    )
 
 
+Apart = Callable[[Tensor, slice], Tensor]
+"""The divergence at each of these positions, of the logits of all passes there."""
 Positions = tuple[Tensor, Tensor]
 """At each position: the mean of the passes' losses, and the mean divergence of the pairs of passes."""
 
 
-def _per_position(logits: Tensor, target: _Target, *, loss: bool, divergence: bool) -> Positions:
+def _per_position(logits: Tensor, target: _Target) -> Positions:
     terms = {"classification": _classes, "multilabel": _columns, "regression": _values}[target.task]
     large = target.task == "classification" and logits.numel() > 2 * CHUNK_ELEMENTS
-    transformed = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(logits)
-    if not large or transformed:
-        return terms(logits, target, loss, divergence)
+    if not large or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(logits):
+        return terms(logits, target)
     passes, *places, classes = logits.shape
-    labels = target.labels
-    soft = labels is not None and labels.is_floating_point()
-    flat = replace(
-        target,
-        kept=target.kept.flatten(),
-        compared=target.compared.flatten(),
-        labels=None if labels is None else labels.flatten(0, -2 if soft else -1),
-        weights=None if target.weights is None else target.weights.flatten(),
-    )
+    flat = target.each(lambda x: x.flatten(0, len(places) - 1))
 
     def compute(x: Tensor, rows: slice) -> Positions:
-        return terms(x, flat.rows(rows), loss, divergence)
+        return terms(x, flat.each(lambda values: values[rows]))
 
-    size = max(1, min(CHUNK_ELEMENTS, logits.numel() // _PARTS) // (passes * classes))
-    both = _InChunks.apply(logits.reshape(passes, -1, classes), compute, size)
+    both = _InChunks.apply(logits.reshape(passes, -1, classes), compute)
     return both[0].view(places), both[1].view(places)
 
 
@@ -228,32 +237,33 @@ class _InChunks(torch.autograd.Function):
     """Terms of rows of logits, some rows at a time; the backward computes each chunk again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, compute: Callable[[Tensor, slice], Positions], size: int
-    ) -> Positions:
+    def forward(ctx: Any, logits: Tensor, compute: Callable[[Tensor, slice], Positions]) -> Positions:
         ctx.save_for_backward(logits)
-        ctx.compute, ctx.size = compute, size
-        parts = [compute(logits[:, rows], rows) for rows in _chunks(logits, size)]
+        ctx.compute = compute
+        parts = [compute(logits[:, rows], rows) for rows in chunks(logits[0], len(logits))]
         first, second = zip(*parts, strict=True)
         return torch.cat(first), torch.cat(second)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for rows in _chunks(logits, ctx.size):
+        for rows in chunks(logits[0], len(logits)):
             x = logits[:, rows].detach().requires_grad_()
             with torch.enable_grad():
                 values = ctx.compute(x, rows)
             used = [(v, slope[rows]) for v, slope in zip(values, slopes, strict=True) if v.requires_grad]
             outputs, inside = zip(*used, strict=True)
             (gradient[:, rows],) = torch.autograd.grad(outputs, x, inside)
-        return gradient, None, None
+        return gradient, None
 
 
-def _chunks(logits: Tensor, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, logits.shape[1], size)]
+def chunks(logits: Tensor, passes: int) -> list[slice]:
+    """Some positions at a time, of logits (positions, classes) of so many passes."""
+    positions, classes = logits.shape
+    size = max(1, min(CHUNK_ELEMENTS, passes * logits.numel() // _PARTS) // (passes * classes))
+    return [slice(start, start + size) for start in range(0, positions, size)]
 
 
 def over_pairs(a: Tensor, b: Tensor) -> Tensor:
@@ -266,27 +276,26 @@ def over_pairs(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(0) * (2 / (len(a) - 1))
 
 
-def _classes(logits: Tensor, target: _Target, loss: bool, divergence: bool) -> Positions:
+def _classes(logits: Tensor, target: _Target) -> Positions:
     """Cross-entropy and KL over the last axis; labels are class indices, or probabilities of classes."""
     # A position that is ignored may hold anything, NaN included, and must not reach the gradient.
-    logits = logits.masked_fill(~(target.kept | target.compared).unsqueeze(-1), 0)
+    logits = logits.masked_fill(~target.counts.unsqueeze(-1), 0)
     log_p = F.log_softmax(wide(logits), dim=-1)
     # A class at -inf in any pass is masked: (0 - 0) * (-inf + inf) would be NaN, so it counts as equal.
     seen = log_p.masked_fill(torch.isneginf(log_p).any(0), 0)
     losses = apart = torch.zeros(logits.shape[1:-1], dtype=log_p.dtype, device=log_p.device)
-    if loss and target.labels is not None:
+    if target.labels is not None:
         score = _soft_loss if target.labels.is_floating_point() else _index_loss
-        losses = score(log_p, seen, target).where(target.kept, 0)
-    if divergence:
+        losses = score(log_p, seen, target, target.labels).where(target.kept, 0)
+    if target.compared is not None:
         # KL(i||j) + KL(j||i) is the sum over the classes of (p_i - p_j)(log p_i - log p_j): no term is
         # below 0, and there is nothing to cancel.
         apart = over_pairs(log_p.exp(), seen).sum(-1).div(2).where(target.compared, 0)
     return losses, apart
 
 
-def _index_loss(log_p: Tensor, seen: Tensor, target: _Target) -> Tensor:
-    assert target.labels is not None
-    index = target.labels.unsqueeze(-1).expand(*log_p.shape[:-1], 1)
+def _index_loss(log_p: Tensor, seen: Tensor, target: _Target, labels: Tensor) -> Tensor:
+    index = labels.unsqueeze(-1).expand(*log_p.shape[:-1], 1)
     loss = -log_p.gather(-1, index).squeeze(-1)
     if target.weights is not None:
         loss = loss * target.weights.to(loss)
@@ -296,9 +305,8 @@ def _index_loss(log_p: Tensor, seen: Tensor, target: _Target) -> Tensor:
     return loss.mean(0)
 
 
-def _soft_loss(_: Tensor, seen: Tensor, target: _Target) -> Tensor:
-    assert target.labels is not None
-    labels = target.labels.to(seen.dtype)
+def _soft_loss(_: Tensor, seen: Tensor, target: _Target, labels: Tensor) -> Tensor:
+    labels = labels.to(seen.dtype)
     if target.smoothing:
         labels = labels * (1 - target.smoothing) + target.smoothing / labels.shape[-1]
     if target.weight is not None:
@@ -306,30 +314,30 @@ def _soft_loss(_: Tensor, seen: Tensor, target: _Target) -> Tensor:
     return -(seen * labels).sum(-1).mean(0)
 
 
-def _columns(logits: Tensor, target: _Target, loss: bool, divergence: bool) -> Positions:
+def _columns(logits: Tensor, target: _Target) -> Positions:
     """Binary cross-entropy and Bernoulli KL for each label."""
     masked = torch.isneginf(logits).any(0)
-    x = wide(logits.masked_fill(~(target.kept | target.compared) | masked, 0))
+    x = wide(logits.masked_fill(~target.counts | masked, 0))
     losses = apart = torch.zeros(x.shape[1:], dtype=x.dtype, device=x.device)
-    if loss and target.labels is not None:
+    if target.labels is not None:
         labels = target.labels.to(x.dtype).expand_as(x)
         losses = F.binary_cross_entropy_with_logits(x, labels, reduction="none").mean(0)
         if target.weight is not None:
             losses = losses * target.weight.to(losses)
         losses = losses.where(target.kept, 0)
-    if divergence:
+    if target.compared is not None:
         # Both directions of the KL of two Bernoullis sum to the difference of rates times that of logits.
         apart = over_pairs(x.sigmoid(), x).div(2).where(target.compared, 0)
     return losses, apart
 
 
-def _values(outputs: Tensor, target: _Target, loss: bool, divergence: bool) -> Positions:
+def _values(outputs: Tensor, target: _Target) -> Positions:
     """Squared error, and the squared difference of the passes."""
     x = wide(outputs)
     losses = apart = torch.zeros(x.shape[1:], dtype=x.dtype, device=x.device)
-    if loss and target.labels is not None:
+    if target.labels is not None:
         losses = (x - target.labels.to(x.dtype)).square().mean(0)
-    if divergence:
+    if target.compared is not None:
         apart = over_pairs(x, x).where(target.compared, 0)
     return losses, apart
 

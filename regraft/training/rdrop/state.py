@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,8 +15,8 @@ from regraft.errors import LossError, ModelError
 from regraft.find.probe.preserve_state import buffers_kept, random_state_kept
 from regraft.find.walk import inner_model
 from regraft.training.passes.api import run_passes
-from regraft.training.passes.nested import leaves, mapped, pass_of
-from regraft.training.rdrop.criteria import Reading, divergence_of, read_criterion
+from regraft.training.passes.nested import pass_of
+from regraft.training.rdrop.criterion import RDropCriterion, Reading, divergence_of, read_criterion
 from regraft.training.rdrop.fields import logits_in, loss_in, named_call, with_loss
 from regraft.training.rdrop.infer_loss import (
     OwnLoss,
@@ -26,8 +28,8 @@ from regraft.training.rdrop.infer_loss import (
 from regraft.training.rdrop.labels import infer_task
 from regraft.training.rdrop.layer import Call, Forward, armed
 from regraft.training.rdrop.options import RDropOptions
+from regraft.training.rdrop.own_loss import OwnCrossEntropies, is_large
 from regraft.training.rdrop.rdrop_loss import RDropTerms, rdrop_terms
-from regraft.training.rdrop.trainers import fused_trainer, loss_of_trainer
 
 _CHECK_EVERY = 100
 """Steps after which the model's own loss is compared with the plain one again: one forward of 600."""
@@ -52,6 +54,7 @@ class RDrop:
         terms: the task's loss and the KL of the last step, for a log.
         counted: whether that step was given a count of items.
         reached: whether a forward came to it.
+        large: whether the model's logits are, as far as is known.
         kept: the first pass and all passes of a forward whose loss is not computed yet.
     """
 
@@ -67,6 +70,7 @@ class RDrop:
         self.own: OwnLoss | None = None
         self.terms: RDropTerms | None = None
         self.counted = self.reached = self.learning = False
+        self.large = True
         self.steps = 0
         self.kept: tuple[Any, Any] | None = None
 
@@ -97,7 +101,7 @@ class RDrop:
                 )
             if any(call[1].get(name) is None for name in self.labels):
                 compiling = torch.compiler.is_compiling()
-                if compiling or not self.take_over(model, *loss_of_trainer()):
+                if compiling or not self.take_over(model, *_loss_of_trainer()):
                     raise _no_labels(model, self.labels)
         if self.outside:
             return self._first_pass(model, forward, call)
@@ -166,11 +170,8 @@ class RDrop:
 
     def _outputs(self, model: nn.Module, forward: Forward, call: Call) -> Any:
         """The outputs of all passes, stacked."""
-        options = self.options
-        chunk = options.chunk or options.passes
-        return run_passes(
-            model, forward, options.passes, call, strategy=options.strategy, chunk=chunk, fork=options.fork
-        )
+        of, n = self.options, self.options.passes
+        return run_passes(model, forward, n, call, strategy=of.strategy, chunk=of.chunk or n, fork=of.fork)
 
     def _items(self, kwargs: dict[str, Any]) -> Any:
         """What the terms are divided by, where the model's own loss is too."""
@@ -194,6 +195,10 @@ class RDrop:
     def _by_own_loss(self, model: nn.Module, forward: Forward, call: Call) -> Any:
         """The model's own loss of each pass, and the KL of its logits."""
         options, kwargs = self.resolved, call[1]
+        several, passes = isinstance(options.logits, tuple), None
+        if self.large and options.alpha and not several and not torch.compiler.is_compiling():
+            passes = OwnCrossEntropies()
+            forward = passes.around(forward, options.logits)  # type: ignore[arg-type]
         outputs = self._outputs(model, forward, call)
         own = loss_in(outputs, options.loss, dims=1)
         if own is None:
@@ -206,23 +211,25 @@ class RDrop:
         if options.alpha:
             keys = options.logits if isinstance(options.logits, tuple) else (options.logits,)
             names = self.labels if len(self.labels) == len(keys) else self.labels * len(keys)
-            parts = [
-                self._divergence(model, logits_in(outputs, key, labelled=True), kwargs, name)
-                for key, name in zip(keys, names, strict=True)
-            ]
+            logits = [logits_in(outputs, key, labelled=True) for key in keys]
+            self.large = any(map(is_large, logits))
+            in_common = passes is not None and options.class_axis is None and passes.hold_the_outputs()
+            by = passes.divergence if passes is not None and in_common else None
+            parts = [self._divergence(x, kwargs, name, by) for x, name in zip(logits, names, strict=True)]
             kl = torch.stack(parts).mean()
         return with_loss(pass_of(outputs, 0), self._finish(task, kl), options.loss, labelled=True)
 
-    def _divergence(self, model: nn.Module, logits: Tensor, kwargs: dict[str, Any], name: str) -> Tensor:
+    def _divergence(self, logits: Tensor, kwargs: dict[str, Any], name: str, by: Any) -> Tensor:
         options, labels = self.resolved, kwargs[name].to(logits.device)
-        task = options.task or problem_of(model) or infer_task(logits, labels, options.ignore_index)
+        task = options.task or infer_task(logits, labels, options.ignore_index)
         if isinstance(options.logits, tuple):
             # Positions beyond the end are how question answering marks an answer that was cut off.
             labels = labels.where(labels < logits.shape[-1], options.ignore_index)
         axis = -1 if options.class_axis is None else options.class_axis
         reading = Reading(task, axis, options.ignore_index)
         mask = kwargs.get("attention_mask")
-        return divergence_of(logits, labels, reading, options, self._items(kwargs), mask)
+        by = by if task == "classification" else None
+        return divergence_of(logits, labels, reading, options, self._items(kwargs), mask, by)
 
     def _with_criterion(self, model: nn.Module, forward: Forward, call: Call, trains: bool) -> Any:
         args, kwargs = call
@@ -271,7 +278,7 @@ def use_logits(model: nn.Module) -> None:
     """Let a TRL trainer that calls this compute its loss from logits, by R-Drop."""
     root, state = inner_model(model)[0], state_of(model)
     if state is not None:
-        state.take_over(root, *fused_trainer(root))
+        state.take_over(root, *_fused_trainer(root))
 
 
 def _no_labels(model: nn.Module, names: tuple[str, ...], *, criterion: bool = False) -> LossError:
@@ -323,112 +330,42 @@ def _learn_outside(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         state.learning = False
 
 
-class RDropCriterion(nn.Module):
-    """What `rdrop_criterion` returns.
+def _loss_of_trainer() -> tuple[Any, str]:
+    """The Trainer whose `compute_loss` runs, and which of its attributes computes the loss; None without.
 
-    Args:
-        model: the model whose passes it fetches.
-        criterion: the loss of one pass.
-        strict: raise in training where the model is no longer grafted; else it is the criterion then.
-
-    Attributes:
-        terms: the task's loss and the KL of the last step.
+    A subclass with a `compute_loss` of its own may have read the attribute already, as TRL's has.
     """
-
-    def __init__(self, model: nn.Module, criterion: Callable[..., Any], *, strict: bool = True) -> None:
-        super().__init__()
-        self.criterion, self.strict = criterion, strict
-        self.terms: RDropTerms | None = None
-        self.__dict__["_model"] = model  # no submodule: its parameters are not the criterion's
-
-    @property
-    def model(self) -> nn.Module:
-        """The model whose passes it fetches."""
-        model: nn.Module = self.__dict__["_model"]
-        return model
-
-    def forward(self, outputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The R-Drop loss in training; the criterion of the outputs otherwise."""
-        model = self.model
-        state: RDrop | None = armed(model)
-        grafted = state is not None and state.outside
-        trains = model.training and torch.is_grad_enabled() and _has_gradient(outputs)
-        if not trains or not (grafted or self.strict):
-            return self.criterion(outputs, *args, **kwargs)  # type: ignore[no-any-return]
-        if state is None or not grafted:
-            raise LossError(
-                "the model is no longer grafted with R-Drop, and its criterion still is",
-                where=f"{type(model).__name__}",
-                remedy="train plain with the criterion itself: criterion.criterion",
-            )
-        if state.kept is None:
-            raise LossError(
-                "there are no passes to fetch: these outputs do not come from the last training forward",
-                where=f"{type(model).__name__} grafted by regraft.rdrop_criterion",
-                remedy="call the criterion once after each forward; a second loss goes into one criterion: "
-                "lambda outputs, y: first(outputs, y) + second(outputs, y)",
-            )
-        kept, state.kept = state.kept, None
-        loss = state.loss_of(self.criterion, outputs, _of_all_passes(outputs, *kept), args, kwargs)
-        self.terms = state.terms
-        return loss
+    module = sys.modules.get("transformers.trainer")
+    code = None if module is None else inspect.unwrap(module.Trainer.compute_loss).__code__
+    return next(((caller, _loss(caller)) for caller, running in _callers() if running is code), (None, ""))
 
 
-def _has_gradient(outputs: Any) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for _, leaf in leaves("", outputs))
+def _fused_trainer(model: nn.Module) -> tuple[Any, str]:
+    """The same of the TRL trainer that calls this, which computes its loss from logits from now on.
+
+    It puts a forward with a fused head on the model, which gives no logits to compare. With a label
+    smoothing of 0 it computes the same loss from logits, where its `loss_type` is "nll".
+    """
+    forwards = [module.__dict__["forward"] for module in model.modules() if "forward" in module.__dict__]
+    codes = [getattr(getattr(forward, "__func__", forward), "__code__", None) for forward in forwards]
+    if not any(code is not None and "fused_lm_head" in code.co_varnames for code in codes):
+        return None, ""
+    trainer = next(caller for caller, _ in _callers() if hasattr(caller, "label_smoother"))
+    if trainer.label_smoother is None:
+        from transformers.trainer_pt_utils import LabelSmoother
+
+        trainer.label_smoother = LabelSmoother(epsilon=0.0)
+    return trainer, _loss(trainer)
 
 
-def _of_all_passes(given: Any, first: Any, stacked: Any) -> Any:
-    """What the criterion was given, of all passes: each tensor is found among the outputs of the first."""
-    pairs = [
-        (leaf, whole)
-        for (_, leaf), (_, whole) in zip(leaves("", first), leaves("", stacked), strict=True)
-        if isinstance(leaf, Tensor)
-    ]
-
-    def find(name: str, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        for output, whole in pairs:
-            if _is_same(leaf, output):
-                return whole.reshape(len(whole), *leaf.shape).to(leaf.dtype)
-        raise LossError(
-            "the criterion was given something else than the model returned: what are its other passes?",
-            where=name or f"a tensor of shape {tuple(leaf.shape)}",
-            remedy="give it the model's outputs, at most reshaped or cast, and do the rest inside: "
-            "rdrop_criterion(model, lambda outputs, y: criterion(change(outputs), y))",
-        )
-
-    return mapped(find, "", given)
+def _loss(trainer: Any) -> str:
+    return "label_smoother" if trainer.compute_loss_func is None else "compute_loss_func"
 
 
-_KEEPS_VALUES = frozenset(
-    {
-        *(
-            "ViewBackward0",
-            "UnsafeViewBackward0",
-            "ReshapeAliasBackward0",
-            "AliasBackward0",
-            "CloneBackward0",
-        ),
-        *("SqueezeBackward0", "SqueezeBackward1", "UnsqueezeBackward0", "ToCopyBackward0"),
-        *("_DDPSinkBackward",),
-    }
-)
-"""Steps of the graph behind which the same values stand, in the same order."""
-
-
-def _is_same(given: Tensor, output: Tensor) -> bool:
-    """Whether `given` is `output`, at most reshaped or cast, as its graph shows."""
-    if given is output:
-        return True
-    if given.numel() != output.numel():
-        return False
-    node, number = given.grad_fn, given.output_nr
-    while node is not None:
-        if (node, number) == (output.grad_fn, output.output_nr):
-            return True
-        if node.name() not in _KEEPS_VALUES:
-            return False
-        node, number = node.next_functions[number]
-    return False
+def _callers() -> Iterator[tuple[Any, Any]]:
+    """Objects whose methods are running, the innermost first, and the methods' code."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if "self" in frame.f_locals:
+            yield frame.f_locals["self"], frame.f_code
+        frame = frame.f_back

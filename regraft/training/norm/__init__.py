@@ -1,1 +1,0 @@
-"""Max-norm: weights held down after each step of an optimizer."""
