@@ -25,8 +25,11 @@ Forward = Callable[..., Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def arm(root: nn.Module, passes: Any, fork: str | float | None = None) -> None:
-    """Put passes (an `RDrop`) on a model; refused where its forward would never reach it."""
+def arm(root: nn.Module, passes: Any, fork: str | float | None, then: Callable[[], None]) -> None:
+    """Put passes (an `RDrop`) on a model, where they stay if `then` does not fail.
+
+    Refused where the model's forward would never reach them.
+    """
     if fork is not None:
         fork_path(root, fork)  # names a module, or raises
     with all_or_nothing() as change:
@@ -39,6 +42,8 @@ def arm(root: nn.Module, passes: Any, fork: str | float | None = None) -> None:
                 remedy="call regraft.rdrop before accelerator.prepare, or before the Trainer is made; with "
                 "TRL SFTTrainer(..., callbacks=[RDropCallback()])",
             )
+        with change.held.released():
+            then()
 
 
 def armed(model: nn.Module) -> Any:

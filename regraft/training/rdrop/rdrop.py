@@ -194,9 +194,16 @@ def graft_rdrop(model: nn.Module, options: RDropOptions, inputs: Any = None) -> 
         options = _with_named_labels(root, options)
     state = RDrop(options)
     warn_of_no_noise(model, options.alpha, inputs)
-    arm(root, state, options.fork)
-    if isinstance(inputs, Mapping) and options.criterion is None and inputs.get(state.labels[0]) is not None:
-        learn_from(root, inputs)
+
+    def learn() -> None:
+        if (
+            isinstance(inputs, Mapping)
+            and options.criterion is None
+            and inputs.get(state.labels[0]) is not None
+        ):
+            learn_from(root, inputs)
+
+    arm(root, state, options.fork, learn)
     return model
 
 
