@@ -214,6 +214,8 @@ def test_a_saved_plan_has_the_rates_outside_a_schedule(tmp_path):
     again = tiny.bert()
     report = regraft.load_plan(again, tmp_path)
     assert all("(p=0.1)" in edit.after for edit in report.grafted)
+    assert again.dropout.p == model.dropout.p
+    report.schedules[0].remove()
     assert again.dropout.p == 0.1
 
 

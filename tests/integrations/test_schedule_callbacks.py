@@ -129,6 +129,7 @@ def test_lightnings_hooks_set_the_rates_and_leave_the_model_as_it_was(monkeypatc
     package.Callback = type("Callback", (), {})
     monkeypatch.setitem(sys.modules, "pytorch_lightning", package)
     monkeypatch.setattr(module, "find_spec", lambda name: None)
+    vars(module).pop("ScheduleCallback", None)  # made of the real Lightning by another test
     logs = []
     held = types.SimpleNamespace(model=bert(), log=lambda name, value: logs.append((name, round(value, 6))))
     trainer = types.SimpleNamespace(global_step=0, estimated_stepping_batches=4)

@@ -106,6 +106,7 @@ def test_plans_of_before_are_read(tmp_path):
 
 def test_inspect_and_load_on_the_command_line(tmp_path):
     from regraft.cli.opening import _graft_again, view_of
+    from regraft.cli.output import Opening
 
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
@@ -115,7 +116,9 @@ def test_inspect_and_load_on_the_command_line(tmp_path):
     regraft.rdrop(model, criterion=nn.functional.cross_entropy, alpha=0.5)
     torch.save(model.state_dict(), tmp_path / "net.pt")
     plan = regraft.save_plan(model, tmp_path / "net.regraft.json")
-    (note,) = [note for note in view_of(str(tmp_path / "net.pt")).to_dict()["notes"] if "graft" in note]
+    (note,) = [
+        note for note in view_of(str(tmp_path / "net.pt"), Opening()).to_dict()["notes"] if "graft" in note
+    ]
     assert note == (
         "net.regraft.json: 1 graft, R-Drop(alpha=0.5, criterion='cross_entropy'), "
         "rates on a schedule, 1 of 4 steps done, max-norm(Linear: 1.1x)"
@@ -125,5 +128,5 @@ def test_inspect_and_load_on_the_command_line(tmp_path):
     assert type(again[1]).__name__ == "GaussianDropout"
     assert "only the grafts were put back" in notes[0]
     plan.write_text('{"grafted": 3}')
-    assert "no plan that can be read" in str(view_of(str(tmp_path / "net.pt")))
+    assert "no plan that can be read" in str(view_of(str(tmp_path / "net.pt"), Opening()))
     held.remove()

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -231,7 +230,7 @@ def is_passing(model: nn.Module) -> bool:
     return any(one is model for one in getattr(_here, "models", ()))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Passes:
     """The passes over one input; a method for each strategy."""
 
@@ -241,10 +240,14 @@ class _Passes:
     chunk: int
     inputs: Inputs
     fork: Fork | None
+    _analysis: PassAnalysis | None = None
 
-    @cached_property
+    @property
     def analysis(self) -> PassAnalysis:
-        return analysis_of(self.model, self.inputs)
+        """Asked for once; no `cached_property`, whose lock a compiler does not enter before Python 3.12."""
+        if self._analysis is None:
+            self._analysis = analysis_of(self.model, self.inputs)
+        return self._analysis
 
     def auto(self) -> Any:
         if self.chunk == 1:  # nothing to share, and nothing to repeat
