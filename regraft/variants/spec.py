@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from regraft.errors import OptionError, RegraftError, nearest
@@ -76,26 +75,25 @@ class Spec:
     """Of a weight: the tensors that `weight_function` takes as further keyword arguments, by name."""
     modules: dict[str, type[nn.Module]] = field(default_factory=dict)
     """The thin modules that it decorates, by their family."""
+    defaults: dict[str, Any] = field(init=False)
+    """The options, each with its default."""
+    tensors: tuple[str, ...] = field(init=False)
+    """Names of the tensors that the function takes as keyword arguments."""
+
+    def __post_init__(self) -> None:
+        # Now, and in no `cached_property`: before Python 3.12 it has a lock, which a compiler does not enter.
+        parameters = inspect.signature(self.function).parameters.values()
+        keywords = [one for one in parameters if one.kind is one.KEYWORD_ONLY]
+        tensors = tuple(one.name for one in keywords if "Tensor" in str(one.annotation))
+        object.__setattr__(self, "tensors", tensors)
+        defaults = {one.name: one.default for one in keywords if one.name not in tensors}
+        object.__setattr__(self, "defaults", defaults)
 
     def __call__(self, module: _Class) -> _Class:
         """As a decorator: `module` is the variant's thin module for its family."""
         self.modules[module.family] = module
         module.spec = self
         return module
-
-    @cached_property
-    def defaults(self) -> dict[str, Any]:
-        """The options, each with its default."""
-        return {one.name: one.default for one in self._keywords() if one.name not in self.tensors}
-
-    @cached_property
-    def tensors(self) -> tuple[str, ...]:
-        """Names of the tensors that the function takes as keyword arguments."""
-        return tuple(one.name for one in self._keywords() if "Tensor" in str(one.annotation))
-
-    def _keywords(self) -> list[inspect.Parameter]:
-        parameters = inspect.signature(self.function).parameters.values()
-        return [one for one in parameters if one.kind is one.KEYWORD_ONLY]
 
     def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options given, of those that are the variant's own, over its defaults."""
