@@ -53,8 +53,10 @@ def view_of(name: str, how: Opening, shape: str = "") -> View:
 
 
 def _in_commands(view: View, name: str, how: Opening) -> View:
-    """An inspection whose line to paste is a command, not Python, where a command does it."""
+    """An inspection that speaks of options and commands, not of Python, where they do it."""
     facts = view.to_dict()
+    if why := facts["probe"]["reason"]:
+        facts["probe"] = {**facts["probe"], "reason": why.replace("give inputs=", "give --shape")}
     said = facts["summary"]
     options = [f"--rule={selector}={variant}" for selector, variant in said["rules"]]
     options += [f"--arch={how.arch}"] * bool(how.arch) + ["--trust"] * how.trust

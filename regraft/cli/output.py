@@ -129,6 +129,8 @@ def guarded(run: Callable[[], Any], debug: bool) -> Any:
         raise typer.Exit(getattr(error, "exit_code", 2 if _bad_usage(error) else 1)) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except BrokenPipeError:  # `| head` has read enough: click ends the command without a word
+        raise
     except Exception as error:
         help = "" if debug else "\n  help: --debug shows where this comes from"
         _say(f"{visible(reason(error))}{help}", debug)

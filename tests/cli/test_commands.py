@@ -1,5 +1,6 @@
 """The command line: exit codes, streams, and what it must not import or run."""
 
+import errno
 import fcntl
 import json
 import os
@@ -112,6 +113,20 @@ def test_timm_model_on_the_meta_device():
     made = json.loads(invoke("inspect", "timm:test_vit", "--format", "json").stdout)
     assert made["probe"]["ran"]
     assert {site["device"] for site in made["sites"] if site["device"]} == {"meta"}
+
+
+def test_a_model_of_unknown_inputs_asks_for_the_option():
+    text = " ".join(invoke("inspect", FACTORY).stdout.split())
+    assert "does not know this model's inputs; give --shape" in text
+
+
+def test_a_reader_that_has_read_enough_is_no_error(monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("regraft.cli.output.show", closed)
+    result = invoke("inspect", FACTORY)
+    assert (result.exit_code, result.stderr) == (1, "")
 
 
 def test_a_shape_to_probe_with():
