@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import importlib.metadata
 import signal
 import sys
 from collections import Counter
@@ -30,6 +31,14 @@ settings.load_profile("default")
 def pytest_collectstart():
     """What a file draws while it is imported is the same in every run too."""
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """The models of transformers 4 branch on values, and their attention goes by a number, not by a dropout."""
+    if int(importlib.metadata.version("transformers").split(".")[0]) < 5:
+        for item in items:
+            if item.get_closest_marker("transformers5"):
+                item.add_marker(pytest.mark.skip(reason="of models as transformers 5 writes them"))
 
 
 @pytest.fixture(autouse=True)

@@ -350,6 +350,7 @@ def test_9_verify_proves_each_graft_in_real_forwards():
         ({"DropPath": "droppath"}, r"layer\.\*\.attention\.output\.dense': 'droppath\(p=0\.1\)'"),
     ],
 )
+@pytest.mark.transformers5
 def test_11_a_rule_that_cannot_be_meant_names_the_one_that_is(rules, says):
     with pytest.raises(errors.RegraftError, match=says):
         regraft.plan(tiny.bert(), rules)

@@ -91,6 +91,7 @@ def test_a_fault_is_found_with_its_place_and_a_remedy(model, inputs, path, messa
         (tiny.llama, None),
     ],
 )
+@pytest.mark.transformers5
 def test_a_sound_model_has_no_findings(build, inputs):
     assert regraft.inspect(build(), inputs).findings == []
 

@@ -72,6 +72,7 @@ MODELS = {
 
 @pytest.mark.parametrize(("build", "how"), MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.transformers5
 def test_a_model_is_probed_without_inputs_and_left_as_it_was(build, how, training):
     model = build().train(training)
     model.get_submodule(next(name for name, _ in model.named_modules() if name)).train(not training)
@@ -245,6 +246,7 @@ def test_layer_drop_keeps_every_layer_while_probing():
     assert any("LayerDrop" in finding.finding for finding in inspection.findings)
 
 
+@pytest.mark.transformers5
 def test_meta_models_are_probed():
     with torch.device("meta"):
         model = tiny.bert()

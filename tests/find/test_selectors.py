@@ -189,6 +189,7 @@ def test_any_alias_of_a_shared_module_counts(path):
 @pytest.mark.parametrize(
     "key", ["bert.encoder.layer.0.attention.self", "bert.encoder.layer.0.attention.self.dropout"]
 )
+@pytest.mark.transformers5
 def test_a_dead_twin_and_its_call_are_one_site_with_two_paths(key):
     sites = regraft.inspect(tiny.bert()).sites
     selected = [site for site in sites if read_selector(f"Dropout@{key}").matches(site)]

@@ -43,6 +43,7 @@ def test_sites_come_in_the_order_of_registration():
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.transformers5
 def test_bert_has_a_dead_twin_merged_into_each_attention_call(attention):
     sites = sites_of(tiny.bert(attention=attention))
     noise = [site for site in sites.values() if site.family == "Dropout"]
@@ -89,6 +90,7 @@ def test_in_a_model_of_torchs_own_layers_the_line_is_torchs():
     assert {site.source for site in regraft.inspect(tiny.mlp(), torch.ones(2, 6)).sites} == {None}
 
 
+@pytest.mark.transformers5
 def test_a_grafted_model_is_shown_as_it_was_and_with_what_it_has():
     model = tiny.bert()
     before = sites_of(model)

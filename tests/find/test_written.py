@@ -125,6 +125,7 @@ def test_a_module_that_the_probe_did_not_reach_is_told():
     assert report.skipped == []
 
 
+@pytest.mark.transformers5
 def test_parts_of_a_model_are_probed_by_themselves():
     """Text inputs leave the vision tower out; and where the whole cannot run, its parts do."""
     import tiny
