@@ -101,7 +101,13 @@ MODELS = {
     "vit, not fused": lambda: vit(fused=False),
     "encoder": encoder,
 }
-ATTEND = ("scaled_dot_product_attention", "MultiheadAttention", "attention.self", "attn.attn_drop", "self.dropout")
+ATTEND = (
+    "scaled_dot_product_attention",
+    "MultiheadAttention",
+    "attention.self",
+    "attn.attn_drop",
+    "self.dropout",
+)
 """Operations that attend, and ends of the paths of what drops attention weights written out."""
 
 
