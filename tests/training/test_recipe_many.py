@@ -66,7 +66,7 @@ def test_the_recipe_in_two_processes(tmp_path):
             assert 0.6 < first[1]["loss"] < 0.8  # the mean of R-Drop's cross-entropies of two classes
         # One process speaks and saves, and what it saved is the whole of the last model.
         assert said.count("plain checkpoint in") == 1
-        assert said.count("32 held-out sentences, 1 seeds") == 1
+        assert said.count("32 held-out sentences, 1 seed") == 1
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / way / "model")
         assert loaded.classifier.weight.flatten()[:4].tolist() == pytest.approx(first[-1]["weight"], abs=1e-7)
     for ours, theirs in zip(made["ddp"], made["fsdp"], strict=True):
