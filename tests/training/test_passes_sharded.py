@@ -26,7 +26,7 @@ def two_processes(script):
 
 @pytest.mark.slow
 def test_two_processes_share_as_the_whole_model_does():
-    assert two_processes("sharded_passes.py").split() == ["agreed", "agreed"]
+    assert two_processes("sharded_passes.py").count("agreed") == 2  # each line may break into the other
 
 
 @pytest.mark.slow
