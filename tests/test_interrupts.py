@@ -105,3 +105,20 @@ def test_other_threads_and_ignored_signals_are_left_alone():
     thread.start()
     thread.join()
     assert entered == [signal.default_int_handler]
+
+
+def test_an_interrupt_on_the_way_out_leaves_the_handler_that_was_there(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    held = HeldInterrupts()
+    put_back, calls = signal.signal, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:  # the first was on the way in
+            raise KeyboardInterrupt
+        return put_back(*args)
+
+    monkeypatch.setattr(signal, "signal", interrupted)
+    with pytest.raises(KeyboardInterrupt), held:
+        pass
+    assert signal.getsignal(signal.SIGINT) is before

@@ -227,9 +227,7 @@ class Facts(View):
 
 def plan_beside(path: Path) -> Path:
     """Where the plan of a model stands: `NAME.regraft.json` beside `NAME.pt`, `regraft.json` in a folder."""
-    name = path.name
-    for ending in (".safetensors.index.json", path.suffix):
-        name = name.removesuffix(ending)
+    name = path.name.removesuffix(".safetensors.index.json").removesuffix(path.suffix)
     return path / PLAN if path.is_dir() else path.with_name(f"{name}.{PLAN}")
 
 

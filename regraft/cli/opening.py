@@ -54,9 +54,14 @@ def view_of(name: str, how: Opening, shape: str = "") -> View:
 
 def _in_commands(view: View, name: str, how: Opening) -> View:
     """An inspection that speaks of options and commands, not of Python, where they do it."""
+    from regraft.find.probe.run import UNKNOWN
+
     facts = view.to_dict()
-    if why := facts["probe"]["reason"]:
-        facts["probe"] = {**facts["probe"], "reason": why.replace("give inputs=", "give --shape")}
+    if facts["probe"]["reason"] == UNKNOWN:
+        facts["probe"] = {
+            **facts["probe"],
+            "reason": "regraft does not know this model's inputs; give --shape",
+        }
     said = facts["summary"]
     options = [f"--rule={selector}={variant}" for selector, variant in said["rules"]]
     options += [f"--arch={how.arch}"] * bool(how.arch) + ["--trust"] * how.trust

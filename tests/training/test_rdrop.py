@@ -508,3 +508,15 @@ def test_a_loss_function_of_trainer_is_that_of_each_pass(tmp_path):
     trainer = trainer_of(regraft.rdrop(bert(), label_smoothing=0.1), tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(LossError, match="no labels"):
         trainer.train()  # smoothed twice
+
+
+def test_it_comes_off_again_where_the_look_at_the_loss_fails(monkeypatch):
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("regraft.training.rdrop.rdrop.learn_from", fails)
+    model = bert()
+    batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.tensor([0, 1])}
+    with pytest.raises(MemoryError):
+        regraft.rdrop(model, alpha=1.0, inputs=batch)
+    assert "_regraft" not in vars(model)

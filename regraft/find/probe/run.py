@@ -114,13 +114,13 @@ def run_probe(
     began = time.perf_counter()
     with _probing:
         probe = _first_that_runs(_Look(model, every, sites, recorders, given), candidates)
-    probe.seconds = None if probe.reason == _UNKNOWN else round(time.perf_counter() - began, 3)
+    probe.seconds = None if probe.reason == UNKNOWN else round(time.perf_counter() - began, 3)
     return probe
 
 
 _probing = threading.RLock()
 """One probe at a time: they share the generators, the filters of warnings and the caches of model files."""
-_UNKNOWN = "regraft does not know this model's inputs; give inputs="
+UNKNOWN = "regraft does not know this model's inputs; give inputs="
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _first_that_runs(look: _Look, candidates: Iterable[Inputs]) -> Probe:
             probe.how = "fake tensors"
             return probe
     if not failed:
-        return Probe(reason=_UNKNOWN)
+        return Probe(reason=UNKNOWN)
     # Inputs that failed only for being fake are the ones a real forward may take.
     faked = [one for one in failed if _is_for_being_fake(one[1])]
     probes = []
